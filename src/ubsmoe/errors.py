@@ -1,0 +1,5 @@
+"""The one error class a user can mend: its message says what came, what was expected, and what to change."""
+
+
+class UserError(ValueError):
+    """Something to change in the input. The command line prints the message alone and ends with exit code 2."""
