@@ -1,0 +1,5 @@
+"""`python -m ubsmoe`."""
+
+from ubsmoe.cli import main
+
+main()

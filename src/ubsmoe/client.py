@@ -1,0 +1,159 @@
+"""What a client does with a task: `train(task) -> update`, the same function in every engine."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ubsmoe.config import TierSettings, TrainSettings
+from ubsmoe.data.tokens import Tokens, batches, collate
+from ubsmoe.messages import Task, Update
+from ubsmoe.methods.base import Hooks, Method
+from ubsmoe.model.surgery import SparseModel
+from ubsmoe.seeds import generator_for
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """All that clients share: the base (one per process), the method, and how to train."""
+
+    model: SparseModel
+    method: Method
+    settings: TrainSettings
+    tiers: TierSettings
+    seed: int
+    pad_id: int
+    loss_on_prompt: bool = False
+
+
+class ClientFailure(RuntimeError):
+    """A client's training failed; carries client, round and stage."""
+
+
+def train(
+    trainer: Trainer, task: Task, examples: Sequence[Tokens], on_step: Callable[[int, int, float], None] | None = None
+) -> Update:
+    """Fine-tune the payload on one client's examples and return what changed.
+
+    Args:
+        trainer: the shared base and settings. The base is left exactly as it was found.
+        task: the client's profile and payload.
+        examples: the client's tokenised data.
+        on_step: called with (step, number of steps, loss), for progress.
+
+    Raises:
+        ClientFailure: if the loss stops being finite.
+    """
+    started = time.perf_counter()
+    client, model = task.profile.client, trainer.model
+    key = (trainer.seed, client, task.round)
+    try:
+        hooks = trainer.method.install(model, task.payload, task.profile, generator_for(*key, "pseudo-gradient"))
+        with model.counting():
+            loss, tokens, slots = _steps(trainer, task, examples, hooks, on_step)
+            return Update(
+                client=client,
+                round=task.round,
+                num_examples=len(examples),
+                adapters={name: value.detach().cpu().clone() for name, value in model.adapter.items()},
+                expert_tokens=model.expert_tokens(),
+                tokens=tokens,
+                slots=slots,
+                loss=loss,
+                seconds=time.perf_counter() - started,
+                extras=hooks.extras(),
+            )
+    finally:
+        model.clear()
+
+
+def _steps(
+    trainer: Trainer,
+    task: Task,
+    examples: Sequence[Tokens],
+    hooks: Hooks,
+    on_step: Callable[[int, int, float], None] | None,
+) -> tuple[float, int, int]:
+    """The training loop. Gives the mean loss, the tokens seen and the (token, expert) choices per layer they made."""
+    model, settings = trainer.model, trainer.settings
+    key = (trainer.seed, task.profile.client, task.round)
+    parameters = [*model.adapter.values(), *hooks.parameters]
+    optimizer = _optimizer(parameters, settings)
+    order = batches(len(examples), settings.batch_size, generator_for(*key, "batches"))
+    num_steps = steps_per_round(settings, len(examples))
+    budgets = elastic_top_ks(trainer.tiers, task.profile.top_k, num_steps, generator_for(*key, "elastic"))
+    losses, tokens, slots = [], 0, 0
+    for step, top_k in enumerate(budgets):
+        model.set_top_k(top_k)
+        _set_learning_rate(optimizer, settings, step)
+        optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for _ in range(settings.gradient_accumulation):
+            batch = collate([examples[i] for i in next(order)], trainer.pad_id, trainer.loss_on_prompt)
+            seen = int(batch["attention_mask"].sum())
+            tokens, slots = tokens + seen, slots + seen * top_k
+            value = language_loss(model, batch)
+            total = value + hooks.penalty() if hooks.penalty else value
+            (total / settings.gradient_accumulation).backward()  # type: ignore[no-untyped-call]
+            loss += value.item() / settings.gradient_accumulation
+        if not torch.isfinite(torch.tensor(loss)):
+            raise ClientFailure(
+                f"client {task.profile.client}, round {task.round}, step {step}: the loss is {loss}; "
+                "lower train.learning_rate or set train.clip_norm"
+            )
+        if hooks.before_step:
+            hooks.before_step()
+        if settings.clip_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+        optimizer.step()
+        losses.append(loss)
+        if on_step:
+            on_step(step + 1, num_steps, loss)
+    return sum(losses) / len(losses), tokens, slots
+
+
+def language_loss(model: SparseModel, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross-entropy over the tokens whose label is not -100. Only their logits are ever computed."""
+    device = next(model.model.parameters()).device
+    batch = {name: value.to(device) for name, value in batch.items()}
+    predicts = batch["labels"][:, 1:] != -100
+    logits = model.logits_at(batch["input_ids"], batch["attention_mask"], predicts)
+    return cross_entropy(logits.float(), batch["labels"][:, 1:][predicts])
+
+
+def steps_per_round(settings: TrainSettings, num_examples: int) -> int:
+    """Optimiser steps of one client in one round: `local_steps`, or as many as `local_epochs` passes take."""
+    if settings.local_steps:
+        return settings.local_steps
+    per_step = settings.batch_size * settings.gradient_accumulation
+    return max(1, round(settings.local_epochs * num_examples / per_step))
+
+
+def elastic_top_ks(tiers: TierSettings, top_k: int, num_steps: int, generator: torch.Generator) -> list[int]:
+    """K of each local step: `top_k`, but a smaller one in a share of the steps, spread evenly.
+
+    Ours (method.md section 8): a client that also trains at smaller budgets teaches the low tiers, for less compute.
+    """
+    share = tiers.elastic_share
+    low = [int((step + 1) * share + 1e-9) > int(step * share + 1e-9) for step in range(num_steps)]
+    if tiers.elastic_draw == "one":
+        return [1 if is_low else top_k for is_low in low]
+    draws = torch.randint(1, top_k + 1, (num_steps,), generator=generator).tolist()
+    return [draw if is_low else top_k for is_low, draw in zip(low, draws, strict=True)]
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+    return torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, settings: TrainSettings, step: int) -> None:
+    warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+    for group in optimizer.param_groups:
+        group["lr"] = settings.learning_rate * warm

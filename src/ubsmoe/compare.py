@@ -1,0 +1,207 @@
+"""Several methods on the same work: the same base, data, partitions, rounds and seeds; only [method] differs.
+
+Every cell of the grid is an ordinary run folder, so an interrupted comparison goes on where it stopped.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from ubsmoe.config import ConfigError, RunSettings, parse_run, to_json, with_overrides
+from ubsmoe.plan import run_costs
+from ubsmoe.storage.runfolder import RunFolder, RunRecord, atomic_write, differing_settings, read_run
+
+METRICS = ("accuracy", "unparsed", "likelihood", "loss")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One column of the comparison: a method with settings of its own, as written on the command line."""
+
+    label: str
+    name: str
+    settings: dict[str, Any]
+
+
+def parse_variants(text: str) -> list[Variant]:
+    """Read "ubsmoe,fedavg,ubsmoe(pg_mode=off; dmr=true)".
+
+    Raises:
+        ConfigError: for text that is not a list of names, each with optional settings in parentheses; or a repeated one.
+
+    >>> [variant.settings for variant in parse_variants("fedavg, ubsmoe(pg_mode=off; momentum=0.5)")]
+    [{}, {'pg_mode': 'off', 'momentum': 0.5}]
+    """
+    variants = []
+    for part in re.findall(r"[^,(]+(?:\([^)]*\))?", text):
+        found = re.fullmatch(r"\s*(\w+)\s*(?:\(([^)]*)\))?\s*", part)
+        if not found:
+            raise ConfigError(f'--methods: cannot read {part!r}; expected names like "fedavg, ubsmoe(pg_mode=off)"')
+        settings = dict(_setting(item) for item in (found[2] or "").split(";") if item.strip())
+        variants.append(Variant("".join(part.split()), found[1], settings))
+    if len({variant.label for variant in variants}) < len(variants) or not variants:
+        raise ConfigError(f"--methods: expected a list of different methods, got {text!r}")
+    return variants
+
+
+def compare(
+    settings: RunSettings,
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    out: Path,
+    jobs: int = 1,
+    report: Callable[[str, int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Run the grid, or what is left of it, and write comparison.csv.
+
+    Args:
+        settings: the run file; its [method] and seed are replaced.
+        variants: what to compare.
+        seeds: one run per variant and seed; a seed draws adapter, data, partition and sampling alike for all variants.
+        out: the comparison's folder.
+        jobs: runs at a time, each in a process of its own with its share of the threads.
+        report: called with (label, seed, runs done) after each run.
+
+    Returns:
+        Tidy rows: method, seed, tier, task, metrics, costs.
+
+    Raises:
+        ConfigError: for a method or setting that does not exist, before anything runs.
+        RunFolderError: if a folder of the grid holds a run of other settings.
+    """
+    grid = {
+        (variant.label, seed): parse_run(
+            with_overrides(
+                settings.model_dump(mode="json"), {"method": {"name": variant.name, **variant.settings}, "seed": seed}
+            )
+        )
+        for seed in seeds
+        for variant in variants
+    }
+    for variant in variants:
+        run_costs(grid[variant.label, seeds[0]])  # builds the method: a misspelt setting fails here, not in an hour
+    folders = {key: out / "runs" / f"{_file_name(key[0])}-seed{key[1]}" for key in grid}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(run_cell, cell, folders[key]): key for key, cell in grid.items()}
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()
+                if report:
+                    report(*futures[future], done)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    records = {key: read_run(folder) for key, folder in folders.items()}
+    check_same_work(records.values())
+    rows = [row for (label, seed), record in records.items() for row in tidy_rows(label, seed, record)]
+    atomic_write(out / "comparison.csv", to_csv(rows).encode())
+    return rows
+
+
+def run_cell(settings: RunSettings, folder: Path) -> None:
+    """One run of the grid, quietly; a run that has ended is left alone."""
+    import torch
+
+    from ubsmoe.engines.local import LocalEngine
+    from ubsmoe.federation import build_federation
+    from ubsmoe.rounds import run
+
+    # bitwise equal whatever runs beside it, and two processes do not fight for the cores
+    torch.set_num_threads(settings.threads or 1)
+    if (folder / "summary.json").exists() and not differing_settings(
+        read_run(folder).config, settings.model_dump(mode="json")
+    ):
+        return
+    federation = build_federation(settings)
+    with RunFolder.open_or_create(folder, to_json(settings)) as opened:
+        run(federation, opened, LocalEngine(federation.trainer, federation.examples), lambda *_: None)
+
+
+def check_same_work(records: Iterable[RunRecord]) -> None:
+    """Refuse to compare runs that did not do the same work.
+
+    Raises:
+        ConfigError: naming the first settings that differ beyond [method] and seed, or a run on another base.
+    """
+    first, *others = records
+    for record in others:
+        differing = differing_settings(_work(first.config), _work(record.config))
+        if differing:
+            key, (here, there) = next(iter(differing.items()))
+            raise ConfigError(
+                f"{first.path} and {record.path} are not the same work: {key} is {here!r} in one and {there!r} in the other"
+            )
+        hashes = [(one.summary or {}).get("base_sha256") for one in (first, record)]
+        if hashes[0] != hashes[1]:
+            raise ConfigError(f"{first.path} and {record.path} were trained on different bases")
+
+
+def tidy_rows(label: str, seed: int, record: RunRecord) -> list[dict[str, Any]]:
+    """One row per tier and task of a finished run, costs beside the scores."""
+    assert record.summary is not None
+    settings = parse_run(record.config)
+    costs = run_costs(settings)
+    seconds = _client_seconds(record)
+    rows = []
+    for profile, cost, before, after in zip(
+        record.summary["tiers"], costs, record.summary["before"], record.summary["after"], strict=True
+    ):
+        for task, score in after.items():
+            rows.append(
+                {
+                    "method": label,
+                    "seed": seed,
+                    "tier": profile["tier"] + 1,
+                    "top_k": profile["top_k"],
+                    "rank": profile["rank"],
+                    "task": task,
+                    **{metric: score[metric] for metric in METRICS},
+                    **{f"{metric}_before": before[task][metric] for metric in METRICS},
+                    "chance": score["chance"],
+                    "examples": score["examples"],
+                    "train_flops_per_token": cost.train_flops_per_token,
+                    "upload_bytes": cost.upload_bytes,
+                    "download_bytes": cost.download_bytes,
+                    "client_seconds": seconds.get(profile["tier"]),
+                }
+            )
+    return rows
+
+
+def to_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as CSV text; every row has the same columns."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _client_seconds(record: RunRecord) -> dict[int, float]:
+    """Mean training seconds per client and round, by tier."""
+    seconds: dict[int, list[float]] = {}
+    for event in record.events:
+        if event["event"] == "client":
+            seconds.setdefault(event["tier"], []).append(event["seconds"])
+    return {tier: sum(values) / len(values) for tier, values in seconds.items()}
+
+
+def _work(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in ("method", "seed")}
+
+
+def _setting(item: str) -> tuple[str, Any]:
+    from ubsmoe.config import parse_value
+
+    key, _, value = item.partition("=")
+    return key.strip(), parse_value(value.strip())
+
+
+def _file_name(label: str) -> str:
+    return re.sub(r"[^\w.=-]+", "_", label).strip("_")

@@ -1,0 +1,258 @@
+"""A run file (TOML) becomes validated, frozen settings. Defaults live here and nowhere else."""
+
+import copy
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from ubsmoe.errors import UserError
+
+Budget = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConfigError(UserError):
+    """A run file that cannot be used; the message says what to change."""
+
+
+class Settings(BaseModel):
+    """A section of the run file: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSettings(Settings):
+    """[model]: the frozen base."""
+
+    base: str = Field("ubsmoe-tiny", description="the shipped base, a folder, or a Hugging Face model id")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of the base and of the activations")
+    device: str = Field("cpu", description="torch device every client trains on")
+
+
+class AdapterSettings(Settings):
+    """[adapter]: what is trained on top of the base."""
+
+    rank: PositiveInt = Field(8, description="LoRA rank on every expert matrix")
+    alpha: PositiveFloat = Field(16.0, description="LoRA numerator: the update is alpha / rank * B A")
+    shared_a: bool = Field(True, description="start all experts of a layer from one A (pseudo-gradients need it)")
+    router: Literal["frozen", "trained"] = Field("frozen", description="whether the routers' weights are trained too")
+
+
+class TierSettings(Settings):
+    """[tiers]: how much each class of client can afford."""
+
+    budgets: tuple[Budget, ...] = Field(
+        (0.25, 0.5, 0.75, 1.0), min_length=1, description="beta of each tier, in (0, 1]"
+    )
+    ranks: tuple[PositiveInt, ...] = Field(
+        (4, 8, 16, 32), min_length=1, description="LoRA rank of each tier, for methods that vary the rank instead of K"
+    )
+    k_max: PositiveInt | None = Field(None, description="experts per token at budget 1; the base's own when left out")
+    rescale: Literal["none", "ratio", "mass"] = Field(
+        "none", description="layer output at K < K_max: as it is, times K_max / K, or with the routing mass of K_max"
+    )
+    elastic_share: Share = Field(0.0, description="share of local steps run at a smaller K (method.md section 8)")
+    elastic_draw: Literal["one", "uniform"] = Field("one", description="the smaller K: always 1, or uniform on 1..K_c")
+
+
+class ClientSettings(Settings):
+    """[clients]: who takes part. Client i belongs to tier i mod the number of tiers."""
+
+    count: PositiveInt = Field(8, description="number of clients")
+    per_round: PositiveInt | None = Field(None, description="clients drawn each round; all when left out")
+
+
+class WorldSettings(Settings):
+    """[data.world]: the self-made questions, when train = "world"."""
+
+    seed: int = Field(0, description="which world")
+    entities: PositiveInt = Field(48, description="how many things the world has: the dial of difficulty")
+    train_examples: PositiveInt = Field(4000, description="questions to train on")
+    test_examples: PositiveInt = Field(400, description="questions to test on, over all tasks")
+
+
+class PartitionSettings(Settings):
+    """[data.partition]: which client holds which example."""
+
+    kind: Literal["iid", "natural", "dirichlet", "quantity"] = Field("iid", description="rule of the split")
+    field: str = Field("task", description="the examples' field that natural and dirichlet group by")
+    alpha: PositiveFloat = Field(0.5, description="Dirichlet concentration; small is more unequal")
+    min_examples: PositiveInt = Field(1, description="a client with fewer examples is refused")
+
+
+class DataSettings(Settings):
+    """[data]: examples and how they are worded."""
+
+    train: str = Field(
+        "world", description='"world", a file (.json, .jsonl, plain or .gz), or a Hugging Face data set id'
+    )
+    test: str | None = Field(
+        None, description="a file or a folder with one file per task; a held-out part when left out"
+    )
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="held-out part when test is left out")
+    world: WorldSettings = WorldSettings()
+    partition: PartitionSettings = PartitionSettings()
+    template: Literal["plain", "llm_adapters"] = Field("plain", description="prompt around an instruction")
+    loss_on_prompt: bool = Field(False, description="train on the prompt's tokens too")
+    max_length: PositiveInt = Field(256, description="tokens; a longer prompt loses its left end, never the answer")
+
+
+class MethodSettings(BaseModel):
+    """[method]: the federated method by name; the other keys are the method's own settings."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: str = "ubsmoe"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method's own settings, for its builder."""
+        return dict(self.model_extra or {})
+
+
+class TrainSettings(Settings):
+    """[train]: rounds and the local optimiser."""
+
+    rounds: PositiveInt = Field(10, description="communication rounds")
+    local_steps: PositiveInt | None = Field(None, description="optimiser steps per client and round; else local_epochs")
+    local_epochs: PositiveFloat = Field(1.0, description="passes over the client's data per round")
+    batch_size: PositiveInt = Field(16, description="examples per forward pass")
+    gradient_accumulation: PositiveInt = Field(1, description="forward passes per optimiser step")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="local optimiser; its state is reset every round")
+    learning_rate: PositiveFloat = Field(2e-3, description="peak step size")
+    momentum: Share = Field(0.9, description="for sgd")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled; moves experts nobody activated")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="linear warm-up of each round's local steps")
+    clip_norm: PositiveFloat | None = Field(1.0, description="global norm of the local gradient")
+
+
+class EvaluateSettings(Settings):
+    """[evaluate]: every tier at its own K, on the same examples."""
+
+    every: Annotated[int, Field(ge=0)] = Field(0, description="evaluate after every N rounds; 0: only before and after")
+    max_examples: PositiveInt | None = Field(None, description="examples per task; all when left out")
+    batch_size: PositiveInt = Field(64, description="examples per forward pass")
+    decoding: Literal["greedy", "beam"] = Field(
+        "greedy", description="greedy stops at the first label; beam is the paper's"
+    )
+    num_beams: PositiveInt = Field(4, description="for beam")
+    max_new_tokens: PositiveInt = Field(32, description="longest answer")
+    likelihood: bool = Field(True, description="also rank the candidate answers by likelihood")
+
+
+class RunSettings(Settings):
+    """A whole run file."""
+
+    seed: int = Field(0, description="every random choice follows from it")
+    threads: PositiveInt | None = Field(
+        None, description="torch threads; results are bitwise equal only at equal threads"
+    )
+    model: ModelSettings = ModelSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    tiers: TierSettings = TierSettings()
+    clients: ClientSettings = ClientSettings()
+    data: DataSettings = DataSettings()
+    method: MethodSettings = MethodSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunSettings":
+        if self.clients.per_round and self.clients.per_round > self.clients.count:
+            raise ValueError(
+                f"clients.per_round is {self.clients.per_round} but there are only {self.clients.count} clients; "
+                "lower per_round or raise clients.count"
+            )
+        return self
+
+
+def load_run(path: str | Path, overrides: dict[str, Any] | None = None) -> RunSettings:
+    """Read and validate a run file.
+
+    Args:
+        path: a TOML file. Paths inside it are taken relative to its folder when they exist there.
+        overrides: dotted keys that replace the file's, such as {"train.rounds": 2}.
+
+    Raises:
+        ConfigError: with one sentence per fault: the setting, what came, what is expected.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no such run file: {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    table = with_overrides(table, overrides or {})
+    return parse_run(_resolve_paths(table, path.parent))
+
+
+def parse_run(table: dict[str, Any]) -> RunSettings:
+    """Validate a run given as a nested dict. Raises ConfigError as `load_run` does."""
+    try:
+        return RunSettings.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(fault, RunSettings) for fault in error.errors())) from None
+
+
+def with_overrides(table: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a nested dict with dotted keys set, such as {"train.rounds": 2}. Raises ConfigError if a section is none."""
+    table = copy.deepcopy(table)
+    for key, value in overrides.items():
+        *sections, last = key.split(".")
+        place = table
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"cannot set {key}: {section} is not a section of the run file")
+        place[last] = value
+    return table
+
+
+def parse_value(text: str) -> Any:
+    """A setting's value as written on a command line: TOML, and a bare word is a string.
+
+    >>> parse_value("3"), parse_value("[0.25, 1]"), parse_value("off")
+    (3, [0.25, 1], 'off')
+    """
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def to_json(settings: RunSettings) -> str:
+    """The resolved settings, stable text: equal settings give equal text."""
+    return json.dumps(settings.model_dump(mode="json"), indent=2, sort_keys=True)
+
+
+def _resolve_paths(table: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Let a run file name files beside itself, wherever the command is started."""
+    for section, key in (("data", "train"), ("data", "test"), ("model", "base")):
+        part = table.get(section)
+        if isinstance(part, dict) and isinstance(part.get(key), str) and (folder / part[key]).exists():
+            part[key] = str(folder / part[key])
+    return table
+
+
+def _explain(fault: Any, root: type[BaseModel]) -> str:
+    """One pydantic fault as a sentence that names the setting, what came and what is expected."""
+    where = ".".join(str(part) for part in fault["loc"]) or "run file"
+    if fault["type"] != "extra_forbidden":
+        came = "" if fault["type"] == "missing" or not fault["loc"] else f" (got {fault['input']!r})"
+        return f"{where}: {fault['msg'].removeprefix('Value error, ')}{came}"
+    known = list(_section(root, fault["loc"][:-1]).model_fields)
+    near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+    return f"unknown setting {where!r}; {hint}"
+
+
+def _section(model: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel]:
+    for name in path:
+        annotation = model.model_fields[name].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        model = annotation
+    return model

@@ -1,0 +1,220 @@
+"""Records of the formats people already have, read into Examples.
+
+    {"instruction", "input", "output", "answer"}   LLM-Adapters, Alpaca; the run's template goes around the instruction
+    {"prompt", "completion"}                       taken as they are: whoever wrote the prompt chose its wording
+    {"messages": [{"role", "content"}, ...]}       a chat in the tokenizer's own template; the last message is learnt
+
+A record may name its `task` and `answer`; its other plain values become fields that a partition can group by. Files are
+a JSON array or one JSON object per line, plain or gzipped.
+"""
+
+import gzip
+import importlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ubsmoe.config import ConfigError
+from ubsmoe.data.tasks import TASKS, Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+
+_KINDS = {"instruction": "output", "prompt": "completion"}
+_KNOWN = {"instruction", "input", "output", "prompt", "completion", "messages", "task", "answer"}
+_EXPECTED = "'instruction' and 'output', 'prompt' and 'completion', or 'messages'"
+_ANSWER_FORMAT = re.compile(r"Answer format: ([\w-]+(?:/[\w-]+)+)")
+
+# The three science sets share one answer format; without a task field or a file name they cannot be told apart.
+SCIENCE = "ARC-or-openbookqa"
+
+
+def read_file(path: Path, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
+    """Read one file of records.
+
+    A record without a task takes it from the file's name when that is one of the eight (ARC-Easy.json.gz), else from
+    its answer format, else the file's name is the task.
+
+    Args:
+        path: a JSON array or JSON lines, plain or gzipped.
+        tokenizer: only its chat template is used, and only for records with messages.
+
+    Raises:
+        ConfigError: naming the file and the line or record, the field at fault and what is expected.
+    """
+    return _examples(_rows(path), str(path), _stem(path.name), tokenizer)
+
+
+def read_folder(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
+    """Read every record file of a folder, in the order of their names. Raises ConfigError as `read_file` does."""
+    paths = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
+    if not paths:
+        raise ConfigError(f"{folder} holds no record files; expected names ending in {', '.join(SUFFIXES)}")
+    return [example for path in paths for example in read_file(path, tokenizer)]
+
+
+def read_hub(name: str, split: str, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
+    """Read a split of a Hugging Face data set whose rows have one of this module's formats.
+
+    Raises:
+        ConfigError: if the optional library is missing, the hub does not give the data set, or a row does not fit.
+    """
+    rows = load_hub(name, split)
+    where = f"hub data set {name} ({split})"
+    return _examples(((f"{where} record {n}", row) for n, row in enumerate(rows, 1)), where, _stem(name), tokenizer)
+
+
+def load_hub(name: str, split: str, config: str | None = None, revision: str | None = None) -> Iterable[dict[str, Any]]:
+    """The raw rows of a hub data set. Raises ConfigError if the library is missing or the hub does not give them."""
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise ConfigError(
+            f"reading {name} from the Hugging Face hub needs an optional library: pip install ubsmoe[datasets]"
+        ) from None
+    try:
+        rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, config, split=split, revision=revision)
+    # The library raises many unrelated types (network, missing name, missing split); all mean the same to the user.
+    except Exception as error:
+        raise ConfigError(f"cannot load {name} (split {split}) from the Hugging Face hub: {error}") from error
+    return rows
+
+
+def _examples(
+    rows: Iterable[tuple[str, Any]], source: str, stem: str, tokenizer: "PreTrainedTokenizerBase"
+) -> list[Example]:
+    examples = [_example(record, where, stem, tokenizer) for where, record in rows]
+    if not examples:
+        raise ConfigError(f"{source} holds no records; expected {_EXPECTED} in each")
+    return examples
+
+
+def _example(record: Any, where: str, stem: str, tokenizer: "PreTrainedTokenizerBase") -> Example:
+    """One record, whichever its format."""
+    if not isinstance(record, dict):
+        raise ConfigError(f"{where}: expected an object with {_EXPECTED}, got {type(record).__name__}")
+    if "messages" in record:
+        prompt, completion = _chat(record["messages"], where, tokenizer)
+    else:
+        prompt, completion = _pair(record, where)
+    candidates = _candidates(prompt)
+    task = str(record.get("task") or "") or _infer_task(stem, candidates)
+    answer = _answer(record, completion, candidates, where)
+    if not answer:
+        candidates = ()  # nothing says which one is right, so the completion is free text
+    fields = {key: str(value) for key, value in record.items() if key not in _KNOWN and _is_plain(value)}
+    templated = "messages" in record or "instruction" not in record
+    return Example(prompt, completion, task, answer, candidates, {**fields, "task": task}, templated)
+
+
+def _pair(record: dict[str, Any], where: str) -> tuple[str, str]:
+    """Prompt and completion of the two formats that spell them out."""
+    present = [asks for asks in _KINDS if asks in record] or [asks for asks in _KINDS if _KINDS[asks] in record]
+    if not present:
+        raise ConfigError(f"{where}: expected fields {_EXPECTED}; it has {', '.join(map(str, record)) or 'none'}")
+    asks = present[0]
+    prompt, completion = _text(record, asks, where), _text(record, _KINDS[asks], where)
+    # Empty in the commonsense data; in others it is the text that the instruction is about.
+    context = (record.get("input") or "") if asks == "instruction" else ""
+    return (f"{prompt}\n\n{context}" if context else prompt), completion
+
+
+def _text(record: dict[str, Any], key: str, where: str) -> str:
+    value = record.get(key)
+    if value is None:
+        raise ConfigError(f"{where}: missing field {key!r}; expected text")
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}: field {key!r} must be text, got {type(value).__name__}")
+    if not value:
+        raise ConfigError(f"{where}: field {key!r} is empty; expected text")
+    return value
+
+
+def _chat(messages: Any, where: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
+    """The chat up to its last message as the tokenizer's template words it, and that last message."""
+    turns = messages if isinstance(messages, list) and all(isinstance(turn, dict) for turn in messages) else []
+    if len(turns) < 2 or turns[-1].get("role") != "assistant":
+        raise ConfigError(
+            f"{where}: field 'messages' must be a list of {{role, content}} that ends with the assistant's answer"
+        )
+    for number, turn in enumerate(turns, 1):
+        _text(turn, "role", f"{where} message {number}")
+        _text(turn, "content", f"{where} message {number}")
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"{where}: the tokenizer of model.base has no chat template; use an instruct model or 'prompt'"
+        )
+    try:
+        prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+    # Templates are programs of the model's author and refuse, for example, a system message in words of their own.
+    except Exception as error:
+        raise ConfigError(f"{where}: the tokenizer's chat template refuses 'messages': {error}") from error
+    return str(prompt), str(turns[-1]["content"])
+
+
+def _candidates(prompt: str) -> tuple[str, ...]:
+    """The labels that "Answer format: a/b" offers."""
+    # The last one: those before belong to worked examples inside the prompt.
+    found = _ANSWER_FORMAT.findall(prompt)
+    return tuple(found[-1].split("/")) if found else ()
+
+
+def _answer(record: dict[str, Any], completion: str, candidates: tuple[str, ...], where: str) -> str:
+    """The record's label; without one, the candidate that its completion ends with."""
+    if record.get("answer") is None:
+        return next((label for label in candidates if completion.endswith(label)), "")
+    answer = str(record["answer"])
+    if candidates and answer not in candidates:
+        raise ConfigError(f"{where}: field 'answer' is {answer!r}, expected one of {', '.join(candidates)}")
+    return answer
+
+
+def _infer_task(stem: str, candidates: tuple[str, ...]) -> str:
+    if stem in TASKS:
+        return stem
+    if candidates and set(candidates) <= set(TASKS["ARC-Easy"].pattern.split("|")) and len(candidates) > 3:
+        return SCIENCE
+    return next((task.name for task in TASKS.values() if task.labels == candidates), stem)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool)
+
+
+def _stem(name: str) -> str:
+    """The name without folder or record suffix: a/ARC-Easy.json.gz gives ARC-Easy."""
+    return re.sub(r"\.jsonl?(\.gz)?$", "", name.rsplit("/", 1)[-1])
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each record with the words that say where it stands."""
+    text = _read_text(path)
+    if text.lstrip().startswith("["):
+        for number, record in enumerate(_parse(text, str(path)), 1):
+            yield f"{path} record {number}", record
+        return
+    # Not splitlines(): it also cuts at U+2028 and its like, which JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{path} line {number}", _parse(line, f"{path} line {number}")
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: not JSON ({error}); expected one JSON object per line, or a JSON array") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read as UTF-8 text{' in gzip' * (path.suffix == '.gz')}: {error}"
+        ) from None

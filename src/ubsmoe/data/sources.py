@@ -1,0 +1,96 @@
+"""Where a run's examples come from: the self-made world, a file, a folder or the Hugging Face hub."""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ubsmoe.config import ConfigError, DataSettings, WorldSettings
+from ubsmoe.data.records import SUFFIXES, read_file, read_folder, read_hub
+from ubsmoe.data.tasks import Example
+from ubsmoe.data.world import World
+from ubsmoe.seeds import seed_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Examples to train on, and examples to test on by task; no prompt held out for testing is trained on."""
+
+    train: list[Example]
+    test: dict[str, list[Example]]
+
+
+def load_examples(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Splits:
+    """The run's training and test examples.
+
+    Without `data.test`, the world asks its own test questions, and any other source holds out `data.test_fraction` of
+    its distinct prompts. A hub id gives its split "train" as `data.train` and its split "test" as `data.test`.
+
+    Args:
+        settings: the run's [data].
+        tokenizer: its chat template words records that hold messages.
+        seed: the run's seed; draws the world's questions and the held-out part.
+
+    Raises:
+        ConfigError: naming the setting or the record at fault.
+    """
+    world = _world(settings.world) if settings.train == "world" else None
+    if world:
+        train = world.examples("train", settings.world.train_examples, seed)
+    else:
+        train = _read(settings.train, "train", tokenizer)
+    if settings.test is not None:
+        test = _read(settings.test, "test", tokenizer)
+    elif world:
+        test = world.examples("test", settings.world.test_examples, seed)
+    else:
+        train, test = _hold_out(train, settings.test_fraction, seed)
+    return Splits(train, by_task(test))
+
+
+def by_task(examples: Sequence[Example]) -> dict[str, list[Example]]:
+    """Group examples by task, tasks in order of first appearance."""
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.task, []).append(example)
+    return groups
+
+
+def _world(settings: WorldSettings) -> World:
+    try:
+        return World(settings.seed, settings.entities)
+    except ValueError as error:
+        raise ConfigError(f"data.world.entities: {error}") from None
+
+
+def _read(place: str, use: str, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
+    """Read the file, folder or hub data set that data.train or data.test names."""
+    path = Path(place)
+    if path.is_dir():
+        return read_folder(path, tokenizer)
+    if path.exists():
+        return read_file(path, tokenizer)
+    # A misspelt file name must not turn into a question to the hub.
+    if not _HUB_ID.fullmatch(place) or place.endswith(SUFFIXES):
+        raise ConfigError(
+            f"data.{use}: {place!r} does not exist, and it does not look like a Hugging Face data set id (owner/name)"
+        )
+    return read_hub(place, use, tokenizer)
+
+
+def _hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Split off a seeded share of the distinct prompts: a question asked twice stays on one side."""
+    prompts = list(dict.fromkeys(example.prompt for example in examples))
+    if len(prompts) < 2:
+        raise ConfigError("data.train has a single distinct prompt, so none can be held out; set data.test")
+    count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
+    held_out = set(random.Random(seed_for(seed, "held-out")).sample(prompts, count))
+    train = [example for example in examples if example.prompt not in held_out]
+    return train, [example for example in examples if example.prompt in held_out]

@@ -1,0 +1,200 @@
+"""Loss, generation accuracy and likelihood accuracy of whatever budget and adapter are in place on the model.
+
+Generation accuracy is LLM-Adapters' protocol: decode, take the first label that matches the task's pattern, compare; an answer
+without a label counts as wrong and is also reported as unparsed. Likelihood accuracy ranks the candidate answers by their
+log-probability instead and cannot be unparsed. They are different metrics and are never mixed.
+"""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+
+from ubsmoe.config import DataSettings, EvaluateSettings
+from ubsmoe.data.tasks import TASKS, Example, extract_answer
+from ubsmoe.data.tokens import Tokens, collate_prompts, pad_id, tokenize
+from ubsmoe.model.surgery import SparseModel
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model does on one task.
+
+    `loss` is nats per token of the right answers. `accuracy` and `unparsed` come from generation, `likelihood` from ranking the
+    candidates (None for free text or when switched off). `chance` guesses among the candidates, `majority` always says
+    the test set's most frequent answer.
+    """
+
+    examples: int
+    loss: float
+    accuracy: float
+    unparsed: float
+    likelihood: float | None
+    chance: float | None
+    majority: float | None
+
+
+@dataclass(frozen=True)
+class Question:
+    """An example made ready: the tokens of its prompt and right answer, and those of every candidate (`gold` is the right one)."""
+
+    example: Example
+    tokens: Tokens
+    candidates: list[tuple[int, ...]]
+    gold: int
+
+
+def prepare(
+    examples: Mapping[str, Sequence[Example]], tokenizer: Any, data: DataSettings, settings: EvaluateSettings
+) -> dict[str, list[Question]]:
+    """Tokenise the test sets once: every tier and every round asks the same questions."""
+    return {
+        task: [_question(example, tokenizer, data, settings) for example in group[: settings.max_examples]]
+        for task, group in examples.items()
+    }
+
+
+@torch.no_grad()
+def evaluate(
+    model: SparseModel, tokenizer: Any, questions: Mapping[str, Sequence[Question]], settings: EvaluateSettings
+) -> dict[str, Score]:
+    """Score every task, and their unweighted mean under "macro".
+
+    Args:
+        model: with the budget and adapter to be judged already in place.
+        tokenizer: the base's.
+        questions: what `prepare` made.
+        settings: [evaluate].
+    """
+    scores = {task: _score_task(model, tokenizer, group, settings) for task, group in questions.items() if group}
+    scores["macro"] = _macro(list(scores.values()))
+    return scores
+
+
+def _question(example: Example, tokenizer: Any, data: DataSettings, settings: EvaluateSettings) -> Question:
+    # a candidate's completion is the right one with its label exchanged
+    head, label, tail = example.completion.rpartition(example.answer) if example.answer else ("", "", "")
+    ranked = settings.likelihood and len(example.candidates) > 1 and label
+    answers = example.candidates if ranked else (example.answer,)
+    variants = [replace(example, completion=head + answer + tail) for answer in answers] if ranked else [example]
+    tokens = tokenize(variants, tokenizer, data, "test")
+    gold = answers.index(example.answer)
+    return Question(example, tokens[gold], [one.input_ids[one.prompt_length :] for one in tokens], gold)
+
+
+def _score_task(model: SparseModel, tokenizer: Any, questions: Sequence[Question], settings: EvaluateSettings) -> Score:
+    loss, tokens, ranked, right, unparsed = 0.0, 0, 0, 0, 0
+    for batch in _by_length(questions, settings.batch_size):
+        inputs = collate_prompts([question.tokens for question in batch], pad_id(tokenizer))
+        inputs = {name: value.to(model.model.device) for name, value in inputs.items()}
+        for question, logs in zip(batch, _candidate_logs(model, inputs, batch), strict=True):
+            loss -= float(logs[question.gold])
+            tokens += len(question.candidates[question.gold])
+            ranked += int(logs.argmax()) == question.gold
+        for question, text in zip(batch, _generate(model, tokenizer, inputs, batch, settings), strict=True):
+            said = _answer(question.example, text)
+            unparsed += said is None
+            right += said == (question.example.answer or question.example.completion)
+    count = len(questions)
+    choices = [len(question.example.candidates) for question in questions]
+    closed = all(choices)
+    most_frequent = Counter(question.example.answer for question in questions).most_common(1)[0][1]
+    return Score(
+        examples=count,
+        loss=loss / max(tokens, 1),
+        accuracy=right / count,
+        unparsed=unparsed / count,
+        likelihood=ranked / count if closed and settings.likelihood else None,
+        chance=statistics.fmean(1 / n for n in choices) if closed else None,
+        majority=most_frequent / count if closed else None,
+    )
+
+
+def _by_length(questions: Sequence[Question], batch_size: int) -> Iterator[list[Question]]:
+    """Batches of like length, so that little padding is computed."""
+    ordered = sorted(questions, key=lambda question: question.tokens.prompt_length)
+    for start in range(0, len(ordered), batch_size):
+        yield ordered[start : start + batch_size]
+
+
+def _candidate_logs(model: SparseModel, inputs: dict[str, Tensor], batch: Sequence[Question]) -> list[Tensor]:
+    """Per question, the log-probability of each candidate. The prompt is read once, its cache shared by the candidates."""
+    cache = DynamicCache(config=model.model.config)
+    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    first = model.model(**inputs, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    width = max(len(question.candidates) for question in batch)
+    cache.batch_repeat_interleave(width)
+    rows = [tokens for question in batch for tokens in (question.candidates * width)[:width]]
+    length = max(map(len, rows))
+    ids = torch.tensor([[*tokens] + [0] * (length - len(tokens)) for tokens in rows], device=first.device)
+    real = torch.tensor([[1] * len(tokens) + [0] * (length - len(tokens)) for tokens in rows], device=first.device)
+    logits = first.repeat_interleave(width, 0).unsqueeze(1)
+    if length > 1:
+        start = positions[:, -1:].repeat_interleave(width, 0)
+        later = model.model(
+            input_ids=ids[:, :-1],
+            attention_mask=torch.cat([inputs["attention_mask"].repeat_interleave(width, 0), real[:, :-1]], dim=1),
+            position_ids=start + torch.arange(1, length, device=ids.device),
+            past_key_values=cache,
+        ).logits
+        logits = torch.cat([logits, later], dim=1)
+    logs = logits.float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    totals = (logs * real).sum(-1).view(len(batch), width).cpu()
+    return [total[: len(question.candidates)] for total, question in zip(totals, batch, strict=True)]
+
+
+class _StopAtLabel(StoppingCriteria):
+    """Ends a row as soon as its label is readable: later tokens cannot change the first match."""
+
+    def __init__(self, tokenizer: Any, tasks: list[str], prompt_length: int) -> None:
+        self.tokenizer, self.tasks, self.prompt_length = tokenizer, tasks, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
+        done = [
+            task in TASKS and extract_answer(task, text) is not None
+            for task, text in zip(self.tasks, texts, strict=True)
+        ]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def _generate(
+    model: SparseModel, tokenizer: Any, inputs: dict[str, Tensor], batch: Sequence[Question], settings: EvaluateSettings
+) -> list[str]:
+    """Decode an answer to each prompt: greedy with an early stop, or the paper's beam search, which cannot be cut short."""
+    length = inputs["input_ids"].shape[1]
+    how: dict[str, Any] = {"num_beams": settings.num_beams}
+    if settings.decoding == "greedy":
+        stop = _StopAtLabel(tokenizer, [question.example.task for question in batch], length)
+        how = {"stopping_criteria": StoppingCriteriaList([stop])}
+    out = model.model.generate(
+        **inputs,
+        **how,
+        do_sample=False,
+        max_new_tokens=settings.max_new_tokens,
+        pad_token_id=pad_id(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    texts: list[str] = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+    return texts
+
+
+def _answer(example: Example, text: str) -> str | None:
+    """What the generated text says; free text is compared as a whole."""
+    return extract_answer(example.task, text) if example.task in TASKS else text.strip()
+
+
+def _macro(scores: Sequence[Score]) -> Score:
+    """The unweighted mean over tasks; the number of examples is their sum."""
+    columns = {name: [asdict(score)[name] for score in scores] for name in asdict(scores[0])}
+    means = {
+        name: None if None in values else statistics.fmean(values)
+        for name, values in columns.items()
+        if name != "examples"
+    }
+    return Score(examples=sum(columns["examples"]), **means)  # type: ignore[arg-type]

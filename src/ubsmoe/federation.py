@@ -1,0 +1,112 @@
+"""Everything a run needs, built once from its settings: the base, the method, the clients with their data, the questions."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ubsmoe.client import Trainer
+from ubsmoe.config import ConfigError, RunSettings
+from ubsmoe.data.partition import PartitionReport, partition, partition_report
+from ubsmoe.data.sources import load_examples
+from ubsmoe.data.tokens import Tokens, pad_id, tokenize
+from ubsmoe.evaluate import Question, prepare
+from ubsmoe.messages import Profile
+from ubsmoe.methods import build
+from ubsmoe.methods.base import Base, Method
+from ubsmoe.model.load import load_base
+from ubsmoe.model.surgery import SparseModel
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A run, ready to start.
+
+    `clients` is one profile per client, `examples` its tokenised data; `tiers` is one profile per tier, which is what
+    evaluation dispatches to.
+    """
+
+    settings: RunSettings
+    model: SparseModel
+    tokenizer: Any
+    method: Method
+    base: Base
+    clients: list[Profile]
+    tiers: list[Profile]
+    examples: dict[str, list[Tokens]]
+    questions: dict[str, list[Question]]
+    partition: PartitionReport | None
+
+    @property
+    def trainer(self) -> Trainer:
+        """What the clients share."""
+        settings = self.settings
+        return Trainer(
+            self.model,
+            self.method,
+            settings.train,
+            settings.tiers,
+            settings.seed,
+            pad_id(self.tokenizer),
+            settings.data.loss_on_prompt,
+        )
+
+
+def build_federation(settings: RunSettings) -> Federation:
+    """Load, split and tokenise everything a run needs.
+
+    Raises:
+        ConfigError: for any setting that cannot be met; nothing has been written by then.
+    """
+    model, tokenizer = load_base(settings.model, settings.tiers.rescale, settings.tiers.k_max)
+    adapter = settings.adapter
+    base = Base(
+        num_layers=len(model.layers),
+        num_experts=model.num_experts,
+        k_max=model.k_max,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        seed=settings.seed,
+        shared_a=adapter.shared_a,
+    )
+    try:
+        method = build(settings.method.name, base, settings.method.settings)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    splits = load_examples(settings.data, tokenizer, settings.seed)
+    parts = partition(splits.train, settings.data.partition, settings.clients.count, settings.seed)
+    tokens = tokenize(splits.train, tokenizer, settings.data, "train")
+    names = [f"client-{i}" for i in range(settings.clients.count)]
+    sizes = [len(part) for part in parts]
+    return Federation(
+        settings=settings,
+        model=model,
+        tokenizer=tokenizer,
+        method=method,
+        base=base,
+        clients=[
+            _profile(settings, method, base, name, i % len(settings.tiers.budgets), size)
+            for i, (name, size) in enumerate(zip(names, sizes, strict=True))
+        ],
+        tiers=[_profile(settings, method, base, f"tier-{tier}", tier) for tier in range(len(settings.tiers.budgets))],
+        examples={name: [tokens[i] for i in part] for name, part in zip(names, parts, strict=True)},
+        questions=prepare(splits.test, tokenizer, settings.data, settings.evaluate),
+        partition=_report(splits.train, parts, settings.data.partition.field),
+    )
+
+
+def _profile(settings: RunSettings, method: Method, base: Base, name: str, tier: int, num_examples: int = 0) -> Profile:
+    tiers = settings.tiers
+    if method.varies == "rank" and len(tiers.ranks) != len(tiers.budgets):
+        raise ConfigError(
+            f"tiers.ranks has {len(tiers.ranks)} entries and tiers.budgets {len(tiers.budgets)}; "
+            f"method {method.name} needs one rank per tier"
+        )
+    rank = tiers.ranks[tier] if method.varies == "rank" else base.rank
+    return method.profile(base, name, tier, tiers.budgets[tier], rank, num_examples)
+
+
+def _report(examples: list[Any], parts: list[list[int]], field: str) -> PartitionReport | None:
+    """How unlike the clients are; None where the examples have no such field and the split did not need one."""
+    try:
+        return partition_report(examples, parts, field)
+    except ConfigError:
+        return None

@@ -1,0 +1,57 @@
+"""The nouns that cross the wire: a Profile says what a client can do, a Task goes down, an Update comes up.
+
+All tensors are fused over experts: `layers.{l}.{projection}.A` is [M, r, in] and `.B` is [M, out, r], M experts, rank r.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one client can afford: `top_k` experts per token and LoRA rank `rank`.
+
+    `budget` is the fraction of K_max it declared, `tier` the index of that budget, `num_examples` the size of its data.
+    """
+
+    client: str
+    tier: int
+    budget: float
+    top_k: int
+    rank: int
+    num_examples: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One client's work in one round: what the method sends it."""
+
+    round: int
+    profile: Profile
+    payload: Tensors
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client returns.
+
+    `adapters` are its trained tensors (values, not differences). `expert_tokens` [L, M] counts, per SMoE layer, the tokens
+    routed to each expert while training, padding left out; `tokens` is how many tokens it trained on and `slots` how many
+    (token, expert) choices that makes, so that each row of `expert_tokens` sums to `slots`. `extras` holds what one method
+    alone needs.
+    """
+
+    client: str
+    round: int
+    num_examples: int
+    adapters: Tensors
+    expert_tokens: Tensor
+    tokens: int
+    slots: int
+    loss: float
+    seconds: float
+    extras: Tensors = field(default_factory=dict)

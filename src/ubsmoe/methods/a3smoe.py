@@ -1,0 +1,34 @@
+"""A3SMoE-style, reconstructed: budgeted sparse mixture of experts, each expert averaged by who used it.
+
+    theta_i <- sum_c g_{c,i} theta_{c,i} / sum_c g_{c,i},   g_{c,i} = (a_{c,i} / tokens_c) n_c
+
+a_{c,i} counts the tokens that client c routed to expert i. Clients activate K_c = max(1, floor(K_max beta_c)) experts
+at one LoRA rank. Neither the imbalance of the experts nor the missing gradients are treated. An expert nobody used
+stays bit for bit; a client that never used an expert has no say in it.
+
+The text of A3SMoE was not available to us. Known: budget-dependent numbers of active experts and activation-aware
+averaging; its authors overlap with FLAME's, so the weights are FLAME's with exponent 1 and without the output scale.
+Numbers from this file are those of an A3SMoE-style method.
+
+Source: A3SMoE (Tran, Le, Pham; MCDC workshop at ICLR 2025); the weights: FLAME (arXiv 2506.16600).
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ubsmoe.maths.means import WeightedMean
+from ubsmoe.messages import Update
+from ubsmoe.methods.base import Base, Method, State, activation_weights
+from ubsmoe.methods.fedavg import fedavg
+
+
+def a3smoe(base: Base) -> Method:
+    """Build the method; it has no settings."""
+
+    def aggregate(state: State, updates: Iterable[Update]) -> State:
+        mean = WeightedMean()
+        for update in updates:
+            mean.add(update.adapters, activation_weights(update, 1.0, update.tokens))
+        return State(mean.result(state.adapters))
+
+    return replace(fedavg(base), name="a3smoe", aggregate=aggregate)

@@ -1,0 +1,91 @@
+"""An adapter as pairs of factors, one per expert matrix, and how it changes hands between clients of different rank.
+
+With a fixed alpha the factor alpha / rank depends on the holder. Here a pair carries its own scale, products carry it
+inside, and whoever hands factors over changes the numbers, so that each rank-one term stays the same update.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ubsmoe.maths.lora import LoraPair, pad_rank, truncate_rank, with_scale
+from ubsmoe.maths.means import WeightedMean
+from ubsmoe.maths.spectra import Split
+from ubsmoe.messages import Tensors, Update
+
+
+def pairs(tensors: Tensors, alpha: float) -> dict[str, LoraPair]:
+    """`layers.0.up.A` and `.B` as one pair named `layers.0.up`, at the scale of a client that holds them."""
+    found = {name[:-2]: (value, tensors[f"{name[:-2]}.B"]) for name, value in tensors.items() if name.endswith(".A")}
+    return {name: LoraPair(a, b, alpha / a.shape[1]) for name, (a, b) in found.items()}
+
+
+def tensors(pairs: Mapping[str, LoraPair]) -> dict[str, Tensor]:
+    """The reverse of `pairs`: the factors by their names on the wire."""
+    return {f"{name}.{key}": value for name, pair in pairs.items() for key, value in (("A", pair.a), ("B", pair.b))}
+
+
+def routers(adapters: Tensors) -> dict[str, Tensor]:
+    """The routers' differences, if they are trained; they have no rank and every method averages them."""
+    return {name: value for name, value in adapters.items() if name.endswith(".router")}
+
+
+def rank_of(adapters: Tensors) -> int:
+    """The rank of an adapter."""
+    return next(value.shape[1] for name, value in adapters.items() if name.endswith(".A"))
+
+
+def at_rank(adapters: Tensors, alpha: float, rank: int, split: Split = "balanced") -> dict[str, Tensor]:
+    """An adapter cut or zero-padded to a rank, each kept term s_i b_i a_i the same update as before.
+
+    Args:
+        adapters: factors and maybe routers, which stay.
+        alpha: LoRA's numerator, the same everywhere.
+        rank: of the receiver.
+        split: who takes the change of scale: "balanced" both factors, by its root; "b" B alone.
+    """
+    if rank == rank_of(adapters):
+        return dict(adapters)
+    return {
+        **routers(adapters),
+        **tensors({n: _resized(p, alpha, rank, split) for n, p in pairs(adapters, alpha).items()}),
+    }
+
+
+def _resized(pair: LoraPair, alpha: float, rank: int, split: Split) -> LoraPair:
+    pair = truncate_rank(pair, rank) if rank < pair.rank else pad_rank(pair, rank)
+    if split == "balanced":
+        return with_scale(pair, alpha / rank)
+    return LoraPair(pair.a, pair.b * (pair.scale * rank / alpha), alpha / rank)
+
+
+def shares(updates: Sequence[Update]) -> list[float]:
+    """p_c = n_c / sum n."""
+    total = sum(update.num_examples for update in updates)
+    return [update.num_examples / total for update in updates]
+
+
+def mean_routers(before: Tensors, updates: Sequence[Update]) -> dict[str, Tensor]:
+    """sum_c p_c router_c, for methods that treat the factors in another way."""
+    mean = WeightedMean()
+    for update in updates:
+        mean.add(routers(update.adapters), update.num_examples)
+    return mean.result(routers(before))
+
+
+def keep_untouched(before: Tensors, after: Tensors, expert_tokens: Int[Tensor, "L M"]) -> dict[str, Tensor]:
+    """`after`, but bit for bit `before` for each expert that none of these tokens went to.
+
+    Cutting, padding and refactoring change the tensors of an expert that nobody trained. Counts decide who did, not a
+    comparison of tensors: weight decay moves those of every expert.
+    """
+
+    def kept(name: str, value: Tensor) -> Tensor:
+        if name.endswith(".router"):
+            return value
+        touched = expert_tokens[int(name.split(".")[1])] > 0
+        return torch.where(touched[:, None, None], value, before[name])
+
+    return {name: kept(name, value) for name, value in after.items()}

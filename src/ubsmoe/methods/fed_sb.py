@@ -1,0 +1,90 @@
+"""Fed-SB: only a small square core between two fixed factors is trained and sent.
+
+    Delta W = s B R A,    B [out, r] and A [r, in] fixed, R [r, r] trained,    R <- sum_c p_c R_c,    p_c = n_c / sum n
+
+The mean of cores is the mean of updates, exactly, since B and A are shared; r^2 numbers travel per matrix, however
+large it is.
+
+Reconstructed: the paper takes B, A and the first R from the SVD of a first gradient on pooled training data, which a
+federation does not have. Here B has orthonormal columns and A orthonormal rows in random directions, one draw per
+layer and matrix from the run's seed, so that neither ever travels, and R starts at zero, so that the base starts as
+it is. The paper's basis knows the data; this one needs a larger rank for the same reach. s = alpha / r as for every
+adapter here; the paper has s = 1.
+
+Ranks are uniform, so a tier's budget sets its experts per token; with all budgets at 1 this is the published
+aggregation. An expert that a client did not activate comes back as it was sent and counts with full weight; one that
+nobody activated stays.
+
+Source: Fed-SB (Singhal et al. 2025, arXiv 2502.15436).
+"""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ubsmoe.errors import UserError
+from ubsmoe.maths.means import WeightedMean
+from ubsmoe.maths.shape import ModelShape
+from ubsmoe.messages import Profile, Tensors, Update
+from ubsmoe.methods.base import Base, Hooks, Method, State
+from ubsmoe.methods.factors import routers
+from ubsmoe.model.surgery import SparseModel
+from ubsmoe.seeds import generator_for
+
+
+def fed_sb(base: Base) -> Method:
+    """Build the method; it has no settings."""
+
+    def start(adapter: dict[str, Tensor]) -> State:
+        for name, value in adapter.items():
+            if name.endswith(".A") and base.rank > min(value.shape[2], adapter[f"{name[:-2]}.B"].shape[1]):
+                raise UserError(
+                    f"adapter.rank is {base.rank}, more than {name[:-2]} has; fed_sb needs independent directions"
+                )
+        core = torch.zeros(base.num_experts, base.rank, base.rank)
+        cores = {f"{name[:-2]}.R": core.clone() for name in adapter if name.endswith(".A")}
+        return State(cores | routers(adapter))
+
+    def dispatch(state: State, profile: Profile) -> dict[str, Tensor]:
+        return dict(state.adapters)
+
+    def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
+        fixed = basis(model, base)
+        model.load_adapter({**fixed, **payload}, base.alpha, frozen=fixed)
+        model.set_top_k(profile.top_k)
+        return Hooks()
+
+    def aggregate(state: State, updates: Iterable[Update]) -> State:
+        mean = WeightedMean()
+        for update in updates:
+            mean.add(update.adapters, update.num_examples)
+        return State(mean.result(state.adapters))
+
+    return Method("fed_sb", start, dispatch, install, aggregate, extra_down=_core_instead, extra_up=_core_instead)
+
+
+def basis(model: SparseModel, base: Base) -> dict[str, Tensor]:
+    """The fixed factors of every matrix, the same for all experts of a layer."""
+    tensors = {}
+    for layer in model.layers:
+        for name, (out_features, in_features) in layer.shapes().items():
+            key = f"layers.{layer.index}.{name}"
+            generator = generator_for(base.seed, "basis", key)
+            b, a = (orthonormal(size, base.rank, generator) for size in (out_features, in_features))
+            tensors[f"{key}.A"] = a.T.expand(base.num_experts, -1, -1)
+            tensors[f"{key}.B"] = b.expand(base.num_experts, -1, -1)
+    return tensors
+
+
+def orthonormal(size: int, rank: int, generator: torch.Generator) -> Float[Tensor, "size rank"]:
+    """Random orthonormal columns. QR leaves their signs to the library; here the diagonal of its R is positive."""
+    q, r = torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64))
+    columns: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    return columns.float()
+
+
+def _core_instead(shape: ModelShape, rank: int) -> int:
+    """A core for each of an expert's two matrices, minus its adapter."""
+    return shape.num_moe_layers * shape.num_experts * 2 * rank * rank - shape.trained_elements(rank)

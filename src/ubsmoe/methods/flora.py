@@ -1,0 +1,69 @@
+"""FLoRA: stack the clients' factors, fold the stack into the base, start the next round from a fresh adapter.
+
+    B = [B_1 ... B_K],  A = [p_1 s_1 A_1; ...; p_K s_K A_K],    B A = sum_c p_c s_c B_c A_c,    W <- W + B A
+
+Exact for any mixture of ranks: nothing is averaged but the update itself. Weight and scale go on A alone; on both
+factors they would count twice. Every round each client draws its own A (uniform, as at the start of any LoRA) and B =
+0.
+
+Ours: W stays frozen and the sum of all stacks is a side factor beside it (side.py), recompressed without loss when
+its rank would exceed the matrix's; a payload is the whole side factor and no adapter, while the paper sends one
+round's stack. An expert that a client did not activate has B = 0 and adds nothing, so its step shrinks by that
+client's share: p is not renormalised. The server needs each client's own factors, so this method cannot run under
+secure aggregation, and it holds all of a round's at once.
+
+Source: FLoRA (Wang et al. 2024, arXiv 2409.05976).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ubsmoe.maths.lora import LoraPair, stack
+from ubsmoe.messages import Profile, Tensors, Update
+from ubsmoe.methods.base import Base, Hooks, Method, State
+from ubsmoe.methods.factors import mean_routers, pairs, routers, shares
+from ubsmoe.methods.side import empty_side, fold, install_fresh, side_for_adapter
+from ubsmoe.model.surgery import SparseModel
+
+Summed = Callable[[Sequence[LoraPair], Sequence[float]], LoraPair]
+"""From the clients' pairs for one matrix, and their weights, to what is folded in."""
+
+
+def flora(base: Base) -> Method:
+    """Build the method; it has no settings."""
+    return folding("flora", base, stack)
+
+
+def folding(name: str, base: Base, summed: Summed) -> Method:
+    """A method of FLoRA's life cycle: train a fresh adapter, sum the clients', fold the sum into the base."""
+
+    def start(adapter: dict[str, Tensor]) -> State:
+        return State(empty_side(adapter) | routers(adapter))
+
+    def dispatch(state: State, profile: Profile) -> dict[str, Tensor]:
+        return dict(state.adapters)
+
+    def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
+        install_fresh(model, payload, profile, base, generator)
+        return Hooks()
+
+    def aggregate(state: State, updates: Iterable[Update]) -> State:
+        updates = list(updates)
+        if not any(update.num_examples for update in updates):
+            return state
+        weights, clients = shares(updates), [pairs(update.adapters, base.alpha) for update in updates]
+        sums = {matrix: summed([client[matrix] for client in clients], weights) for matrix in clients[0]}
+        return State(fold(state.adapters, sums) | mean_routers(state.adapters, updates))
+
+    return Method(
+        name,
+        start,
+        dispatch,
+        install,
+        aggregate,
+        varies="rank",
+        extra_down=side_for_adapter,
+        unpromised={"predicted_bytes": "the side factor grows from rank 0; what is predicted is its largest size"},
+    )

@@ -1,0 +1,66 @@
+"""The side factor: what rounds have merged into the frozen base, kept as factors beside it.
+
+Merging W <- W + S would need a private copy of every expert per run, loses small updates in 16 bits and cannot be
+done on a quantised base. So S stays B A with scale 1, `side.layers.{l}.{up|down}.A` [M, R, in] and `.B` [M, out, R].
+Its rank R grows by what is added and ends at min(out, in) of the matrix, from where on the sum is recompressed, which
+cuts nothing.
+
+Clients keep nothing between rounds: every payload carries the whole side factor, so a client that missed rounds is up
+to date. The papers send what one round added and count on nobody missing a round. Costs count R at its largest.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ubsmoe.maths.lora import LoraPair, pad_rank, stack
+from ubsmoe.maths.shape import ModelShape
+from ubsmoe.maths.spectra import truncated_svd
+from ubsmoe.messages import Profile, Tensors
+from ubsmoe.methods import factors
+from ubsmoe.methods.base import Base, adapter_part, side_part
+from ubsmoe.model.surgery import SparseModel
+
+
+def empty_side(adapter: Tensors) -> dict[str, Tensor]:
+    """A side factor of rank 0 for the matrices that this adapter sits on."""
+    matrices = factors.tensors(factors.pairs(adapter, alpha=1.0))
+    return {f"side.{n}": value[:, :0] if n.endswith(".A") else value[:, :, :0] for n, value in matrices.items()}
+
+
+def fold(state: Tensors, new: Mapping[str, LoraPair]) -> dict[str, Tensor]:
+    """The side factor of a state's tensors with one more update per matrix, named as in `factors.pairs`."""
+    side = {name: LoraPair(state[f"side.{name}.A"], state[f"side.{name}.B"]) for name in new}
+    return factors.tensors({f"side.{name}": grown(side[name], pair) for name, pair in new.items()})
+
+
+def grown(side: LoraPair, new: LoraPair) -> LoraPair:
+    """Their sum at a rank of at most min(out, in). The factors of an expert that `new` is zero for stay bit for bit."""
+    limit = min(side.b.shape[-2], side.a.shape[-1])
+    if side.rank + new.rank <= limit:
+        return stack([side, new], [1.0, 1.0])
+    whole, kept = truncated_svd([side, new], [1.0, 1.0], rank=limit).pair, pad_rank(side, limit)
+    changed = ((new.b != 0).any(dim=-2) & (new.a != 0).any(dim=-1)).any(dim=-1)[:, None, None]
+    return LoraPair(torch.where(changed, whole.a, kept.a), torch.where(changed, whole.b, kept.b))
+
+
+def install_fresh(
+    model: SparseModel, payload: Tensors, profile: Profile, base: Base, generator: torch.Generator
+) -> None:
+    """The side factor in place, and beside it a new adapter of the client's own rank and draw, with B zero."""
+    fresh = model.fresh_adapter(profile.rank, generator, shared_a=base.shared_a)
+    model.load_adapter(fresh | adapter_part(payload), base.alpha, side_part(payload))
+    model.set_top_k(profile.top_k)
+
+
+def full_side(shape: ModelShape) -> int:
+    """Elements of the side factor once its rank has reached min(out, in) of every matrix."""
+    wide, width, hidden = shape.up_matrices * shape.expert_width, shape.expert_width, shape.hidden
+    per_expert = sum(min(out, into) * (out + into) for out, into in ((wide, hidden), (hidden, width)))
+    return shape.num_moe_layers * shape.num_experts * per_expert
+
+
+def side_for_adapter(shape: ModelShape, rank: int) -> int:
+    """Elements more than an adapter that a client gets which is sent a side factor instead."""
+    return full_side(shape) - shape.trained_elements(rank)

@@ -1,0 +1,67 @@
+"""SMoE-LLB: naive sparse mixture of experts plus a load-balancing loss that each client computes from its own batches.
+
+    loss + lambda sum_l M sum_i f_{l,i} P_{l,i}
+
+    f_{l,i}  share of the batch's routed slots that went to expert i in layer l
+    P_{l,i}  mean score of expert i over the batch's tokens; it alone has a gradient
+
+A client can only even out what it sees: with unlike data, every expert is asked to serve every client. Aggregation is
+FedAvg. With frozen routers (adapter.router = "frozen") the loss acts through the hidden states that the adapters of
+lower layers write, so the first layer cannot be balanced; with trained ones it acts on the routers directly.
+
+The paper names SMoE-LLB as a baseline and does not spell it out: the loss is Switch's, layer by layer, with Switch's
+and OLMoE's coefficient; f is over all K_c slots, so that perfect balance costs lambda L at any budget.
+
+Source: the baseline SMoE-LLB of UB-SMoE (arXiv 2605.16690), reconstructed; the loss: Switch Transformer (arXiv
+2101.03961), eq. 4.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ubsmoe.maths.balance import load_balancing_loss
+from ubsmoe.messages import Profile, Tensors
+from ubsmoe.methods.base import Base, Hooks, Method, install_adapter
+from ubsmoe.methods.fedavg import fedavg
+from ubsmoe.model.surgery import SparseModel
+
+
+def smoe_llb(base: Base, *, coefficient: float = 0.01) -> Method:
+    """Build the method.
+
+    Args:
+        base: sizes of the run.
+        coefficient: lambda.
+
+    Raises:
+        ValueError: for a negative coefficient.
+    """
+    check_coefficient(coefficient)
+
+    def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
+        install_adapter(model, payload, profile, base.alpha)
+        model.record()
+        return Hooks(penalty=lambda: coefficient * balance_penalty(model))
+
+    return replace(fedavg(base), name="smoe_llb", install=install)
+
+
+def check_coefficient(coefficient: float) -> None:
+    """Raise ValueError for a coefficient that would reward imbalance."""
+    if coefficient < 0:
+        raise ValueError(f"coefficient must be at least 0, got {coefficient}")
+
+
+def balance_penalty(model: SparseModel, shares: Tensor | None = None) -> Tensor:
+    """sum_l M sum_i f_{l,i} P_{l,i} of the last forward pass; f from that pass too unless `shares` [L, M] is given."""
+    losses = []
+    for layer in model.layers:
+        scores = layer.scores()
+        assert layer.chosen is not None
+        share = None if shares is None else shares[layer.index].to(scores)
+        # sigmoid scores become probabilities too, as in DeepSeek-V3's own balancing loss
+        probabilities = scores / scores.sum(-1, keepdim=True)
+        losses.append(load_balancing_loss(probabilities, layer.chosen, layer.real_tokens(), share))
+    return torch.stack(losses).sum()

@@ -1,0 +1,34 @@
+"""What a method may put on one expert matrix, and how it becomes the one pair of factors that the kernel knows.
+
+Delta W = s B A              a trained pair; or B trained alone
+          s B C A            a core C trained between two frozen factors
+        + B_side A_side      a frozen side factor of any rank beside either
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MatrixAdapter:
+    """The adapter of one matrix of all experts; what is trained among these is an nn.Parameter, the rest is frozen.
+
+    `a` [M, r, in], `b` [M, out, r], `core` [M, r, r]. `side` is (A_side, B_side / s), since the kernel multiplies by s.
+    """
+
+    a: Tensor
+    b: Tensor
+    core: Tensor | None = None
+    side: tuple[Tensor, Tensor] | None = None
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """A and B of the whole: the core multiplied into B, the side factor put beside both, along the rank.
+
+        To be called in every forward pass, for autograd takes the gradients apart again.
+        """
+        b = self.b if self.core is None else self.b @ self.core
+        if self.side is None:
+            return self.a, b
+        return torch.cat([self.a, self.side[0]], dim=1), torch.cat([b, self.side[1]], dim=2)

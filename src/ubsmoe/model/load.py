@@ -1,0 +1,70 @@
+"""Bring in a base: the one that ships, a folder, or a Hugging Face model id."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ubsmoe.config import ConfigError, ModelSettings
+from ubsmoe.data.tokens import check_tokenizer
+from ubsmoe.model.layer import Rescale
+from ubsmoe.model.surgery import SparseModel
+
+
+def load_base(settings: ModelSettings, rescale: Rescale = "none", k_max: int | None = None) -> tuple[SparseModel, Any]:
+    """Load the frozen base and its tokenizer.
+
+    Args:
+        settings: [model].
+        rescale: scale of a layer's output when K < K_max.
+        k_max: [tiers] k_max: fewer experts at budget 1 than the base's own.
+
+    Raises:
+        ConfigError: if the base cannot be found, its tokenizer does not fit it, or k_max exceeds the base's own.
+        UnsupportedModel: if it is dense or its routers ignore K.
+    """
+    place = shipped_path(settings.base) or settings.base
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        # trust_remote_code stays off: a base is data, never code
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, settings.dtype))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.base: cannot load {settings.base!r} ({reason}); expected ubsmoe-tiny, a folder with a transformers "
+            "model, or a model id that the Hugging Face hub can be asked for"
+        ) from None
+    try:
+        model = model.to(settings.device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"model.device: {settings.device!r} cannot be used here ({error})") from None
+    check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
+    sparse = SparseModel(model, rescale)
+    if k_max is not None:
+        if k_max > sparse.k_max:
+            raise ConfigError(
+                f"tiers.k_max is {k_max}, but {settings.base} was trained with {sparse.k_max} experts per token; "
+                f"expected 1..{sparse.k_max}"
+            )
+        sparse.limit_k_max(k_max)
+    return sparse, tokenizer
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """One hash over all weights, by name: says which base an adapter belongs to, and that a run left it untouched."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def shipped_path(name: str) -> Path | None:
+    """Where a base of that name lies inside the package, if it ships."""
+    place = Path(__file__).parent.parent / "assets" / name
+    return place if (place / "config.json").is_file() else None

@@ -1,0 +1,139 @@
+"""From a name or a transformers config to the sizes that costs are counted from. No weights are loaded."""
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ubsmoe.errors import UserError
+from ubsmoe.maths.shape import LatentAttention, ModelShape
+
+PRESETS = {"olmoe-1b-7b": "configs/olmoe-1b-7b.json", "ubsmoe-tiny": "ubsmoe-tiny/config.json"}
+
+# Families whose sizes the tests compare with a real model, parameter for parameter and FLOP for FLOP. Others may look
+# alike and hide a convolution or a state space, so they are refused, not guessed.
+FAMILIES = (
+    "deepseek_v2",
+    "deepseek_v3",
+    "dots1",
+    "flex_olmo",
+    "glm4_moe",
+    "gpt_oss",
+    "granitemoe",
+    "minimax_m2",
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+)
+QK_NORM = {"dots1", "flex_olmo", "minimax_m2", "olmoe", "qwen3_moe"}
+
+
+def load_config(name_or_path: str | Path) -> PreTrainedConfig:
+    """The configuration of a sparse-MoE model: a preset's, offline; a folder's; or that of a Hugging Face model id.
+
+    Code that ships with a model is never run.
+
+    Raises:
+        UserError: if there is no such model, or it is dense.
+
+    >>> load_config("olmoe-1b-7b").num_experts
+    64
+    """
+    name = str(name_or_path)
+    if name in PRESETS:
+        asset = resources.files("ubsmoe") / "assets" / PRESETS[name]
+        config = AutoConfig.for_model(**json.loads(asset.read_text(encoding="utf-8")))
+    else:
+        config = _from_folder_or_hub(name)
+    if not _num_experts(config):
+        raise UserError(
+            f"{name} is a dense model ({config.model_type}): it has no experts to choose from. "
+            f"Set model.base to a sparse mixture of experts, such as {', '.join(PRESETS)}"
+        )
+    return config
+
+
+def shape_from_config(config: PreTrainedConfig) -> ModelShape:
+    """The sizes of the model that transformers would build from this configuration.
+
+    Raises:
+        UserError: if it has no experts, or is of a family whose sizes have not been verified.
+
+    >>> shape_from_config(load_config("olmoe-1b-7b")).parameters
+    6919028736
+    """
+    experts = _num_experts(config)
+    if not experts or config.model_type not in FAMILIES:
+        fault = "has not been verified" if experts else "has no experts"
+        raise UserError(f"cannot count the costs of {config.model_type}: it {fault}; known: {', '.join(FAMILIES)}")
+    moe_layers = _moe_layers(config)
+    if not moe_layers:
+        raise UserError(f"this {config.model_type} configuration makes every layer dense; see first_k_dense_replace")
+    heads = config.num_attention_heads
+    latent = _latent_attention(config)
+    width = _first(config, "moe_intermediate_size", "intermediate_size")
+    return ModelShape(
+        num_layers=config.num_hidden_layers,
+        num_moe_layers=len(moe_layers),
+        first_moe_layer=moe_layers[0],
+        hidden=config.hidden_size,
+        expert_width=width,
+        num_experts=experts,
+        k_max=config.num_experts_per_tok,
+        heads=heads,
+        kv_heads=_first(config, "num_key_value_heads") or heads,
+        head_dim=_head_dim(config, latent),
+        vocab=config.vocab_size,
+        shared_width=_first(config, "shared_expert_intermediate_size")
+        or width * (_first(config, "n_shared_experts") or 0),
+        shared_gate=hasattr(config, "shared_expert_intermediate_size"),
+        dense_width=config.intermediate_size if len(moe_layers) < config.num_hidden_layers else 0,
+        qk_norm=config.model_type in QK_NORM or bool(_first(config, "use_qk_norm")),
+        tied_embeddings=bool(config.tie_word_embeddings),
+        latent=latent,
+    )
+
+
+def _from_folder_or_hub(name: str) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return config
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"no usable model configuration at {name!r} ({reason}); model.base must be one of {', '.join(PRESETS)}, "
+            "a folder with a config.json, or a Hugging Face model id whose code is part of transformers"
+        ) from None
+
+
+def _first(config: PreTrainedConfig, *names: str) -> Any:
+    """The first of these attributes that is there and set: families name the same size differently."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+def _num_experts(config: PreTrainedConfig) -> int:
+    return int(_first(config, "num_experts", "num_local_experts", "n_routed_experts") or 0)
+
+
+def _moe_layers(config: PreTrainedConfig) -> list[int]:
+    """Indices of the layers with experts, by the three keys that families use to keep some layers dense."""
+    dense = set(_first(config, "mlp_only_layers") or ())
+    step = _first(config, "decoder_sparse_step") or 1
+    layers = range(_first(config, "first_k_dense_replace") or 0, config.num_hidden_layers)
+    return [layer for layer in layers if layer not in dense and (layer + 1) % step == 0]
+
+
+def _latent_attention(config: PreTrainedConfig) -> LatentAttention | None:
+    if not _first(config, "kv_lora_rank"):
+        return None
+    return LatentAttention(config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim, config.v_head_dim)
+
+
+def _head_dim(config: PreTrainedConfig, latent: LatentAttention | None) -> int:
+    """Width of one query: DeepSeek's `head_dim` names its rotary part only."""
+    if latent:
+        return int(config.qk_nope_head_dim) + latent.rope_dim
+    return int(_first(config, "head_dim") or config.hidden_size // config.num_attention_heads)

@@ -1,0 +1,263 @@
+"""Surgery on a transformers sparse-MoE model: budgets, modulation, adapters and counters, without touching its code.
+
+Two seams carry everything: the routers (layer.py), and an experts function registered with transformers (experts.py).
+"""
+
+import math
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ubsmoe.maths.pseudo_gradient import PseudoGradient
+from ubsmoe.model.adapter import MatrixAdapter
+from ubsmoe.model.conventions import UnsupportedModel, find_blocks
+from ubsmoe.model.experts import IMPLEMENTATION
+from ubsmoe.model.layer import Learners, Rescale, SparseLayer, attach, is_attached
+
+
+class SparseModel:
+    """A frozen base with budgets, modulation and adapters that can be set for one client and taken off again.
+
+    Attributes:
+        model: the transformers model; its parameters are frozen and never written.
+        layers: the SMoE layers in order.
+        adapter: the trainable tensors now in place, by their name on the wire.
+
+    Raises:
+        UnsupportedModel: if the model has no experts, or its routers ignore `top_k`.
+    """
+
+    def __init__(self, model: Any, rescale: Rescale = "none") -> None:
+        blocks = list(find_blocks(model))
+        if any(is_attached(router) for router, _ in blocks):
+            raise ValueError("this model already belongs to a SparseModel: use that one, or load the base again")
+        self.model = model.requires_grad_(False)
+        self.layers = [SparseLayer(i, *pair) for i, pair in enumerate(blocks)]
+        if not self.layers:
+            raise UnsupportedModel(
+                f"{type(model).__name__} has no mixture-of-experts layers: this project varies the number of experts, "
+                "so model.base must be a sparse mixture of experts (OLMoE, Mixtral, Qwen-MoE, DeepSeek, gpt-oss, ...)"
+            )
+        self.adapter: dict[str, nn.Parameter] = {}
+        self._stock = model.config._experts_implementation
+        for layer in self.layers:
+            layer.rescale = rescale
+            attach(layer)
+        model.register_forward_pre_hook(self._remember_mask, with_kwargs=True)
+
+    @property
+    def num_experts(self) -> int:
+        """M."""
+        return self.layers[0].num_experts
+
+    @property
+    def k_max(self) -> int:
+        """The base's own number of experts per token."""
+        return self.layers[0].k_max
+
+    def limit_k_max(self, k_max: int) -> None:
+        """Let budget 1 mean fewer experts per token than the base was trained with."""
+        for layer in self.layers:
+            layer.k_max = layer.top_k = k_max
+
+    def set_top_k(self, top_k: int) -> None:
+        """Experts per token in every layer. Raises ValueError outside 1..K_max."""
+        if not 1 <= top_k <= self.k_max:
+            raise ValueError(f"top_k must lie in 1..{self.k_max} for this base, got {top_k}")
+        for layer in self.layers:
+            layer.top_k = top_k
+
+    def set_phi(self, phi: Tensor | None, num_candidates: int | None = None) -> None:
+        """Modulate every router by its row of `phi` [L, M] on the `num_candidates` best experts of each token."""
+        need = (len(self.layers), self.num_experts)
+        if phi is not None and tuple(phi.shape) != need:
+            raise ValueError(f"phi has shape {tuple(phi.shape)}, this base needs {need}")
+        for layer in self.layers:
+            layer.phi = None if phi is None else phi[layer.index]
+            layer.num_candidates = num_candidates or layer.num_experts
+
+    def set_pseudo_gradient(self, settings: PseudoGradient | None, generator: torch.Generator | None = None) -> None:
+        """Switch a pseudo-gradient on; `generator` draws the pairs of the `sampled` mode."""
+        active = settings if settings and settings.mode != "off" and settings.strength > 0 else None
+        for layer in self.layers:
+            layer.pseudo, layer.generator, layer.mass = active, generator, None
+
+    def record(self) -> None:
+        """Keep the scores and the choice of every forward pass, for `layer.scores()` and `layer.chosen`."""
+        for layer in self.layers:
+            layer.recording = True
+
+    def set_selection_bias(self, bias: Tensor) -> None:
+        """Let routers choose by score plus `bias` [L, M], and weigh by the score alone.
+
+        Raises:
+            UnsupportedModel: for a family that does not simply take the K largest scores.
+        """
+        for layer in self.layers:
+            if not layer.convention.by_score:
+                name = type(layer.router).__name__.removeprefix("Budgeted")
+                raise UnsupportedModel(
+                    f"{name} chooses its experts by more than their scores (groups, or a bias of its own), so a selection "
+                    "bias would replace its rule; choose another method or base"
+                )
+            layer.selection_bias = bias[layer.index].to(next(layer.router.parameters()).device)
+
+    def set_output_scale(self, scale: Tensor) -> None:
+        """Multiply the routed experts' sum in layer l by `scale` [L]; shared experts are left alone."""
+        for layer in self.layers:
+            layer.output_scale = scale[layer.index]
+
+    def set_learners(self, learners: Sequence[Learners]) -> None:
+        """One rule per layer: which experts learn from a batch. The others still answer, without a backward pass."""
+        self.record()
+        for layer, rule in zip(self.layers, learners, strict=True):
+            layer.learners = rule
+
+    def fresh_adapter(
+        self, rank: int, generator: torch.Generator, *, shared_a: bool, router: bool = False
+    ) -> dict[str, Tensor]:
+        """A new adapter: A uniform in +-1/sqrt(in) (one A for all experts of a layer if `shared_a`), B zero, float32.
+
+        Returns:
+            `layers.{l}.{up|down}.A` [M, rank, in], `.B` [M, out, rank], and `layers.{l}.router` [M, h] zero if `router`.
+        """
+        tensors: dict[str, Tensor] = {}
+        for layer in self.layers:
+            for name, (out_features, in_features) in layer.shapes().items():
+                first = (1 if shared_a else layer.num_experts, rank, in_features)
+                a = (torch.rand(first, generator=generator) * 2 - 1) / math.sqrt(in_features)
+                tensors[f"layers.{layer.index}.{name}.A"] = a.expand(layer.num_experts, -1, -1).clone()
+                tensors[f"layers.{layer.index}.{name}.B"] = torch.zeros(layer.num_experts, out_features, rank)
+            if router:
+                hidden = layer.shapes()["up"][1]
+                tensors[f"layers.{layer.index}.router"] = torch.zeros(layer.num_experts, hidden)
+        return tensors
+
+    def load_adapter(
+        self,
+        tensors: Mapping[str, Tensor],
+        alpha: float,
+        side: Mapping[str, Tensor] | None = None,
+        frozen: Container[str] = (),
+    ) -> None:
+        """Put copies of `tensors` in place as trainable parameters; the rank is theirs, the factor alpha / rank.
+
+        Args:
+            tensors: A and B of every matrix; maybe cores R [M, rank, rank] between them, maybe the routers' differences.
+            alpha: LoRA's numerator.
+            side: `side.layers.{l}.{up|down}.A` and `.B`, a frozen adapter of factor 1 and any rank beside `tensors`.
+            frozen: names in `tensors` that are used but not trained; `adapter` leaves them out.
+
+        Raises:
+            ValueError: if a tensor is missing, unknown or of another shape than this base needs.
+        """
+        self._check(tensors, side or {})
+        device = next(self.model.parameters()).device
+
+        def placed(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device, torch.float32, copy=True)
+
+        values = {
+            name: placed(value) if name in frozen else nn.Parameter(placed(value)) for name, value in tensors.items()
+        }
+        self.adapter = {name: value for name, value in values.items() if isinstance(value, nn.Parameter)}
+
+        def on(matrix: str, scale: float) -> MatrixAdapter:
+            beside = None
+            if side:
+                beside = placed(side[f"side.{matrix}.A"]), placed(side[f"side.{matrix}.B"]) / scale
+            return MatrixAdapter(values[f"{matrix}.A"], values[f"{matrix}.B"], values.get(f"{matrix}.R"), beside)
+
+        for layer in self.layers:
+            prefix = f"layers.{layer.index}"
+            layer.lora_scale = alpha / values[f"{prefix}.up.A"].shape[1]
+            layer.adapter = on(f"{prefix}.up", layer.lora_scale), on(f"{prefix}.down", layer.lora_scale)
+            layer.router_delta = values.get(f"{prefix}.router")
+        self.model.set_experts_implementation(IMPLEMENTATION)
+
+    def clear(self) -> None:
+        """Take everything off: the model is the stock base again, bit for bit."""
+        self.adapter = {}
+        for layer in self.layers:
+            layer.clear()
+        self.model.set_experts_implementation(self._stock)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count routed tokens, padding left out, from zero."""
+        for layer in self.layers:
+            layer.expert_tokens.zero_()
+            layer.counting = True
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.counting = False
+
+    def expert_tokens(self) -> Tensor:
+        """[L, M] int64: tokens routed to each expert since counting began."""
+        return torch.stack([layer.expert_tokens for layer in self.layers])
+
+    def logits_at(self, input_ids: Tensor, attention_mask: Tensor, keep: Tensor) -> Tensor:
+        """Logits [N, V] at the positions of `keep` only, in row order.
+
+        With the loss on short answers the output head would otherwise cost as much as the experts of a small budget.
+
+        Args:
+            input_ids: [B, S].
+            attention_mask: [B, S], padding on the right.
+            keep: [B, S] or [B, S-1] bool, a leading part of each row's positions.
+        """
+        rows, columns = keep.nonzero(as_tuple=True)
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda module, args: (args[0][rows, columns].unsqueeze(0),))
+        try:
+            logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        finally:
+            hook.remove()
+        return logits[0]
+
+    def _remember_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
+        mask, inputs = given.get("attention_mask"), given.get("input_ids")
+        inputs = given.get("inputs_embeds") if inputs is None else inputs
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or inputs is None:
+            mask = None
+        elif mask.shape[1] != inputs.shape[1]:  # a decoding step: the mask covers the cache too
+            mask = mask[:, -inputs.shape[1] :]
+        for layer in self.layers:
+            layer.attention_mask = mask
+
+    def _check(self, tensors: Mapping[str, Tensor], side: Mapping[str, Tensor]) -> None:
+        needs: dict[str, tuple[int, ...]] = {}
+        optional: dict[str, tuple[int, ...]] = {}
+        for layer in self.layers:
+            experts, prefix = layer.num_experts, f"layers.{layer.index}"
+            rank = _rank(tensors, f"{prefix}.up.A")  # one for both matrices, since alpha / rank is one factor
+            for name, (out_features, in_features) in layer.shapes().items():
+                key = f"{prefix}.{name}"
+                needs |= {f"{key}.A": (experts, rank, in_features), f"{key}.B": (experts, out_features, rank)}
+                optional[f"{key}.R"] = (experts, rank, rank)
+                beside = _rank(side, f"side.{key}.A")
+                if side:
+                    needs[f"side.{key}.A"] = (experts, beside, in_features)
+                    needs[f"side.{key}.B"] = (experts, out_features, beside)
+            optional[f"{prefix}.router"] = (experts, layer.shapes()["up"][1])
+        given = {**tensors, **side}
+        if missing := [key for key in needs if key not in given]:
+            raise ValueError(f"the adapter lacks {missing[0]}: it was made for another base")
+        if unknown := sorted(given.keys() - needs.keys() - optional.keys()):
+            raise ValueError(f"the adapter has tensors this base does not know: {', '.join(unknown[:3])}")
+        for key, tensor in given.items():
+            need = needs.get(key) or optional[key]
+            if tuple(tensor.shape) != need:
+                raise ValueError(f"{key} has shape {tuple(tensor.shape)}, this base needs {need}")
+
+
+def _rank(tensors: Mapping[str, Tensor], name: str) -> int:
+    """The rank that a factor A has; 1 where it is missing or no such thing, which the check then says."""
+    a = tensors.get(name)
+    return a.shape[1] if a is not None and a.dim() == 3 else 1

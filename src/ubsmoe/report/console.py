@@ -1,0 +1,153 @@
+"""A run in the terminal: a live line while it goes, plain lines when the output is not a terminal, a table at the end."""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ubsmoe.messages import Task
+
+
+class RunConsole:
+    """Shows events of a run and the steps of its clients."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} clients"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._bar = self._progress.add_task("preparing", total=1)
+        self._rounds = self._clients = self._done = 0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def plan(self, rounds: int, clients: int) -> None:
+        """Say how much work lies ahead, for the bar."""
+        self._rounds, self._clients = rounds, clients
+        self._progress.update(self._bar, total=rounds * clients)
+
+    def on_step(self, task: Task, step: int, num_steps: int, loss: float) -> None:
+        """One optimiser step of one client."""
+        self._progress.update(
+            self._bar,
+            completed=(task.round - 1) * self._clients + self._done + step / num_steps,
+            description=f"round {task.round}/{self._rounds}  {task.profile.client} K={task.profile.top_k}  "
+            f"step {step}/{num_steps}  loss {loss:.3f}",
+        )
+
+    def on_event(self, event: str, round: int, fields: dict[str, Any]) -> None:
+        """One event of the run, after it was written."""
+        if event == "client":
+            self._done += 1
+        elif event == "round":
+            self._done = 0
+            entropy = sum(fields["entropy"]) / len(fields["entropy"])
+            self._line(
+                f"round {round}/{self._rounds}  loss {fields['loss']:.4f}  expert entropy {entropy:.3f}  "
+                f"dead experts {fields['dead_experts']}  {fields['seconds']:.1f} s"
+            )
+        elif event == "evaluated":
+            macro = fields["scores"]["macro"]
+            self._line(
+                f"{'before' if round == 0 else f'round {round}'}  tier {fields['tier'] + 1} (K={fields['top_k']})  "
+                f"accuracy {_percent(macro['accuracy'])}  unparsed {_percent(macro['unparsed'])}  "
+                f"likelihood {_percent(macro['likelihood'])}  loss {macro['loss']:.4f}"
+            )
+        elif event == "resumed":
+            self._line(f"resumed after round {fields['round']}")
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def result_table(summary: dict[str, Any], costs: Sequence[dict[str, Any]]) -> Table:
+    """Tier, K, FLOPs against the top tier, accuracy before and after: what a run is run for."""
+    macro = summary["after"][0]["macro"]
+    table = Table(
+        title=f"{summary['method']}: per tier, {len(summary['after'][0]) - 1} tasks, "
+        f"{macro['examples']} questions, before → after",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in ("tier", "β", "K", "rank", "MFLOPs", "vs top", "accuracy %", "unparsed %", "ranked %"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for profile, cost, before, after in zip(summary["tiers"], costs, summary["before"], summary["after"], strict=True):
+        table.add_row(
+            str(profile["tier"] + 1),
+            f"{profile['budget']:g}",
+            str(profile["top_k"]),
+            str(profile["rank"]),
+            f"{cost['train_flops_per_token'] / 1e6:.4g}",
+            f"{cost['relative_to_top']:.0%}",
+            *(_change(before["macro"][key], after["macro"][key]) for key in ("accuracy", "unparsed", "likelihood")),
+        )
+    if macro["chance"] is not None:
+        table.caption = (
+            "MFLOPs: training, per token. ranked: by likelihood. "
+            f"chance {_percent(macro['chance'])}, majority {_percent(macro['majority'])}"
+        )
+    return table
+
+
+def cost_table(model: str, tiers: Sequence[dict[str, Any]]) -> Table:
+    """FLOPs, bytes and memory per tier."""
+    table = Table(
+        title=f"{model}: cost per tier",
+        caption="MFLOPs per token, 2 per multiply-add, without norms, softmax and look-ups; MB per round; GB at the peak",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in ("tier", "budget", "K", "rank", "forward", "training", "vs top", "MB up", "MB down", "GB memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for tier in tiers:
+        table.add_row(
+            str(tier["tier"] + 1),
+            f"{tier['budget']:g}",
+            str(tier["top_k"]),
+            str(tier["rank"]),
+            f"{tier['forward_flops_per_token'] / 1e6:,.4g}",
+            f"{tier['train_flops_per_token'] / 1e6:,.4g}",
+            f"{tier['relative_to_top']:.1%}",
+            f"{tier['upload_bytes'] / 1e6:,.1f}",
+            f"{tier['download_bytes'] / 1e6:,.1f}",
+            f"{tier['peak_memory_bytes'] / 1e9:.2f}",
+        )
+    return table
+
+
+def task_table(results: Sequence[dict[str, dict[str, Any]]], labels: Sequence[str]) -> Table:
+    """Accuracy per task, one column per tier, beside chance and majority."""
+    table = Table(title="accuracy per task (unparsed)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("task")
+    for label in (*labels, "chance", "majority"):
+        table.add_column(label, justify="right", no_wrap=True)
+    for task in results[0]:
+        scores = [result[task] for result in results]
+        cells = [f"{_percent(score['accuracy'])} ({_percent(score['unparsed'])})" for score in scores]
+        table.add_row(task, *cells, _percent(scores[0]["chance"]), _percent(scores[0]["majority"]))
+    return table
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return "–" if before is None or after is None else f"{before * 100:.1f} → {after * 100:.1f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"

@@ -1,0 +1,242 @@
+"""A run: dispatch -> exchange -> aggregate -> evaluate, once a round, and nothing else."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ubsmoe.config import ConfigError, parse_run, with_overrides
+from ubsmoe.evaluate import Score, evaluate
+from ubsmoe.federation import Federation, build_federation
+from ubsmoe.maths import balance, routing
+from ubsmoe.messages import Profile, Task, Update
+from ubsmoe.methods.base import State
+from ubsmoe.model.load import weights_sha256
+from ubsmoe.seeds import generator_for
+from ubsmoe.storage.runfolder import RunFolder, read_adapter, read_run
+
+Report = Callable[[str, int, dict[str, Any]], None]
+
+
+class Engine(Protocol):
+    """How tasks reach clients and updates come back, in the order of the tasks."""
+
+    def exchange(self, tasks: Iterable[Task]) -> Iterator[Update]:
+        """Yield one update per task."""
+        ...
+
+
+@dataclass
+class Watch:
+    """Looks at the updates as they pass: what the round cost, how evenly the experts were used."""
+
+    report: Callable[[Update], None]
+    used: Tensor
+    examples: int = 0
+    loss: float = 0.0
+
+    def over(self, updates: Iterable[Update]) -> Iterator[Update]:
+        """The same updates, looked at."""
+        for update in updates:
+            self.used += update.num_examples * routing.utilization(update.expert_tokens, update.tokens)
+            self.loss += update.num_examples * update.loss
+            self.examples += update.num_examples
+            self.report(update)
+            yield update
+
+    def figures(self) -> dict[str, Any]:
+        """Mean loss; utilization entropy (over ln M) and Gini per layer; how many experts nobody used."""
+        used = self.used / max(self.examples, 1)
+        return {
+            "loss": self.loss / max(self.examples, 1),
+            "entropy": balance.normalised_entropy(used).tolist(),
+            "gini": balance.gini(used).tolist(),
+            "dead_experts": int((used == 0).sum()),
+        }
+
+
+def run(federation: Federation, folder: RunFolder, engine: Engine, report: Report) -> dict[str, Any]:
+    """Carry out a run, or what is left of it, and write its adapter and summary.
+
+    Args:
+        federation: what `build_federation` made.
+        folder: where everything is written; a run that was interrupted goes on after its newest checkpoint.
+        engine: how clients are reached.
+        report: called with every event (name, round, fields) after it is written.
+
+    Returns:
+        The summary that was written.
+    """
+    settings, method = federation.settings, federation.method
+    started = time.perf_counter()
+
+    def note(event: str, round: int, **fields: Any) -> None:
+        folder.events.append(event, round, **fields)
+        report(event, round, fields)
+
+    checkpoint = folder.resume()
+    if checkpoint is None:
+        state, history, seconds_before = _start(federation), [], 0.0
+        part = federation.partition
+        note("started", 0, rounds=settings.train.rounds, clients=len(federation.clients), method=method.name)
+        note("partition", 0, report=part.to_json() if part else None)
+        history.append(_evaluate_tiers(federation, state, 0, note))
+        folder.save_checkpoint(0, _pack(state), {"history": history, "seconds": 0.0})
+        done = 0
+    else:
+        state, done = _unpack(checkpoint.tensors), checkpoint.round
+        history, seconds_before = checkpoint.facts["history"], checkpoint.facts["seconds"]
+        report("resumed", done, {"round": done})
+
+    for number in range(done + 1, settings.train.rounds + 1):
+        state = _one_round(federation, engine, state, number, note)
+        every = settings.evaluate.every
+        if number == settings.train.rounds or (every and number % every == 0):
+            history.append(_evaluate_tiers(federation, state, number, note))
+        seconds = seconds_before + time.perf_counter() - started
+        folder.save_checkpoint(number, _pack(state), {"history": history, "seconds": seconds})
+
+    base_hash = weights_sha256(federation.model.model)
+    facts = {
+        "method": method.name,
+        "rank": federation.base.rank,
+        "alpha": federation.base.alpha,
+        "base_sha256": base_hash,
+    }
+    summary = {
+        "method": method.name,
+        "rounds": settings.train.rounds,
+        "seed": settings.seed,
+        "seconds": seconds_before + time.perf_counter() - started,
+        "adapter_sha256": folder.write_adapter(_pack(state), facts),
+        "base_sha256": base_hash,
+        "tiers": [asdict(profile) for profile in federation.tiers],
+        "before": history[0],
+        "after": history[-1],
+    }
+    folder.write_summary(summary)
+    report("ended", settings.train.rounds, summary)
+    return summary
+
+
+def sample_clients(federation: Federation, round: int) -> list[Profile]:
+    """The clients of a round: all, or a seeded draw without replacement, in client order."""
+    clients, per_round = federation.clients, federation.settings.clients.per_round
+    if per_round is None or per_round >= len(clients):
+        return clients
+    draw = torch.randperm(len(clients), generator=generator_for(federation.settings.seed, round, "sampling"))
+    return [clients[i] for i in sorted(draw[:per_round].tolist())]
+
+
+def _start(federation: Federation) -> State:
+    adapter = federation.settings.adapter
+    fresh = federation.model.fresh_adapter(
+        max(profile.rank for profile in federation.tiers),
+        generator_for(federation.settings.seed, "adapter"),
+        shared_a=adapter.shared_a,
+        router=adapter.router == "trained",
+    )
+    return federation.method.start(fresh)
+
+
+def _one_round(federation: Federation, engine: Engine, state: State, number: int, note: Callable[..., None]) -> State:
+    began = time.perf_counter()
+    profiles = {profile.client: profile for profile in sample_clients(federation, number)}
+
+    def seen(update: Update) -> None:
+        profile = profiles[update.client]
+        note(
+            "client",
+            number,
+            client=update.client,
+            tier=profile.tier,
+            top_k=profile.top_k,
+            rank=profile.rank,
+            examples=update.num_examples,
+            tokens=update.tokens,
+            slots=update.slots,
+            loss=update.loss,
+            seconds=update.seconds,
+        )
+
+    watch = Watch(seen, torch.zeros(federation.base.num_layers, federation.base.num_experts, dtype=torch.float64))
+    tasks = (Task(number, profile, federation.method.dispatch(state, profile)) for profile in profiles.values())
+    state = federation.method.aggregate(state, watch.over(engine.exchange(tasks)))
+    extras = {"phi": state.extras["phi"].tolist()} if "phi" in state.extras else {}
+    utilization = (watch.used / max(watch.examples, 1)).tolist()
+    seconds = time.perf_counter() - began
+    note("round", number, seconds=seconds, **watch.figures(), utilization=utilization, **extras)
+    return state
+
+
+def _evaluate_tiers(
+    federation: Federation, state: State, round: int, note: Callable[..., None]
+) -> list[dict[str, dict[str, Any]]]:
+    """Every tier's scores at its own budget, tasks by name, with "macro" among them."""
+    results = []
+    for profile in federation.tiers:
+        scores = evaluate_tier(federation, state, profile)
+        results.append({task: asdict(score) for task, score in scores.items()})
+        note("evaluated", round, tier=profile.tier, top_k=profile.top_k, rank=profile.rank, scores=results[-1])
+    return results
+
+
+def evaluate_tier(federation: Federation, state: State, profile: Profile) -> dict[str, Score]:
+    """What a client of this tier would see: the payload it would get, at its own budget."""
+    model, method, settings = federation.model, federation.method, federation.settings
+    try:
+        method.install(model, method.dispatch(state, profile), profile, generator_for(settings.seed, "evaluation"))
+        return evaluate(model, federation.tokenizer, federation.questions, settings.evaluate)
+    finally:
+        model.clear()
+
+
+def evaluate_run(path: Path, overrides: dict[str, Any], tier: int | None = None) -> list[dict[str, Any]]:
+    """Score the adapter of a finished run.
+
+    Args:
+        path: the run folder.
+        overrides: dotted settings that say how to score: evaluate.*, data.*, model.device, model.dtype.
+        tier: one tier, counted from 1; None for all.
+
+    Returns:
+        Per tier: tier, top_k, rank and scores by task.
+
+    Raises:
+        ConfigError: for another setting, a tier that does not exist, or a base that is not the run's.
+        RunFolderError: if the folder holds no finished run.
+    """
+    if wrong := [key for key in overrides if key.split(".")[0] not in ("evaluate", "data", "model")]:
+        raise ConfigError(f"--set {wrong[0]}: scoring a run can change evaluate.*, data.* and model.* only")
+    record = read_run(path)
+    tensors, facts = read_adapter(path)
+    federation = build_federation(parse_run(with_overrides(record.config, overrides)))
+    if facts["base_sha256"] != weights_sha256(federation.model.model):
+        raise ConfigError(f"model.base: {path} was trained on another base than {federation.settings.model.base}")
+    if tier is not None and not 1 <= tier <= len(federation.tiers):
+        raise ConfigError(f"--tier must lie in 1..{len(federation.tiers)}, got {tier}")
+    state = _unpack(tensors)
+    chosen = federation.tiers if tier is None else [federation.tiers[tier - 1]]
+    return [
+        {
+            "tier": profile.tier,
+            "top_k": profile.top_k,
+            "rank": profile.rank,
+            "scores": {task: asdict(score) for task, score in evaluate_tier(federation, state, profile).items()},
+        }
+        for profile in chosen
+    ]
+
+
+def _pack(state: State) -> dict[str, Tensor]:
+    """A state as one flat dict of tensors, for disk."""
+    return {**state.adapters, **{f"server.{name}": value for name, value in state.extras.items()}}
+
+
+def _unpack(tensors: dict[str, Tensor]) -> State:
+    extras = {name.removeprefix("server."): value for name, value in tensors.items() if name.startswith("server.")}
+    return State({name: value for name, value in tensors.items() if not name.startswith("server.")}, extras)

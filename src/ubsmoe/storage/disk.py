@@ -1,0 +1,197 @@
+"""The disk as the rest of storage/ sees it: a file is written whole or not at all, and is durable on return.
+
+Every call that changes the disk goes through this module's names `os` and `shutil`: the tests put failing ones in their
+place and so reach each write, fsync and rename. Errors are OSErrors that name the file.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def atomic_write(path: str | Path, data: bytes) -> None:
+    """Put `data` at `path` so that a reader, or a crash, finds the old file or the new one and nothing between.
+
+    Args:
+        path: the file; its folder must exist.
+        data: the whole content.
+
+    Raises:
+        OSError: if the disk refuses; what was at `path` is untouched.
+    """
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        write_new_file(draft, data)
+        rename(draft, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+        raise
+    sync_folder(path.parent)
+
+
+def write_new_file(path: Path, data: bytes) -> None:
+    """Write and fsync a file; after a crash it may be there in part, so callers rename it into place afterwards."""
+    with _naming(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            _write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class AppendFile:
+    """A file that only grows at its end, or is cut back there; created when missing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _naming(path):
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+
+    def append(self, data: bytes) -> None:
+        """Hand bytes to the system, all or none: what a failing write left behind is cut off again."""
+        with _naming(self.path):
+            end = os.fstat(self._descriptor).st_size
+            try:
+                _write_all(self._descriptor, data)
+            except OSError:
+                os.ftruncate(self._descriptor, end)
+                raise
+
+    def cut(self, size: int) -> None:
+        """Drop what is beyond `size` bytes, durably."""
+        with _naming(self.path):
+            if os.fstat(self._descriptor).st_size > size:
+                os.ftruncate(self._descriptor, size)
+                os.fsync(self._descriptor)
+
+    def sync(self) -> None:
+        """Make what was appended durable."""
+        with _naming(self.path):
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Give the file back; closing twice is fine."""
+        _close_once(self)
+
+
+class Lock:
+    """A file locked against every other process until `close`.
+
+    The lock is the system's (flock): it goes with the process, however that ends. A forked child shares it, so worker
+    processes are to be spawned.
+
+    Raises:
+        BlockingIOError: if another process holds it; the text says which.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with _naming(path):
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.ftruncate(self._descriptor, 0)
+                _write_all(self._descriptor, f"{os.getpid()}\n".encode())
+            except BlockingIOError as error:
+                holder = os.read(self._descriptor, 32).decode(errors="replace").strip() or "unknown"
+                self.close()
+                raise BlockingIOError(error.errno, f"in use by another process (pid {holder})") from None
+            except OSError:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """Let others have it; closing twice is fine."""
+        _close_once(self)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Move within one folder, replacing a file at `target`."""
+    with _naming(target):
+        os.replace(source, target)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: without it a rename may be lost in a power cut."""
+    with _naming(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it; one that exists is fine."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    with _naming(folder):
+        os.mkdir(folder)
+    sync_folder(folder.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder and what is in it."""
+    with _naming(folder):
+        shutil.rmtree(folder)
+
+
+def encode_json(value: Any, indent: int | None = None, sort_keys: bool = True) -> bytes:
+    """One JSON text; the numbers JSON lacks become the texts "NaN", "Infinity" and "-Infinity".
+
+    >>> encode_json({"loss": float("nan"), "bytes": 3})
+    b'{"bytes": 3, "loss": "NaN"}'
+    """
+    return json.dumps(_finite(value), sort_keys=sort_keys, allow_nan=False, indent=indent).encode()
+
+
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    """Write every byte: os.write may take fewer than it is given, and says so only by its result."""
+    rest = memoryview(data)
+    while rest:
+        written = os.write(descriptor, rest)
+        if not written:
+            raise OSError(errno.EIO, "the disk takes no more bytes")
+        rest = rest[written:]
+
+
+def _close_once(file: AppendFile | Lock) -> None:
+    descriptor, file._descriptor = file._descriptor, -1
+    if descriptor >= 0:
+        os.close(descriptor)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let errors name the file: os.write and os.fsync know only a number."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

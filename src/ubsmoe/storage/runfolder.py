@@ -1,0 +1,272 @@
+"""The folder of one run: what was asked, with which versions, what happened, and the result.
+
+    config.json          the resolved settings; written last, so a folder without it is no run yet
+    versions.json        python, torch, transformers, ubsmoe, platform
+    events.jsonl         one line per event
+    checkpoints/         the newest states
+    adapter.safetensors  the final adapter
+    summary.json         the final figures
+    .lock                held by the process that writes here
+
+`RunFolder` is for the one process that runs; `read_run` looks at a folder without touching it.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+
+import ubsmoe
+from ubsmoe.errors import UserError
+from ubsmoe.storage import checkpoints, disk, tensors
+from ubsmoe.storage.checkpoints import Checkpoint
+from ubsmoe.storage.disk import atomic_write as atomic_write
+from ubsmoe.storage.events import Event, EventLog, read_events
+
+CONFIG, VERSIONS, EVENTS, CHECKPOINTS = "config.json", "versions.json", "events.jsonl", "checkpoints"
+ADAPTER, SUMMARY, LOCK = "adapter.safetensors", "summary.json", ".lock"
+OURS = {CONFIG, VERSIONS, EVENTS, CHECKPOINTS, ADAPTER, SUMMARY, LOCK, f".{CONFIG}.draft", f".{VERSIONS}.draft"}
+
+
+class RunFolderError(UserError):
+    """A folder that cannot hold this run; the message says why and what to change."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run folder tells a reader; `summary` is None until the run has ended."""
+
+    path: Path
+    config: dict[str, Any]
+    versions: dict[str, str]
+    events: list[Event]
+    summary: dict[str, Any] | None
+
+
+class RunFolder:
+    """A run folder, open for writing and locked against every other process until `close`.
+
+    Use `create` or `open_or_create`.
+    """
+
+    def __init__(self, path: Path, lock: disk.Lock, versions_changed: dict[str, list[str | None]]) -> None:
+        self.path = path
+        self.events = EventLog(path / EVENTS)
+        self._lock = lock
+        self._versions_changed = versions_changed
+
+    @classmethod
+    def create(cls, path: str | Path, config_json: str, versions: Mapping[str, str] | None = None) -> Self:
+        """Start a run in a folder that holds none yet.
+
+        Args:
+            path: the folder; created when missing.
+            config_json: the resolved settings, as `config.to_json` gives them.
+            versions: what the run depends on; `current_versions()` when left out.
+
+        Raises:
+            RunFolderError: if the folder holds a run or anything else, is in use, or cannot be written.
+        """
+        return cls._open(Path(path), config_json, versions, may_exist=False)
+
+    @classmethod
+    def open_or_create(cls, path: str | Path, config_json: str, versions: Mapping[str, str] | None = None) -> Self:
+        """Start a run, or open the one that is there if its settings are the same.
+
+        Args:
+            path: the folder; created when missing.
+            config_json: the resolved settings, as `config.to_json` gives them.
+            versions: what the run depends on; `current_versions()` when left out.
+
+        Raises:
+            RunFolderError: if the folder holds a run with other settings (the message names them) or anything else, is
+                in use, or cannot be written.
+        """
+        return cls._open(Path(path), config_json, versions, may_exist=True)
+
+    @classmethod
+    def _open(cls, path: Path, config_json: str, versions: Mapping[str, str] | None, may_exist: bool) -> Self:
+        now = dict(versions or current_versions())
+        lock = None
+        try:
+            _refuse_foreign(path)
+            disk.make_folder(path)
+            lock = disk.Lock(path / LOCK)
+            exists = (path / CONFIG).exists()
+            before = _check_same_run(path, config_json, may_exist) if exists else _begin(path, config_json, now)
+            return cls(path, lock, differing_settings(before, now))
+        except (OSError, ValueError) as error:
+            if lock:
+                lock.close()
+            if isinstance(error, BlockingIOError):
+                raise RunFolderError(f"{path} is {error.strerror}; stop it or choose another --out") from None
+            if isinstance(error, OSError):
+                raise RunFolderError(f"cannot write in {path}: {error}; choose another --out") from error
+            raise
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has reached its end: its summary is written last."""
+        return (self.path / SUMMARY).exists()
+
+    def resume(self) -> Checkpoint | None:
+        """Go back to the newest usable checkpoint; events of later rounds are forgotten and the return noted as one.
+
+        Returns:
+            The checkpoint, or None if the run has none yet and starts from the beginning.
+
+        Raises:
+            CheckpointError: if there are checkpoints and none is usable.
+            EventError: if the event file is damaged.
+        """
+        checkpoint = checkpoints.load_newest(self.path / CHECKPOINTS)
+        self.events.truncate_after(checkpoint.round if checkpoint else -1)
+        if checkpoint:
+            self.events.append(
+                "resumed", checkpoint.round, skipped=list(checkpoint.skipped), versions_changed=self._versions_changed
+            )
+        return checkpoint
+
+    def save_checkpoint(
+        self, round: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int = 2
+    ) -> Path:
+        """Save the state after a round; the events up to it become durable first. As `checkpoints.save_checkpoint`."""
+        self.events.sync()
+        return checkpoints.save_checkpoint(self.path / CHECKPOINTS, round, tensors, facts, keep)
+
+    def write_adapter(self, adapter: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> str:
+        """Write the final adapter; `facts`, such as rank and alpha, go into its header. Returns its SHA-256."""
+        atomic_write(self.path / ADAPTER, tensors.tensor_bytes(adapter, facts))
+        return disk.file_sha256(self.path / ADAPTER)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write the final figures; once this file is there the run has ended."""
+        self.events.sync()
+        atomic_write(self.path / SUMMARY, disk.encode_json(dict(summary), indent=2))
+
+    def close(self) -> None:
+        """Let another process have the folder; closing twice is fine."""
+        self.events.close()
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def read_run(path: str | Path) -> RunRecord:
+    """Read a run folder, finished or not, without locking or changing it.
+
+    Raises:
+        RunFolderError: if there is no run, or a file of it is damaged.
+        EventError: if the event file is damaged.
+    """
+    path = Path(path)
+    summary = _read_json(path / SUMMARY) if (path / SUMMARY).exists() else None
+    events = read_events(path / EVENTS) if (path / EVENTS).exists() else []
+    return RunRecord(path, _read_json(path / CONFIG), _read_json(path / VERSIONS), events, summary)
+
+
+def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The final adapter of a run and the facts written with it (rank, alpha, the base's hash).
+
+    Raises:
+        RunFolderError: if the run has not ended, or the file is not the one that its summary tells of.
+    """
+    file, summary = Path(path) / ADAPTER, Path(path) / SUMMARY
+    if not summary.exists():
+        raise RunFolderError(f"{path} has no {SUMMARY}: the run has not ended; start it with the same --out to go on")
+    expected = _read_json(summary).get("adapter_sha256")
+    try:
+        data = file.read_bytes()
+        if expected not in (None, hashlib.sha256(data).hexdigest()):
+            raise ValueError(f"its SHA-256 is not the one in {SUMMARY}")
+        return tensors.read_tensors(data), tensors.read_facts(data)
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{file} is damaged: {error}") from error
+
+
+def current_versions() -> dict[str, str]:
+    """The versions that results depend on, asked of the installed packages without importing them."""
+    versions = {
+        "ubsmoe": ubsmoe.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    for package in ("torch", "transformers"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def differing_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The settings that are not the same in both, by dotted key: [theirs, ours], None where one has no such setting.
+
+    >>> differing_settings({"train": {"rounds": 5}, "seed": 0}, {"train": {"rounds": 9}, "seed": 0})
+    {'train.rounds': [5, 9]}
+    """
+    flat_theirs, flat_ours = _flatten(theirs), _flatten(ours)
+    keys = sorted(flat_theirs.keys() | flat_ours.keys())
+    pairs = {key: [flat_theirs.get(key), flat_ours.get(key)] for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Never mix a run into a folder of something else; what a start killed half-way left behind is ours."""
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"{path} is a file; choose another --out")
+    if not path.exists() or (path / CONFIG).exists():
+        return
+    foreign = sorted(part.name for part in path.iterdir() if part.name not in OURS)
+    if foreign:
+        raise RunFolderError(f"{path} is not a run folder: it holds {', '.join(foreign[:3])}; choose another --out")
+
+
+def _begin(path: Path, config_json: str, versions: dict[str, str]) -> dict[str, str]:
+    """config.json comes last: from then on the folder is a run."""
+    disk.make_folder(path / CHECKPOINTS)
+    atomic_write(path / VERSIONS, disk.encode_json(versions, indent=2))
+    atomic_write(path / CONFIG, config_json.encode())
+    return versions
+
+
+def _check_same_run(path: Path, config_json: str, may_exist: bool) -> dict[str, Any]:
+    """The versions the run was started with, if it is the run that `config_json` asks for."""
+    if not may_exist:
+        raise RunFolderError(f"{path} holds a run already; choose another --out")
+    differing = differing_settings(_read_json(path / CONFIG), json.loads(config_json))
+    if differing:
+        named = [f"{key} (there {there!r}, asked {asked!r})" for key, (there, asked) in differing.items()]
+        more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+        raise RunFolderError(
+            f"{path} holds a run with other settings: {', '.join(named[:5])}{more}; "
+            "choose another --out, or set them as they are there to resume that run"
+        )
+    return _read_json(path / VERSIONS)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path} cannot be read: {error}; is {path.parent} a run folder?") from error
+    if not isinstance(value, dict):
+        raise RunFolderError(f"{path} is damaged: expected a JSON object")
+    return value

@@ -1,0 +1,172 @@
+"""The command line as a user meets it: results, refusals, exit codes."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ubsmoe import cli
+from ubsmoe.config import with_overrides
+
+WriteToml = Callable[..., Path]
+
+
+def ubsmoe(monkeypatch: pytest.MonkeyPatch, *args: str | Path) -> int:
+    """Run a command in this process; gives its exit code."""
+    monkeypatch.setattr(sys, "argv", ["ubsmoe", *map(str, args)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; from ubsmoe import cli; sys.argv = ['ubsmoe', '--help']\ntry: cli.main()\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'transformers', 'pydantic', 'rich'} & set(sys.modules), sorted(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_run_ends_with_a_table_and_an_adapter(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tiny_run: dict, write_toml: WriteToml, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    assert ubsmoe(monkeypatch, "run", write_toml(tiny_run), "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"tier +β +K +rank +MFLOPs", printed)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["adapter_sha256"] in printed
+    assert [tier["top_k"] for tier in summary["tiers"]] == [1, 2, 3, 4]
+    events = [json.loads(line)["event"] for line in (out / "events.jsonl").read_text().splitlines()]
+    assert events.count("client") == 8 and events.count("round") == 2 and events.count("evaluated") == 8
+
+
+def test_a_finished_run_can_be_scored_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tiny_run: dict, write_toml: WriteToml, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    ubsmoe(monkeypatch, "run", write_toml(tiny_run), "--out", out)
+    capsys.readouterr()
+    assert ubsmoe(monkeypatch, "eval", out, "--json", "--tier", "2") == 0
+    (tier,) = json.loads(capsys.readouterr().out)["tiers"]
+    assert tier["scores"] == json.loads((out / "summary.json").read_text())["after"][1]
+
+
+def test_methods_lists_every_method_with_its_settings(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert ubsmoe(monkeypatch, "methods", "--json") == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["methods"]}
+    assert rows["ubsmoe"]["settings"]["momentum"] == 0.9 and rows["fedavg"]["settings"] == {}
+
+
+def test_costs_of_the_olmoe_preset_need_no_weights(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert ubsmoe(monkeypatch, "costs", "--model", "olmoe-1b-7b", "--json") == 0
+    tiers = json.loads(capsys.readouterr().out)["tiers"]
+    assert [tier["top_k"] for tier in tiers] == [2, 4, 6, 8]
+    assert tiers[0]["forward_flops_per_token"] < 0.6 * tiers[3]["forward_flops_per_token"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"train.rond": 3}, "unknown setting 'train.rond'; did you mean 'rounds'?"),
+        ({"tiers.budgets": [0.5, 1.2]}, r"tiers.budgets.1: .*less than or equal to 1 \(got 1.2\)"),
+        ({"tiers.k_max": 9}, r"tiers.k_max is 9, but .* was trained with 4 experts per token; expected 1..4"),
+        ({"data.train": "nowhere.jsonl"}, "data.train: .*nowhere.jsonl"),
+        ({"data.test": "nowhere.jsonl"}, "data.test: .*nowhere.jsonl"),
+        ({"model.base": "no-such-folder"}, "model.base: cannot load 'no-such-folder'"),
+        ({"method.name": "ubsmoo"}, "method.name: no method 'ubsmoo'; did you mean 'ubsmoe'?"),
+        ({"method.pg_mod": "off"}, "unknown setting 'method.pg_mod' for ubsmoe; did you mean 'pg_mode'?"),
+        ({"method.pg_mode": "on"}, "method.pg_mode: .*got 'on'"),
+        ({"method.momentum": 1.5}, r"method.momentum must lie in \[0, 1\), got 1.5"),
+        ({"clients.count": 60}, "client"),
+        ({"data.partition.kind": "natural", "data.partition.field": "colour"}, "data.partition.field"),
+        ({"model.device": "cuda:7"}, "model.device: 'cuda:7' cannot be used here"),
+    ],
+)
+def test_bad_settings_get_a_sentence_and_write_nothing(
+    change: dict,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    tiny_run: dict,
+    write_toml: WriteToml,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "run"
+    assert ubsmoe(monkeypatch, "run", write_toml(with_overrides(tiny_run, change)), "--out", out) == 2
+    assert re.search(sentence, capsys.readouterr().err)
+    assert not out.exists()
+
+
+def test_a_record_without_its_fields_is_named_by_file_and_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tiny_run: dict, write_toml: WriteToml, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c"}\n')
+    assert ubsmoe(monkeypatch, "run", write_toml(with_overrides(tiny_run, {"data.train": "mine.jsonl"}))) == 2
+    message = capsys.readouterr().err
+    assert "mine.jsonl" in message and "2" in message and "completion" in message
+
+
+def test_a_dense_model_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    tiny_run: dict,
+    write_toml: WriteToml,
+    tmp_path: Path,
+    random_base: Path,
+) -> None:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(random_base)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    assert ubsmoe(monkeypatch, "run", write_toml(with_overrides(tiny_run, {"model.base": "dense"}))) == 2
+    assert "must be a sparse mixture of experts" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    tiny_run: dict,
+    write_toml: WriteToml,
+    tmp_path: Path,
+    random_base: Path,
+) -> None:
+    from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
+
+    config = OlmoeConfig(
+        vocab_size=100,
+        hidden_size=16,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    OlmoeForCausalLM(config).save_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(random_base).save_pretrained(tmp_path / "small")
+    assert ubsmoe(monkeypatch, "run", write_toml(with_overrides(tiny_run, {"model.base": "small"}))) == 2
+    assert "vocabulary of 100" in capsys.readouterr().err
+
+
+def test_a_run_folder_of_other_settings_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tiny_run: dict, write_toml: WriteToml, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    assert ubsmoe(monkeypatch, "run", write_toml(tiny_run), "--out", out, "--set", "train.rounds=1") == 0
+    before = (out / "adapter.safetensors").read_bytes()
+    capsys.readouterr()
+    assert ubsmoe(monkeypatch, "run", write_toml(tiny_run), "--out", out) == 2
+    assert "train.rounds (there 1, asked 2)" in capsys.readouterr().err
+    assert (out / "adapter.safetensors").read_bytes() == before

@@ -1,0 +1,211 @@
+"""One battery for every federated method: adding a line to METHODS adds it here.
+
+A method that does not keep a law says so in `unpromised`, with the reason, and is skipped with it.
+"""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ubsmoe.client import Trainer, train
+from ubsmoe.config import TierSettings, TrainSettings
+from ubsmoe.data.tokens import Tokens
+from ubsmoe.maths.costs import payload_bytes
+from ubsmoe.messages import Task, Tensors
+from ubsmoe.methods import METHODS, build, summary_line
+from ubsmoe.methods.base import Method, State
+from ubsmoe.model.load import weights_sha256
+from ubsmoe.storage.checkpoints import read_tensors, tensor_bytes
+
+LAWS = {
+    "identical_clients",
+    "lone_client",
+    "client_order",
+    "client_names",
+    "example_scale",
+    "untouched_expert",
+    "no_clients",
+    "predicted_bytes",
+}
+TIERS, TOP, EXPERTS = range(4), 3, 6
+ADAPTER_NAME = re.compile(r"(side\.)?layers\.\d+\.(up|down)\.[AB]|layers\.\d+\.(up|down)\.R|layers\.\d+\.router")
+
+
+@pytest.fixture(params=METHODS)
+def method(request, lab) -> Method:
+    return build(request.param, lab.base)
+
+
+@pytest.fixture
+def warm(lab, method) -> State:
+    return lab.warm(method)
+
+
+def promised(method: Method, law: str) -> None:
+    if law in method.unpromised:
+        pytest.skip(f"{method.name} does not promise {law}: {method.unpromised[law]}")
+
+
+def close(left: Tensors, right: Tensors) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        torch.testing.assert_close(value, right[name], rtol=1e-5, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def equal(left: Tensors, right: Tensors) -> None:
+    assert left.keys() == right.keys()
+    assert [name for name, value in left.items() if not torch.equal(value, right[name])] == []
+
+
+def num_bytes(tensors: Tensors) -> int:
+    return sum(value.nbytes for value in tensors.values())
+
+
+def test_unpromised_laws_exist_and_have_a_reason(method):
+    assert set(method.unpromised) <= LAWS
+    assert all(reason.strip() for reason in method.unpromised.values())
+    assert summary_line(method.name)
+
+
+def test_payload_and_update_fit_the_clients_budget(lab, method, warm):
+    for tier in TIERS:
+        profile = lab.profile(method, tier)
+        assert profile.rank == (lab.base.rank if method.varies == "top_k" else (2, 3, 5, 7)[tier])
+        assert profile.top_k == ((1, 1, 2, 3)[tier] if method.varies == "top_k" else lab.base.k_max)
+        payload = method.dispatch(warm, profile)
+        update, _ = lab.update(method, warm, tier)
+        for tensors in (payload, update.adapters):
+            ranks = {value.shape[1] for name, value in tensors.items() if re.fullmatch(r"layers.*\.[AR]", name)}
+            ranks |= {value.shape[2] for name, value in tensors.items() if re.fullmatch(r"layers.*\.[BR]", name)}
+            assert all(rank <= profile.rank for rank in ranks)
+        method.install(lab.model, payload, profile, torch.Generator().manual_seed(0))
+        assert {layer.top_k for layer in lab.model.layers} == {profile.top_k}
+        lab.model.clear()
+
+
+@pytest.mark.parametrize("begin", ["start", "warm"])
+def test_a_lone_full_client_comes_back_unchanged(lab, method, begin):
+    promised(method, "lone_client")
+    state = getattr(lab, begin)(method)
+    update, dense = lab.update(method, state, TOP)
+    after = method.aggregate(state, [update])
+    close(lab.effective(method, after), dense)
+    router = {name: value for name, value in after.adapters.items() if name.endswith(".router")}
+    equal(router, {name: update.adapters[name] for name in router})
+
+
+@pytest.mark.parametrize("begin", ["start", "warm"])
+def test_identical_clients_are_a_fixed_point(lab, method, begin):
+    promised(method, "identical_clients")
+    state = getattr(lab, begin)(method)
+    update, dense = lab.update(method, state, TOP)
+    clients = [replace(update, client=f"client-{i}", num_examples=n) for i, n in enumerate((3, 8, 1))]
+    close(lab.effective(method, method.aggregate(state, clients)), dense)
+
+
+def test_order_of_replies_does_not_matter(lab, method, warm):
+    promised(method, "client_order")
+    updates = lab.round(method, warm)
+    there, back = (method.aggregate(warm, order) for order in (updates, updates[::-1]))
+    close(lab.effective(method, there), lab.effective(method, back))
+
+
+def test_names_of_clients_do_not_matter(lab, method, warm):
+    promised(method, "client_names")
+    updates = lab.round(method, warm)
+    others = [replace(update, client=f"other-{9 - i}") for i, update in enumerate(updates)]
+    equal(method.aggregate(warm, updates).adapters, method.aggregate(warm, others).adapters)
+
+
+def test_scale_of_example_counts_does_not_matter(lab, method, warm):
+    promised(method, "example_scale")
+    updates = lab.round(method, warm)
+    more = [replace(update, num_examples=7 * update.num_examples) for update in updates]
+    close(lab.effective(method, method.aggregate(warm, updates)), lab.effective(method, method.aggregate(warm, more)))
+
+
+def test_an_expert_nobody_touched_is_bit_identical(lab, method, warm):
+    promised(method, "untouched_expert")
+    nobody, somebody = 2, 4
+    after = method.aggregate(warm, lab.round(method, warm, untouched=[nobody]))
+    equal(directions(warm.adapters, nobody), directions(after.adapters, nobody))
+    before, now = directions(warm.adapters, somebody), directions(after.adapters, somebody)
+    if method.name != "hfedmoe":  # it takes nothing over without the usage of real batches
+        assert any(not torch.equal(before[name], now[name]) for name in before)
+
+
+def directions(adapters: Tensors, expert: int) -> Tensors:
+    """One expert's factors; those of a side factor without the directions that do nothing, which may be padding."""
+    found = {}
+    for name, value in adapters.items():
+        if name.startswith("side."):
+            a, b = adapters[f"{name[:-2]}.A"][expert], adapters[f"{name[:-2]}.B"][expert]
+            live = (a != 0).any(dim=1) & (b != 0).any(dim=0)
+            found[name] = a[live] if name.endswith(".A") else b[:, live]
+        elif not name.endswith(".router"):
+            found[name] = value[expert]
+    return found
+
+
+def test_no_clients_leave_the_state_as_it_was(method, warm):
+    promised(method, "no_clients")
+    after = method.aggregate(warm, iter([]))
+    equal(after.adapters, warm.adapters)
+    equal(after.extras, warm.extras)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_nothing_is_ever_nan(lab, method, noise):
+    state = lab.start(method)
+    for number in range(2):
+        updates = lab.round(method, state, noise=noise, seed=number)
+        updates[1] = replace(updates[1], num_examples=0)
+        state = method.aggregate(state, updates)
+        for tensors in (state.adapters, state.extras, lab.effective(method, state)):
+            assert all(value.isfinite().all() for value in tensors.values())
+    silent = [replace(update, num_examples=0) for update in lab.round(method, state, noise=noise)]
+    assert all(value.isfinite().all() for value in method.aggregate(state, silent).adapters.values())
+
+
+@pytest.mark.parametrize("begin", ["start", "warm"])
+def test_bytes_are_what_costs_predict(lab, method, begin):
+    state = getattr(lab, begin)(method)
+    for tier in TIERS:
+        profile = lab.profile(method, tier)
+        down, up = method.extra_elements(lab.shape, profile.rank)
+        wire = payload_bytes(lab.shape, profile.rank, router_trained=True)
+        update, _ = lab.update(method, state, tier)
+        assert num_bytes(update.adapters) + num_bytes(update.extras) == wire.upload_bytes + 4 * up
+        sent = num_bytes(method.dispatch(state, profile))
+        if "predicted_bytes" in method.unpromised:
+            assert sent <= wire.download_bytes + 4 * down
+        else:
+            assert sent == wire.download_bytes + 4 * down
+
+
+def test_state_and_payload_survive_the_disk_bit_for_bit(lab, method, warm):
+    assert all(ADAPTER_NAME.fullmatch(name) for name in warm.adapters)
+    for tensors in (warm.adapters, warm.extras, method.dispatch(warm, lab.profile(method, 0))):
+        assert {value.dtype for value in tensors.values()} <= {torch.float32, torch.int64}
+        equal(read_tensors(tensor_bytes(tensors)), dict(tensors))
+
+
+def test_two_rounds_of_training_leave_no_trace_on_the_base(lab, method):
+    before, state = weights_sha256(lab.model.model), lab.start(method)
+    settings = TrainSettings(local_steps=2, batch_size=2, learning_rate=1e-2)
+    trainer = Trainer(lab.model, method, settings, TierSettings(), seed=0, pad_id=0)
+    examples = [Tokens(tuple(2 + (7 * i + j) % 30 for j in range(4 + i % 3)), prompt_length=2) for i in range(6)]
+    first = lab.effective(method, state)
+    for number in (1, 2):
+        profiles = [lab.profile(method, tier, f"client-{tier}") for tier in TIERS]
+        tasks = (Task(number, profile, method.dispatch(state, profile)) for profile in profiles)
+        updates = [train(trainer, task, examples) for task in tasks]
+        assert all(int(update.expert_tokens.sum()) == 2 * update.slots for update in updates)
+        state = method.aggregate(state, iter(updates))
+    last = lab.effective(method, state)
+    assert all(value.isfinite().all() for value in last.values())
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+    assert weights_sha256(lab.model.model) == before
+    assert not lab.model.adapter and all(layer.adapter is None for layer in lab.model.layers)

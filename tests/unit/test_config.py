@@ -1,0 +1,59 @@
+import re
+
+import pytest
+
+from ubsmoe.config import ConfigError, RunSettings, load_run, parse_run, to_json, with_overrides
+
+
+def test_defaults_are_a_valid_run() -> None:
+    assert parse_run({}) == RunSettings()
+
+
+def test_settings_survive_a_round_trip_through_json() -> None:
+    settings = parse_run({"method": {"name": "ubsmoe", "pg_mode": "off"}, "tiers": {"budgets": [0.125, 1]}})
+    assert RunSettings.model_validate_json(to_json(settings)) == settings
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        ({"train": {"rond": 1}}, "unknown setting 'train.rond'; did you mean 'rounds'?"),
+        ({"trian": {}}, "unknown setting 'trian'; did you mean 'train'?"),
+        ({"data": {"world": {"entites": 3}}}, "unknown setting 'data.world.entites'; did you mean 'entities'?"),
+        ({"tiers": {"budgets": [0.0]}}, "tiers.budgets.0: Input should be greater than 0 (got 0.0)"),
+        ({"tiers": {"budgets": [1.5]}}, "tiers.budgets.0: Input should be less than or equal to 1 (got 1.5)"),
+        ({"train": {"rounds": "many"}}, "train.rounds: Input should be a valid integer"),
+        ({"clients": {"count": 2, "per_round": 3}}, "clients.per_round is 3 but there are only 2 clients"),
+    ],
+)
+def test_a_fault_is_named_with_what_came_and_what_is_expected(table: dict, sentence: str) -> None:
+    with pytest.raises(ConfigError, match="(?s)" + re.escape(sentence)):
+        parse_run(table)
+
+
+def test_a_missing_run_file_is_named(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="no such run file"):
+        load_run(tmp_path / "none.toml")
+
+
+def test_broken_toml_is_refused_with_its_place(tmp_path) -> None:
+    (tmp_path / "run.toml").write_text("[train\n")
+    with pytest.raises(ConfigError, match=r"run\.toml is not valid TOML: .*line 1"):
+        load_run(tmp_path / "run.toml")
+
+
+def test_paths_are_taken_beside_the_run_file(tmp_path) -> None:
+    (tmp_path / "mine.jsonl").write_text("{}\n")
+    (tmp_path / "run.toml").write_text('[data]\ntrain = "mine.jsonl"\n')
+    assert load_run(tmp_path / "run.toml").data.train == str(tmp_path / "mine.jsonl")
+
+
+def test_overrides_replace_one_setting_and_leave_the_table_alone() -> None:
+    table = {"train": {"rounds": 5}}
+    assert with_overrides(table, {"train.rounds": 2, "seed": 3}) == {"train": {"rounds": 2}, "seed": 3}
+    assert table == {"train": {"rounds": 5}}
+
+
+def test_an_override_through_a_value_is_refused() -> None:
+    with pytest.raises(ConfigError, match="seed is not a section"):
+        with_overrides({"seed": 1}, {"seed.x": 2})
