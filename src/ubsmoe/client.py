@@ -97,7 +97,7 @@ def _steps(
             tokens, slots = tokens + seen, slots + seen * top_k
             value = language_loss(model, batch)
             total = value + hooks.penalty() if hooks.penalty else value
-            (total / settings.gradient_accumulation).backward()  # type: ignore[no-untyped-call]
+            (total / settings.gradient_accumulation).backward()
             loss += value.item() / settings.gradient_accumulation
         if not torch.isfinite(torch.tensor(loss)):
             raise ClientFailure(

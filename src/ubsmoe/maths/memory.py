@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from ubsmoe.maths.shape import ModelShape
 
-FLOAT32 = 4
+FLOAT32, INT64 = 4, 8
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,22 @@ def peak_memory_bytes(
     loss = shape.vocab * (dtype_bytes + 3 * FLOAT32)
     layer = top_k * (2 * shape.hidden + (1 + shape.up_matrices) * shape.expert_width) * dtype_bytes
     experts = _saved_by_experts(shape, top_k, rank)
+    routing = shape.num_moe_layers * top_k * (INT64 + dtype_bytes)  # which token a pair is of, and its weight
     others = _saved_by_attention(shape) + _saved_by_dense(shape)
     return Memory(
         weights=shape.parameters * dtype_bytes,
         adapters=trained,
         gradients=trained,
         optimizer=optimizer_moments * trained,
-        activations=tokens * (dtype_bytes * (experts + others) + FLOAT32 * _saved_by_norms(shape)),
+        activations=tokens * (dtype_bytes * (experts + others) + FLOAT32 * _saved_by_norms(shape) + routing),
         working=tokens * max(loss, layer),
     )
 
 
 def _saved_by_experts(shape: ModelShape, top_k: int, rank: int) -> int:
-    """Elements per token: input and output of each pair, before and after its activation, and LoRA's narrow parts."""
-    pair = 2 * shape.hidden + (shape.up_matrices + 1) * shape.expert_width + 2 * rank
-    return shape.num_moe_layers * top_k * pair
+    """Elements per token: the layer's input, and for each pair what comes before the activation and LoRA's narrow parts."""
+    pair = shape.up_matrices * shape.expert_width + 2 * rank
+    return shape.num_moe_layers * (top_k * pair + shape.hidden)
 
 
 def _saved_by_attention(shape: ModelShape) -> int:

@@ -41,7 +41,7 @@ class ExpertWeights:
         name = up_name(module)
 
         def oriented(weight: Any) -> Tensor:
-            return weight if module.is_transposed else weight.transpose(1, 2)  # type: ignore[no-any-return]
+            return weight if module.is_transposed else weight.transpose(1, 2)
 
         gate = getattr(type(module), "_apply_gate", None)
         return cls(
