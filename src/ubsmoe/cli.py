@@ -46,14 +46,16 @@ def run_command(run_file: RunFile, out: Out = None, set_: Set = None) -> None:
     settings = _settings(run_file, set_)
     from rich.console import Console
 
+    from ubsmoe.allocator import keep_freed_memory
     from ubsmoe.config import to_json
     from ubsmoe.engines.local import LocalEngine
     from ubsmoe.federation import build_federation
     from ubsmoe.plan import run_costs
-    from ubsmoe.report.console import RunConsole, result_table
+    from ubsmoe.report.console import RunConsole, result_table, show
     from ubsmoe.rounds import run
     from ubsmoe.storage.runfolder import RunFolder
 
+    keep_freed_memory()
     console = Console()
     federation = build_federation(settings)
     place = out or Path("out") / run_file.stem
@@ -62,7 +64,7 @@ def run_command(run_file: RunFile, out: Out = None, set_: Set = None) -> None:
         engine = LocalEngine(federation.trainer, federation.examples, shown.on_step)
         summary = run(federation, folder, engine, shown.on_event)
     costs = [cost.as_dict() for cost in run_costs(settings)]
-    console.print(result_table(summary, costs))
+    show(console, result_table(summary, costs))
     console.print(f"adapter {place / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}", soft_wrap=True)
 
 
@@ -70,11 +72,11 @@ def run_command(run_file: RunFile, out: Out = None, set_: Set = None) -> None:
 def compare_command(
     run_file: RunFile,
     methods: Annotated[str, typer.Option(help='such as "fedavg, ubsmoe, ubsmoe(pg_mode=off)"', show_default=False)],
-    seeds: Annotated[int, typer.Option(help="runs per method, with seeds 0, 1, ...")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="runs per method, with seeds 0, 1, ...")] = 3,
     reference: Annotated[
         str | None, typer.Option(help="what the others are compared with; the first when left out")
     ] = None,
-    jobs: Annotated[int, typer.Option(help="runs at a time")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
     out: Annotated[Path | None, typer.Option(help="folder; out/<name of the run file>-compare when left out")] = None,
     set_: Set = None,
 ) -> None:
@@ -113,14 +115,14 @@ def eval_command(
     """Score a finished run's adapter, each tier at its own budget; --set changes how (evaluate.*, data.test)."""
     from rich.console import Console
 
-    from ubsmoe.report.console import task_table
+    from ubsmoe.report.console import show, task_table
     from ubsmoe.rounds import evaluate_run
 
     results = evaluate_run(run_folder, _overrides(set_), tier)
     if json_:
         return _print_json({"tiers": results})
     labels = [f"tier {result['tier'] + 1} K={result['top_k']}" for result in results]
-    Console().print(task_table([result["scores"] for result in results], labels))
+    show(Console(), task_table([result["scores"] for result in results], labels))
 
 
 @app.command("methods")
@@ -148,7 +150,7 @@ def methods_command(json_: AsJson = False) -> None:
 def costs_command(
     run_file: Annotated[Path | None, typer.Argument(help="run file (TOML)", show_default=False)] = None,
     model: Annotated[str | None, typer.Option(help="instead of a run file: olmoe-1b-7b, a folder or a hub id")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="tokens per example")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=1, help="tokens per example")] = None,
     set_: Set = None,
     json_: AsJson = False,
 ) -> None:
@@ -169,9 +171,9 @@ def costs_command(
         return _print_json({"model": settings.model.base, "method": settings.method.name, "tiers": tiers})
     from rich.console import Console
 
-    from ubsmoe.report.console import cost_table
+    from ubsmoe.report.console import cost_table, show
 
-    Console().print(cost_table(settings.model.base, tiers))
+    show(Console(), cost_table(settings.model.base, tiers))
 
 
 @app.command("pretrain")
@@ -181,8 +183,10 @@ def pretrain_command(
     out: Annotated[Path, typer.Option(help="where the model goes", show_default=False)],
 ) -> None:
     """Pretrain a small base of your own, as ubsmoe-tiny was."""
+    from ubsmoe.allocator import keep_freed_memory
     from ubsmoe.pretrain import load_pretrain, pretrain
 
+    keep_freed_memory()
     pretrain(load_pretrain(run_file), corpus, out)
 
 
@@ -236,9 +240,11 @@ def _print_json(value: Any) -> None:
 
 @contextmanager
 def _exit_codes() -> Iterator[None]:
-    """A user's mistake ends in its sentence and exit code 2; anything else keeps its traceback and exit code 1."""
+    """A user's mistake, or a file that the system refuses, ends in a sentence and exit code 2; a bug keeps its traceback."""
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
         typer.echo(f"ubsmoe: {error}", err=True)
         sys.exit(2)

@@ -108,12 +108,14 @@ def run_cell(settings: RunSettings, folder: Path) -> None:
     """One run of the grid, quietly; a run that has ended is left alone."""
     import torch
 
+    from ubsmoe.allocator import keep_freed_memory
     from ubsmoe.engines.local import LocalEngine
     from ubsmoe.federation import build_federation
     from ubsmoe.rounds import run
 
     # bitwise equal whatever runs beside it, and two processes do not fight for the cores
     torch.set_num_threads(settings.threads or 1)
+    keep_freed_memory()
     if (folder / "summary.json").exists() and not differing_settings(
         read_run(folder).config, settings.model_dump(mode="json")
     ):
