@@ -23,7 +23,7 @@ def measure(keep: bool) -> dict[str, float]:
     from ubsmoe.config import load_run
     from ubsmoe.federation import build_federation
     from ubsmoe.messages import Task
-    from ubsmoe.rounds import _start
+    from ubsmoe.rounds import start_state
 
     if keep:
         keep_freed_memory()
@@ -35,7 +35,7 @@ def measure(keep: bool) -> dict[str, float]:
         "data.world.test_examples": 8,
     }
     federation = build_federation(load_run(ROOT / "runs" / "quickstart.toml", changes))
-    state, times = _start(federation), {}
+    state, times = start_state(federation), {}
     for repeat in range(REPEATS + 1):
         for profile in federation.clients[:4]:
             began = time.process_time()

@@ -16,7 +16,7 @@ from ubsmoe.data.world import World
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.evaluate import evaluate, prepare
 from ubsmoe.federation import build_federation
-from ubsmoe.rounds import _one_round, _start, evaluate_tier
+from ubsmoe.rounds import evaluate_tier, one_round, start_state
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES, TOP_KS, SEEDS = ("none", "ratio", "mass"), (8, 6, 4, 2, 1), (0, 1)
@@ -51,9 +51,9 @@ def trained_losses(mode: str, seed: int) -> dict[str, float]:
     """Nats per answer token of each tier after a short naive run on a new world, and accuracy."""
     changes = {**CHANGES, "tiers.rescale": mode, "seed": seed}
     federation = build_federation(load_run(ROOT / "runs" / "quickstart.toml", changes))
-    state, engine = _start(federation), LocalEngine(federation.trainer, federation.examples)
+    state, engine = start_state(federation), LocalEngine(federation.trainer, federation.examples)
     for number in range(1, federation.settings.train.rounds + 1):
-        state = _one_round(federation, engine, state, number, lambda *_, **__: None)
+        state = one_round(federation, engine, state, number, lambda *_, **__: None)
     scores = [evaluate_tier(federation, state, profile)["macro"] for profile in federation.tiers]
     tiers = [f"K={profile.top_k}" for profile in federation.tiers]
     return {

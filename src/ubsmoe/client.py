@@ -1,7 +1,8 @@
 """What a client does with a task: `train(task) -> update`, the same function in every engine."""
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ubsmoe.config import TierSettings, TrainSettings
-from ubsmoe.data.tokens import Tokens, batches, collate
+from ubsmoe.data.tokens import IGNORED, Tokens, batches, collate
+from ubsmoe.errors import UserError
 from ubsmoe.messages import Task, Update
 from ubsmoe.methods.base import Hooks, Method
 from ubsmoe.model.surgery import SparseModel
@@ -29,7 +31,7 @@ class Trainer:
     loss_on_prompt: bool = False
 
 
-class ClientFailure(RuntimeError):
+class ClientFailure(UserError):
     """A client's training failed; carries client, round and stage."""
 
 
@@ -51,7 +53,7 @@ def train(
     client, model = task.profile.client, trainer.model
     key = (trainer.seed, client, task.round)
     try:
-        hooks = trainer.method.install(model, task.payload, task.profile, generator_for(*key, "pseudo-gradient"))
+        hooks = trainer.method.install(model, task.payload, task.profile, generator_for(*key, "install"))
         with model.counting():
             loss, tokens, slots = _steps(trainer, task, examples, hooks, on_step)
             return Update(
@@ -91,14 +93,13 @@ def _steps(
         _set_learning_rate(optimizer, settings, step)
         optimizer.zero_grad(set_to_none=True)
         loss = 0.0
-        for _ in range(settings.gradient_accumulation):
-            batch = collate([examples[i] for i in next(order)], trainer.pad_id, trainer.loss_on_prompt)
+        for batch, share in _micro_batches(trainer, examples, order):
             seen = int(batch["attention_mask"].sum())
             tokens, slots = tokens + seen, slots + seen * top_k
-            value = language_loss(model, batch)
-            total = value + hooks.penalty() if hooks.penalty else value
-            (total / settings.gradient_accumulation).backward()
-            loss += value.item() / settings.gradient_accumulation
+            value = language_loss(model, batch) * share
+            total = value + hooks.penalty() / settings.gradient_accumulation if hooks.penalty else value
+            total.backward()
+            loss += value.item()
         if not torch.isfinite(torch.tensor(loss)):
             raise ClientFailure(
                 f"client {task.profile.client}, round {task.round}, step {step}: the loss is {loss}; "
@@ -115,11 +116,23 @@ def _steps(
     return sum(losses) / len(losses), tokens, slots
 
 
+def _micro_batches(
+    trainer: Trainer, examples: Sequence[Tokens], order: Iterator[list[int]]
+) -> list[tuple[dict[str, Tensor], float]]:
+    """The batches of one step, each with its share of the labelled tokens: their sum is the loss of one large batch."""
+    micro = [
+        collate([examples[i] for i in next(order)], trainer.pad_id, trainer.loss_on_prompt)
+        for _ in range(trainer.settings.gradient_accumulation)
+    ]
+    labelled = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in micro]
+    return [(batch, count / sum(labelled)) for batch, count in zip(micro, labelled, strict=True)]
+
+
 def language_loss(model: SparseModel, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy over the tokens whose label is not -100. Only their logits are ever computed."""
+    """Mean cross-entropy over the tokens that have a label. Only their logits are ever computed."""
     device = next(model.model.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}
-    predicts = batch["labels"][:, 1:] != -100
+    predicts = batch["labels"][:, 1:] != IGNORED
     logits = model.logits_at(batch["input_ids"], batch["attention_mask"], predicts)
     return cross_entropy(logits.float(), batch["labels"][:, 1:][predicts])
 
@@ -128,8 +141,8 @@ def steps_per_round(settings: TrainSettings, num_examples: int) -> int:
     """Optimiser steps of one client in one round: `local_steps`, or as many as `local_epochs` passes take."""
     if settings.local_steps:
         return settings.local_steps
-    per_step = settings.batch_size * settings.gradient_accumulation
-    return max(1, round(settings.local_epochs * num_examples / per_step))
+    batches_per_pass = math.ceil(num_examples / settings.batch_size)
+    return max(1, round(settings.local_epochs * batches_per_pass / settings.gradient_accumulation))
 
 
 def elastic_top_ks(tiers: TierSettings, top_k: int, num_steps: int, generator: torch.Generator) -> list[int]:

@@ -5,11 +5,13 @@ import difflib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from ubsmoe.errors import UserError
+
+AnySettings = TypeVar("AnySettings", bound=BaseModel)
 
 Budget = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -20,9 +22,9 @@ class ConfigError(UserError):
 
 
 class Settings(BaseModel):
-    """A section of the run file: frozen, and unknown keys are refused."""
+    """A section of the run file: frozen; unknown keys, NaN and infinities are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSettings(Settings):
@@ -148,7 +150,7 @@ class RunSettings(Settings):
 
     seed: int = Field(0, description="every random choice follows from it")
     threads: PositiveInt | None = Field(
-        None, description="torch threads; results are bitwise equal only at equal threads"
+        None, le=1024, description="torch threads; results are bitwise equal only at equal threads"
     )
     model: ModelSettings = ModelSettings()
     adapter: AdapterSettings = AdapterSettings()
@@ -179,23 +181,33 @@ def load_run(path: str | Path, overrides: dict[str, Any] | None = None) -> RunSe
     Raises:
         ConfigError: with one sentence per fault: the setting, what came, what is expected.
     """
-    path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no such run file: {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    table = with_overrides(table, overrides or {})
-    return parse_run(_resolve_paths(table, path.parent))
+    table = with_overrides(read_toml(Path(path)), overrides or {})
+    return parse_run(_resolve_paths(table, Path(path).parent))
 
 
 def parse_run(table: dict[str, Any]) -> RunSettings:
     """Validate a run given as a nested dict. Raises ConfigError as `load_run` does."""
+    return validated(RunSettings, table)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a run file. Raises ConfigError if it cannot be read or is not TOML."""
     try:
-        return RunSettings.model_validate(table)
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no such run file: {path}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read run file {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def validated(root: type[AnySettings], table: dict[str, Any]) -> AnySettings:
+    """Settings of any kind from a nested dict. Raises ConfigError with one sentence per fault."""
+    try:
+        return root.model_validate(table)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(fault, RunSettings) for fault in error.errors())) from None
+        raise ConfigError("\n".join(_explain(fault, root) for fault in error.errors())) from None
 
 
 def with_overrides(table: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

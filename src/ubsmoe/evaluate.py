@@ -5,6 +5,7 @@ without a label counts as wrong and is also reported as unparsed. Likelihood acc
 log-probability instead and cannot be unparsed. They are different metrics and are never mixed.
 """
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +27,8 @@ class Score:
     """How a model does on one task.
 
     `loss` is nats per token of the right answers. `accuracy` and `unparsed` come from generation, `likelihood` from ranking the
-    candidates (None for free text or when switched off). `chance` guesses among the candidates, `majority` always says
-    the test set's most frequent answer.
+    candidates (None for free text, when switched off, or where a completion does not spell its label). `chance` guesses
+    among the candidates, `majority` always says the test set's most frequent answer.
     """
 
     examples: int
@@ -99,17 +100,17 @@ def _score_task(model: SparseModel, tokenizer: Any, questions: Sequence[Question
         for question, text in zip(batch, _generate(model, tokenizer, inputs, batch, settings), strict=True):
             said = _answer(question.example, text)
             unparsed += said is None
-            right += said == (question.example.answer or question.example.completion)
+            right += said is not None and said in _right_answers(question.example)
     count = len(questions)
     choices = [len(question.example.candidates) for question in questions]
-    closed = all(choices)
+    closed, rankable = all(choices), all(len(question.candidates) > 1 for question in questions)
     most_frequent = Counter(question.example.answer for question in questions).most_common(1)[0][1]
     return Score(
         examples=count,
         loss=loss / max(tokens, 1),
         accuracy=right / count,
         unparsed=unparsed / count,
-        likelihood=ranked / count if closed and settings.likelihood else None,
+        likelihood=ranked / count if rankable else None,
         chance=statistics.fmean(1 / n for n in choices) if closed else None,
         majority=most_frequent / count if closed else None,
     )
@@ -185,8 +186,19 @@ def _generate(
 
 
 def _answer(example: Example, text: str) -> str | None:
-    """What the generated text says; free text is compared as a whole."""
-    return extract_answer(example.task, text) if example.task in TASKS else text.strip()
+    """What the generated text says: its first label, by the task's pattern or among the candidates; free text as a whole."""
+    if example.task in TASKS:
+        return extract_answer(example.task, text)
+    if not example.candidates:
+        return text.strip()
+    found = re.search(rf"(?<!\w)(?:{'|'.join(map(re.escape, example.candidates))})(?!\w)", text)
+    return found.group(0) if found else None
+
+
+def _right_answers(example: Example) -> tuple[str, ...]:
+    """What counts as right: the label; in free text the completion, or the short answer that goes with it."""
+    free = example.task not in TASKS and not example.candidates
+    return (example.completion.strip(), example.answer) if free else (example.answer,)
 
 
 def _macro(scores: Sequence[Score]) -> Score:

@@ -14,6 +14,7 @@ from ubsmoe.methods import build
 from ubsmoe.methods.base import Base, Method
 from ubsmoe.model.load import load_base
 from ubsmoe.model.surgery import SparseModel
+from ubsmoe.plan import tier_ranks
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def build_federation(settings: RunSettings) -> Federation:
     """Load, split and tokenise everything a run needs.
 
     Raises:
-        ConfigError: for any setting that cannot be met; nothing has been written by then.
+        UserError: for any setting that cannot be met; nothing has been written by then.
     """
     model, tokenizer = load_base(settings.model, settings.tiers.rescale, settings.tiers.k_max)
     adapter = settings.adapter
@@ -67,10 +68,7 @@ def build_federation(settings: RunSettings) -> Federation:
         seed=settings.seed,
         shared_a=adapter.shared_a,
     )
-    try:
-        method = build(settings.method.name, base, settings.method.settings)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    method = build(settings.method.name, base, settings.method.settings)
     splits = load_examples(settings.data, tokenizer, settings.seed)
     parts = partition(splits.train, settings.data.partition, settings.clients.count, settings.seed)
     tokens = tokenize(splits.train, tokenizer, settings.data, "train")
@@ -94,14 +92,8 @@ def build_federation(settings: RunSettings) -> Federation:
 
 
 def _profile(settings: RunSettings, method: Method, base: Base, name: str, tier: int, num_examples: int = 0) -> Profile:
-    tiers = settings.tiers
-    if method.varies == "rank" and len(tiers.ranks) != len(tiers.budgets):
-        raise ConfigError(
-            f"tiers.ranks has {len(tiers.ranks)} entries and tiers.budgets {len(tiers.budgets)}; "
-            f"method {method.name} needs one rank per tier"
-        )
-    rank = tiers.ranks[tier] if method.varies == "rank" else base.rank
-    return method.profile(base, name, tier, tiers.budgets[tier], rank, num_examples)
+    rank = tier_ranks(settings, method)[tier]
+    return method.profile(base, name, tier, settings.tiers.budgets[tier], rank, num_examples)
 
 
 def _report(examples: list[Any], parts: list[list[int]], field: str) -> PartitionReport | None:

@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
-from ubsmoe.config import RunSettings
+from ubsmoe.config import ConfigError, RunSettings
 from ubsmoe.maths.costs import TierCost, count_bytes, tier_costs
 from ubsmoe.methods import build
-from ubsmoe.methods.base import Base
+from ubsmoe.methods.base import Base, Method
+from ubsmoe.model.load import checked_k_max
 from ubsmoe.model.presets import load_config, shape_from_config
 
 
@@ -17,10 +18,10 @@ def run_costs(settings: RunSettings, sequence_length: int | None = None) -> list
         sequence_length: tokens per example for attention and memory; data.max_length when left out.
 
     Raises:
-        ConfigError: if the base's config cannot be found or is dense.
+        UserError: if the base's config cannot be found or is dense, or the method or the tiers do not fit.
     """
     shape = shape_from_config(load_config(settings.model.base))
-    k_max = settings.tiers.k_max or shape.k_max
+    k_max = checked_k_max(settings.tiers.k_max, shape.k_max, settings.model.base)
     base = Base(shape.num_moe_layers, shape.num_experts, k_max, settings.adapter.rank, settings.adapter.alpha)
     method = build(settings.method.name, base, settings.method.settings)
     bills = tier_costs(
@@ -29,14 +30,27 @@ def run_costs(settings: RunSettings, sequence_length: int | None = None) -> list
         rank=settings.adapter.rank,
         batch_size=settings.train.batch_size,
         sequence_length=sequence_length or settings.data.max_length,
-        ranks=settings.tiers.ranks if method.varies == "rank" else None,
-        k_max=settings.tiers.k_max,
+        ranks=tier_ranks(settings, method) if method.varies == "rank" else None,
+        k_max=k_max,
         dtype_bytes=2 if settings.model.dtype == "bfloat16" else 4,
         router_trained=settings.adapter.router == "trained",
         pseudo_gradient_fraction=method.pair_fraction,
         extra_upload_bytes=count_bytes(shape),
     )
     return [_with_extras(bill, *method.extra_elements(shape, bill.rank)) for bill in bills]
+
+
+def tier_ranks(settings: RunSettings, method: Method) -> tuple[int, ...]:
+    """The LoRA rank of each tier. Raises ConfigError if the method varies it and tiers.ranks has another length."""
+    tiers = settings.tiers
+    if method.varies != "rank":
+        return (settings.adapter.rank,) * len(tiers.budgets)
+    if len(tiers.ranks) != len(tiers.budgets):
+        raise ConfigError(
+            f"tiers.ranks has {len(tiers.ranks)} entries and tiers.budgets {len(tiers.budgets)}; "
+            f"method {method.name} needs one rank per tier"
+        )
+    return tiers.ranks
 
 
 def _with_extras(bill: TierCost, down: int, up: int) -> TierCost:

@@ -17,20 +17,20 @@ import math
 import random
 import shutil
 import time
-import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, silu
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ubsmoe.config import ConfigError, Settings, read_toml, validated
 from ubsmoe.data.prompts import plain
 from ubsmoe.data.tasks import Example
 from ubsmoe.data.world import World
@@ -42,10 +42,8 @@ MEASURED = 640  # questions behind every accuracy
 IGNORED = -100  # the label of tokens that carry no loss
 
 
-class PretrainSettings(BaseModel):
+class PretrainSettings(Settings):
     """Everything that decides the base, but for the text of the corpus. Counts are in steps, questions or tokens."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = 0
     vocab_size: int = Field(4096, ge=300)
@@ -72,10 +70,20 @@ class PretrainSettings(BaseModel):
     report_every: int = Field(200, ge=1)
     bf16: bool = True
 
+    @model_validator(mode="after")
+    def _consistent(self) -> "PretrainSettings":
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k is {self.top_k}, but there are only {self.num_experts} experts")
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size must be an even multiple of num_heads = {self.num_heads}, got {self.hidden_size}"
+            )
+        return self
+
 
 def load_pretrain(path: Path) -> PretrainSettings:
-    """Settings from a TOML file; an unknown or impossible one is a ValueError that names it."""
-    return PretrainSettings(**tomllib.loads(Path(path).read_text(encoding="utf-8")))
+    """Settings from a TOML file. Raises ConfigError, naming it, for an unknown or impossible one."""
+    return validated(PretrainSettings, read_toml(path))
 
 
 # ---- text --------------------------------------------------------------------------------------------------
@@ -85,7 +93,7 @@ def read_corpus(folder: Path) -> list[str]:
     """The text of every .txt and .txt.gz file of a folder, in the order of their names."""
     files = sorted(p for p in Path(folder).iterdir() if p.name.endswith((".txt", ".txt.gz")))
     if not files:
-        raise ValueError(f"corpus must be a folder with .txt or .txt.gz files, found none in {folder}")
+        raise ConfigError(f"--corpus must be a folder with .txt or .txt.gz files, found none in {folder}")
     return [
         (gzip.decompress(p.read_bytes()) if p.suffix == ".gz" else p.read_bytes()).decode("utf-8", errors="replace")
         for p in files

@@ -80,7 +80,7 @@ def run(federation: Federation, folder: RunFolder, engine: Engine, report: Repor
 
     checkpoint = folder.resume()
     if checkpoint is None:
-        state, history, seconds_before = _start(federation), [], 0.0
+        state, history, seconds_before = start_state(federation), [], 0.0
         part = federation.partition
         note("started", 0, rounds=settings.train.rounds, clients=len(federation.clients), method=method.name)
         note("partition", 0, report=part.to_json() if part else None)
@@ -93,7 +93,7 @@ def run(federation: Federation, folder: RunFolder, engine: Engine, report: Repor
         report("resumed", done, {"round": done})
 
     for number in range(done + 1, settings.train.rounds + 1):
-        state = _one_round(federation, engine, state, number, note)
+        state = one_round(federation, engine, state, number, note)
         every = settings.evaluate.every
         if number == settings.train.rounds or (every and number % every == 0):
             history.append(_evaluate_tiers(federation, state, number, note))
@@ -103,7 +103,6 @@ def run(federation: Federation, folder: RunFolder, engine: Engine, report: Repor
     base_hash = weights_sha256(federation.model.model)
     facts = {
         "method": method.name,
-        "rank": federation.base.rank,
         "alpha": federation.base.alpha,
         "base_sha256": base_hash,
     }
@@ -119,7 +118,6 @@ def run(federation: Federation, folder: RunFolder, engine: Engine, report: Repor
         "after": history[-1],
     }
     folder.write_summary(summary)
-    report("ended", settings.train.rounds, summary)
     return summary
 
 
@@ -132,7 +130,8 @@ def sample_clients(federation: Federation, round: int) -> list[Profile]:
     return [clients[i] for i in sorted(draw[:per_round].tolist())]
 
 
-def _start(federation: Federation) -> State:
+def start_state(federation: Federation) -> State:
+    """What the server holds before round 1: the method's start from a fresh adapter of the largest tier's rank."""
     adapter = federation.settings.adapter
     fresh = federation.model.fresh_adapter(
         max(profile.rank for profile in federation.tiers),
@@ -143,7 +142,8 @@ def _start(federation: Federation) -> State:
     return federation.method.start(fresh)
 
 
-def _one_round(federation: Federation, engine: Engine, state: State, number: int, note: Callable[..., None]) -> State:
+def one_round(federation: Federation, engine: Engine, state: State, number: int, note: Callable[..., None]) -> State:
+    """Dispatch to the round's clients, take their updates as they come, aggregate; `note` gets the events."""
     began = time.perf_counter()
     profiles = {profile.client: profile for profile in sample_clients(federation, number)}
 
@@ -200,7 +200,7 @@ def evaluate_run(path: Path, overrides: dict[str, Any], tier: int | None = None)
 
     Args:
         path: the run folder.
-        overrides: dotted settings that say how to score: evaluate.*, data.*, model.device, model.dtype.
+        overrides: dotted settings that say how to score: evaluate.*, data.*, model.device.
         tier: one tier, counted from 1; None for all.
 
     Returns:
@@ -210,8 +210,8 @@ def evaluate_run(path: Path, overrides: dict[str, Any], tier: int | None = None)
         ConfigError: for another setting, a tier that does not exist, or a base that is not the run's.
         RunFolderError: if the folder holds no finished run.
     """
-    if wrong := [key for key in overrides if key.split(".")[0] not in ("evaluate", "data", "model")]:
-        raise ConfigError(f"--set {wrong[0]}: scoring a run can change evaluate.*, data.* and model.* only")
+    if wrong := [key for key in overrides if not key.startswith(("evaluate.", "data.")) and key != "model.device"]:
+        raise ConfigError(f"--set {wrong[0]}: scoring a run can change evaluate.*, data.* and model.device only")
     record = read_run(path)
     tensors, facts = read_adapter(path)
     federation = build_federation(parse_run(with_overrides(record.config, overrides)))

@@ -170,3 +170,22 @@ def test_a_run_folder_of_other_settings_is_refused(
     assert ubsmoe(monkeypatch, "run", write_toml(tiny_run), "--out", out) == 2
     assert "train.rounds (there 1, asked 2)" in capsys.readouterr().err
     assert (out / "adapter.safetensors").read_bytes() == before
+
+
+def test_a_disk_that_refuses_an_event_ends_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tiny_run: dict, write_toml: WriteToml, tmp_path: Path
+) -> None:
+    def full(*args: Any, **fields: Any) -> None:
+        raise OSError(28, "No space left on device", "events.jsonl")
+
+    monkeypatch.setattr("ubsmoe.storage.events.EventLog.append", full)
+    assert ubsmoe(monkeypatch, "run", write_toml(tiny_run), "--out", tmp_path / "run") == 2
+    assert capsys.readouterr().err == "ubsmoe: [Errno 28] No space left on device: 'events.jsonl'\n"
+
+
+@pytest.mark.parametrize("change", ["method.name=ubsmoo", "tiers.k_max=9", "method.pg_strength=nan"])
+def test_costs_refuse_what_a_run_refuses(
+    change: str, monkeypatch: pytest.MonkeyPatch, capsys: Any, tiny_run: dict, write_toml: WriteToml
+) -> None:
+    assert ubsmoe(monkeypatch, "costs", write_toml(tiny_run), "--set", change) == 2
+    assert capsys.readouterr().err.startswith(f"ubsmoe: {change.partition('=')[0]}")

@@ -23,6 +23,8 @@ def test_settings_survive_a_round_trip_through_json() -> None:
         ({"tiers": {"budgets": [0.0]}}, "tiers.budgets.0: Input should be greater than 0 (got 0.0)"),
         ({"tiers": {"budgets": [1.5]}}, "tiers.budgets.0: Input should be less than or equal to 1 (got 1.5)"),
         ({"train": {"rounds": "many"}}, "train.rounds: Input should be a valid integer"),
+        ({"train": {"learning_rate": float("inf")}}, "train.learning_rate: Input should be a finite number (got inf)"),
+        ({"tiers": {"budgets": [float("nan")]}}, "tiers.budgets.0: Input should be"),
         ({"clients": {"count": 2, "per_round": 3}}, "clients.per_round is 3 but there are only 2 clients"),
     ],
 )
@@ -34,6 +36,11 @@ def test_a_fault_is_named_with_what_came_and_what_is_expected(table: dict, sente
 def test_a_missing_run_file_is_named(tmp_path) -> None:
     with pytest.raises(ConfigError, match="no such run file"):
         load_run(tmp_path / "none.toml")
+
+
+def test_a_folder_in_place_of_a_run_file_is_named(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read run file .*: Is a directory"):
+        load_run(tmp_path)
 
 
 def test_broken_toml_is_refused_with_its_place(tmp_path) -> None:

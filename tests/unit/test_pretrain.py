@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ubsmoe import pretrain as pre
+from ubsmoe.config import ConfigError
 
 MINI = pre.PretrainSettings(
     vocab_size=600, hidden_size=16, expert_width=12, num_layers=2, num_heads=2, num_experts=6, top_k=2, steps=4,
@@ -96,10 +96,19 @@ def test_the_rate_warms_up_and_falls_to_its_floor():
 
 def test_a_misspelt_setting_is_refused_by_name(tmp_path: Path):
     (tmp_path / "run.toml").write_text("step = 3\n")
-    with pytest.raises(ValidationError, match="step"):
+    with pytest.raises(ConfigError, match="unknown setting 'step'; did you mean 'steps'"):
+        pre.load_pretrain(tmp_path / "run.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"), [("num_experts = 4", "top_k is 8"), ("num_heads = 3", "multiple of num_heads = 3")]
+)
+def test_sizes_that_contradict_each_other_are_refused(tmp_path: Path, text: str, sentence: str):
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(ConfigError, match=sentence):
         pre.load_pretrain(tmp_path / "run.toml")
 
 
 def test_a_corpus_without_text_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="corpus"):
+    with pytest.raises(ConfigError, match="--corpus"):
         pre.read_corpus(tmp_path)

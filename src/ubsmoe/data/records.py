@@ -12,6 +12,7 @@ import gzip
 import importlib
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,6 +132,8 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
         raise ConfigError(f"{where}: field {key!r} must be text, got {type(value).__name__}")
     if not value:
         raise ConfigError(f"{where}: field {key!r} is empty; expected text")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ConfigError(f"{where}: field {key!r} holds half of a surrogate pair; expected Unicode text")
     return value
 
 
@@ -206,7 +209,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{where}: not JSON ({error}); expected one JSON object per line, or a JSON array") from None
 
 
@@ -214,7 +217,7 @@ def _read_text(path: Path) -> str:
     try:
         raw = path.read_bytes()
         return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ConfigError(
             f"{path} cannot be read as UTF-8 text{' in gzip' * (path.suffix == '.gz')}: {error}"
         ) from None

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ConfigDict, ValidationError, validate_call
 
+from ubsmoe.errors import UserError
 from ubsmoe.methods.a3smoe import a3smoe
 from ubsmoe.methods.base import Base, Method
 from ubsmoe.methods.fed_sb import fed_sb
@@ -49,22 +50,22 @@ def build(name: str, base: Base, settings: dict[str, Any] | None = None) -> Meth
     """Build a method by name from the other keys of [method].
 
     Raises:
-        ValueError: for an unknown method or setting (with the nearest name), or a value the method refuses.
+        UserError: for an unknown method or setting (with the nearest name), or a value the method refuses.
     """
     if name not in METHODS:
-        raise ValueError(f"method.name: no method {name!r}; {_hint(name, list(METHODS))}")
+        raise UserError(f"method.name: no method {name!r}; {_hint(name, list(METHODS))}")
     known = [key for key in inspect.signature(METHODS[name]).parameters if key != "base"]
     for key in settings or {}:
         if key not in known:
-            raise ValueError(f"unknown setting 'method.{key}' for {name}; {_hint(key, known)}")
-    checked = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(METHODS[name])
+            raise UserError(f"unknown setting 'method.{key}' for {name}; {_hint(key, known)}")
+    checked = validate_call(config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))(METHODS[name])
     try:
         return checked(base, **(settings or {}))
     except ValidationError as error:
         fault = error.errors()[0]
-        raise ValueError(f"method.{fault['loc'][0]}: {fault['msg']} (got {fault['input']!r})") from None
+        raise UserError(f"method.{fault['loc'][0]}: {fault['msg']} (got {fault['input']!r})") from None
     except ValueError as error:
-        raise ValueError(f"method.{error}") from error
+        raise UserError(f"method.{error}") from error
 
 
 def summary_line(name: str) -> str:

@@ -85,6 +85,11 @@ def ubsmoe(
         raise ValueError(f'phi must be "server" or "trained", got {phi!r}')
     if phi_min >= phi_max:
         raise ValueError(f"phi_min must be below phi_max, got {phi_min} and {phi_max}")
+    for name, value in (("phi_penalty", phi_penalty), ("activation_power", activation_power)):
+        if value < 0:
+            raise ValueError(f"{name} must be >= 0, got {value}")
+    if epsilon <= 0:
+        raise ValueError(f"epsilon must be > 0, got {epsilon}")
     trained_phi = dmr and phi == "trained"
 
     def start(adapter: dict[str, Tensor]) -> State:

@@ -1,6 +1,8 @@
 """Bring in a base: the one that ships, a folder, or a Hugging Face model id."""
 
 import hashlib
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,9 @@ def load_base(settings: ModelSettings, rescale: Rescale = "none", k_max: int | N
         UnsupportedModel: if it is dense or its routers ignore K.
     """
     place = shipped_path(settings.base) or settings.base
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quieten()
     try:
+        check_place(place)
         # trust_remote_code stays off: a base is data, never code
         tokenizer = AutoTokenizer.from_pretrained(place)
         model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, settings.dtype))
@@ -45,14 +47,30 @@ def load_base(settings: ModelSettings, rescale: Rescale = "none", k_max: int | N
         raise ConfigError(f"model.device: {settings.device!r} cannot be used here ({error})") from None
     check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
     sparse = SparseModel(model, rescale)
-    if k_max is not None:
-        if k_max > sparse.k_max:
-            raise ConfigError(
-                f"tiers.k_max is {k_max}, but {settings.base} was trained with {sparse.k_max} experts per token; "
-                f"expected 1..{sparse.k_max}"
-            )
-        sparse.limit_k_max(k_max)
+    sparse.limit_k_max(checked_k_max(k_max, sparse.k_max, settings.base))
     return sparse, tokenizer
+
+
+def checked_k_max(k_max: int | None, stock: int, base: str) -> int:
+    """Experts per token at budget 1: `k_max`, or the base's own. Raises ConfigError if it is above that."""
+    if k_max is not None and k_max > stock:
+        raise ConfigError(
+            f"tiers.k_max is {k_max}, but {base} was trained with {stock} experts per token; expected 1..{stock}"
+        )
+    return k_max or stock
+
+
+def check_place(place: str | Path) -> None:
+    """Raise ValueError unless this is a folder or looks like a hub id: a misspelt folder is no question to the hub."""
+    if not Path(place).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
+        raise ValueError("no such folder, and a Hugging Face id has the form owner/name")
+
+
+def quieten() -> None:
+    """Silence what transformers and the hub's client print: whatever fails is said in a sentence of ours."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

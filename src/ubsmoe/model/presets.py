@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ubsmoe.errors import UserError
 from ubsmoe.maths.shape import LatentAttention, ModelShape
+from ubsmoe.model.load import check_place, quieten
 
 PRESETS = {"olmoe-1b-7b": "configs/olmoe-1b-7b.json", "ubsmoe-tiny": "ubsmoe-tiny/config.json"}
 
@@ -98,7 +99,9 @@ def shape_from_config(config: PreTrainedConfig) -> ModelShape:
 
 
 def _from_folder_or_hub(name: str) -> PreTrainedConfig:
+    quieten()
     try:
+        check_place(name)
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
         return config
     except (OSError, ValueError) as error:

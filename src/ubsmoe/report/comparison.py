@@ -28,7 +28,8 @@ def comparison_markdown(rows: Sequence[dict[str, Any]], reference: str, metric: 
     Args:
         rows: what `compare` returned.
         reference: the label of the method that the others are compared with.
-        metric: accuracy or likelihood (percent), unparsed (percent), or loss (nats per token).
+        metric: accuracy or likelihood (percent), unparsed (percent), or loss (nats per token); a dash where it was not
+            measured.
 
     Raises:
         ValueError: if the reference is not among the methods.
@@ -42,18 +43,21 @@ def comparison_markdown(rows: Sequence[dict[str, Any]], reference: str, metric: 
 
     def cell(method: str, tier: int, name: str, against: str | None = None) -> str:
         scale = 1 if name == "loss" else 100
-        own = [values[method, tier, seed][name] * scale for seed in seeds]
+        found = [values[method, tier, seed][name] for seed in seeds]
+        if None in found:
+            return "–"
+        own = [value * scale for value in found]
         if against:
             own = [a - values[against, tier, seed][name] * scale for a, seed in zip(own, seeds, strict=True)]
         return _mean_text(*interval(own), signed=against is not None)
 
-    chance = statistics.fmean(row["chance"] or 0 for row in macro) * 100
-    before = [row[f"{metric}_before"] * (1 if metric == "loss" else 100) for row in macro]
+    chance = _mean_known(macro, "chance", 100)
+    before = _mean_known(macro, f"{metric}_before", 1 if metric == "loss" else 100)
     head = ["method", *(f"tier {tier}" for tier in tiers)]
     unit = "nats per token" if metric == "loss" else "%"
     lines = [
         f"{metric}, {unit}, mean over tasks ± 95 % interval over {len(seeds)} seeds "
-        f"(before training: {statistics.fmean(before):.1f}; chance: {chance:.1f} %)",
+        f"(before training: {before}; chance: {chance} %)",
         "",
         *_table(
             [*head, "unparsed, all tiers"],
@@ -80,6 +84,11 @@ def _cost(macro: Sequence[dict[str, Any]], method: str, tier: int) -> str:
 
 def _mean(macro: Sequence[dict[str, Any]], method: str, name: str) -> float:
     return statistics.fmean(row[name] for row in macro if row["method"] == method)
+
+
+def _mean_known(macro: Sequence[dict[str, Any]], name: str, scale: float) -> str:
+    values = [row[name] * scale for row in macro if row[name] is not None]
+    return f"{statistics.fmean(values):.1f}" if values else "–"
 
 
 def _mean_text(mean: float, half: float, signed: bool) -> str:

@@ -134,15 +134,24 @@ def cost_table(model: str, tiers: Sequence[dict[str, Any]]) -> Table:
 
 def task_table(results: Sequence[dict[str, dict[str, Any]]], labels: Sequence[str]) -> Table:
     """Accuracy per task, one column per tier, beside chance and majority."""
-    table = Table(title="accuracy per task (unparsed)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("task")
+    table = Table(title="accuracy % per task (unparsed %)", box=SIMPLE_HEAD, padding=0)
+    table.add_column("task", no_wrap=True)
     for label in (*labels, "chance", "majority"):
         table.add_column(label, justify="right", no_wrap=True)
     for task in results[0]:
         scores = [result[task] for result in results]
-        cells = [f"{_percent(score['accuracy'])} ({_percent(score['unparsed'])})" for score in scores]
+        cells = [f"{score['accuracy'] * 100:.1f} ({score['unparsed'] * 100:.1f})" for score in scores]
         table.add_row(task, *cells, _percent(scores[0]["chance"]), _percent(scores[0]["majority"]))
     return table
+
+
+def show(console: Console, table: Table) -> None:
+    """Print a table at its own width: a narrow terminal breaks its lines, but no figure is cut off."""
+    before = console.width
+    console.width = 10_000
+    console.width = max(before, console.measure(table).maximum)
+    console.print(table, crop=False)
+    console.width = before
 
 
 def _change(before: float | None, after: float | None) -> str:

@@ -141,7 +141,7 @@ class RunFolder:
         return checkpoints.save_checkpoint(self.path / CHECKPOINTS, round, tensors, facts, keep)
 
     def write_adapter(self, adapter: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> str:
-        """Write the final adapter; `facts`, such as rank and alpha, go into its header. Returns its SHA-256."""
+        """Write the final adapter; `facts`, such as alpha, go into its header. Returns its SHA-256."""
         atomic_write(self.path / ADAPTER, tensors.tensor_bytes(adapter, facts))
         return disk.file_sha256(self.path / ADAPTER)
 
@@ -176,7 +176,7 @@ def read_run(path: str | Path) -> RunRecord:
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The final adapter of a run and the facts written with it (rank, alpha, the base's hash).
+    """The final adapter of a run and the facts written with it (method, alpha, the base's hash).
 
     Raises:
         RunFolderError: if the run has not ended, or the file is not the one that its summary tells of.

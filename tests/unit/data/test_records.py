@@ -1,3 +1,4 @@
+import gzip
 import json
 import re
 import sys
@@ -136,6 +137,7 @@ def test_a_folder_is_read_in_the_order_of_names(write: Write, tokenizer: Tokeniz
         ({"prompt": "x"}, "line 2: missing field 'completion'; expected text"),
         ({"prompt": ["x"], "completion": "y"}, "line 2: field 'prompt' must be text, got list"),
         ({"prompt": "", "completion": "y"}, "line 2: field 'prompt' is empty; expected text"),
+        ({"prompt": "\ud800", "completion": "y"}, "line 2: field 'prompt' holds half of a surrogate pair"),
         ({"text": "x", "id": 3}, "line 2: expected fields 'instruction' and 'output', .* it has text, id"),
         ({}, "line 2: expected fields .* it has none"),
         ([1], "line 2: expected an object with 'instruction' and 'output', .* got list"),
@@ -176,6 +178,7 @@ def test_a_chat_needs_a_tokenizer_with_a_chat_template(write: Write, bos_tokeniz
             '{"prompt": 1,\n',
             r"bad\.jsonl line 1: not JSON .* expected one JSON object per line, or a JSON array",
         ),
+        ("bad.jsonl", '{"prompt": ' * 100_000, r"bad\.jsonl line 1: not JSON"),
         ("bad.json", '[{"prompt": 1}', r"bad\.json: not JSON"),
         ("bad.jsonl", "\n \n", r"bad\.jsonl holds no records; expected"),
         ("bad.json", "[]", r"bad\.json holds no records; expected"),
@@ -191,6 +194,14 @@ def test_bytes_that_are_not_text_are_refused(tmp_path: Path, tokenizer: Tokenize
     (tmp_path / name).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=rf"{re.escape(name)} cannot be read as {words}"):
         read_file(tmp_path / name, tokenizer)
+
+
+def test_a_damaged_gzip_file_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    data = bytearray(gzip.compress(json.dumps([QUESTION] * 9).encode()))
+    for place in range(10, len(data), 7):
+        (tmp_path / "bad.json.gz").write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
+        with pytest.raises(ConfigError, match=r"bad\.json\.gz"):
+            read_file(tmp_path / "bad.json.gz", tokenizer)
 
 
 def test_a_folder_without_record_files_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -1,0 +1,97 @@
+"""Comparisons: reading --methods, refusing other work, the tables."""
+
+import copy
+import csv
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ubsmoe.compare import Variant, check_same_work, compare, parse_variants, to_csv
+from ubsmoe.config import ConfigError, parse_run, with_overrides
+from ubsmoe.errors import UserError
+from ubsmoe.report.comparison import comparison_markdown, interval
+from ubsmoe.storage.runfolder import RunRecord
+
+
+def test_variants_are_names_with_optional_settings() -> None:
+    assert parse_variants('fedavg , ubsmoe(pg_mode=oracle; pg_scope=["router", "hidden"]),ubsmoe') == [
+        Variant("fedavg", "fedavg", {}),
+        Variant(
+            'ubsmoe(pg_mode=oracle;pg_scope=["router","hidden"])',
+            "ubsmoe",
+            {"pg_mode": "oracle", "pg_scope": ["router", "hidden"]},
+        ),
+        Variant("ubsmoe", "ubsmoe", {}),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "fedavg,fedavg", "fedavg, fed avg", "ubsmoe(a=1", "fedavg; ubsmoe", "a(b)(c)"]
+)
+def test_what_is_no_list_of_methods_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--methods"):
+        parse_variants(text)
+
+
+def test_a_misspelt_method_or_setting_fails_before_anything_runs(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    for text in ("fedavg, ubsmoo", "fedavg, ubsmoe(pg_mod=off)", "fedavg, ubsmoe(pg_mode=sideways)"):
+        with pytest.raises(UserError, match="method"):
+            compare(parse_run(tiny_run), parse_variants(text), [0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def record(name: str, config: dict[str, Any], base: str = "x") -> RunRecord:
+    return RunRecord(Path(name), config, {}, [], {"base_sha256": base})
+
+
+def test_runs_of_other_work_are_not_compared() -> None:
+    first = {"method": {"name": "fedavg"}, "seed": 0, "train": {"rounds": 3}}
+    other_method = copy.deepcopy(first) | {"method": {"name": "ubsmoe"}, "seed": 1}
+    check_same_work([record("a", first), record("b", other_method)])
+    with pytest.raises(ConfigError, match=r"a and c are not the same work: train.rounds is 3 in one and 9"):
+        check_same_work([record("a", first), record("c", with_overrides(first, {"train.rounds": 9}))])
+    with pytest.raises(ConfigError, match="different bases"):
+        check_same_work([record("a", first), record("b", first, base="y")])
+
+
+def row(method: str, seed: int, tier: int, accuracy: float | None, **more: Any) -> dict[str, Any]:
+    shared = {"task": "macro", "unparsed": 0.25, "chance": 0.5, "client_seconds": None, "accuracy_before": 0.1}
+    costs = {"train_flops_per_token": 2e6, "upload_bytes": 3e6}
+    return {"method": method, "seed": seed, "tier": tier, "accuracy": accuracy, **shared, **costs, **more}
+
+
+def test_the_table_shows_means_and_differences_paired_by_seed() -> None:
+    """Worked by hand. Differences b - a: +10 and +30 points, mean 20, half-width t(0.975, 1) * 10 = 127.06."""
+    rows = [row("a", 0, 1, 0.2), row("a", 1, 1, 0.4), row("b", 0, 1, 0.3), row("b", 1, 1, 0.7)]
+    text = comparison_markdown(rows, reference="a")
+    assert "over 2 seeds (before training: 10.0; chance: 50.0 %)" in text
+    assert "| a | 30.00 ± 127.06 | 25.0 % |" in text
+    assert "| b | +20.00 ± 127.06 |" in text and "| a | +" not in text
+    assert "| b | 2.00 / 3.00 / – |" in text
+
+
+def test_what_was_not_measured_is_a_dash() -> None:
+    rows = [
+        row("a", 0, 1, None, accuracy_before=None, chance=None),
+        row("b", 0, 1, None, accuracy_before=None, chance=None),
+    ]
+    text = comparison_markdown(rows, reference="a")
+    assert "(before training: –; chance: – %)" in text and "| b | – |" in text
+
+
+def test_one_seed_has_a_mean_and_no_interval() -> None:
+    mean, half = interval([2.5])
+    assert mean == 2.5 and math.isnan(half)
+
+
+def test_an_unknown_reference_is_refused() -> None:
+    with pytest.raises(ValueError, match="'c' is not among the methods: a"):
+        comparison_markdown([row("a", 0, 1, 0.5)], reference="c")
+
+
+def test_csv_comes_back_as_it_was() -> None:
+    rows = [{"method": 'ubsmoe(a="x,y")', "seed": 1, "loss": None}]
+    assert list(csv.DictReader(io.StringIO(to_csv(rows)))) == [{"method": 'ubsmoe(a="x,y")', "seed": "1", "loss": ""}]

@@ -1,0 +1,62 @@
+"""What a run is built from: clients and tiers, and the refusals that come before anything is written."""
+
+from typing import Any
+
+import pytest
+
+from ubsmoe.config import ConfigError, parse_run, with_overrides
+from ubsmoe.errors import UserError
+from ubsmoe.federation import build_federation
+from ubsmoe.plan import run_costs
+
+
+def test_client_i_belongs_to_tier_i_modulo_the_tiers(tiny_run: dict[str, Any]) -> None:
+    settings = parse_run(with_overrides(tiny_run, {"clients.count": 6}))
+    federation = build_federation(settings)
+    assert [profile.tier for profile in federation.clients] == [0, 1, 2, 3, 0, 1]
+    assert [profile.top_k for profile in federation.clients] == [1, 2, 3, 4, 1, 2]
+    assert {profile.rank for profile in federation.clients} == {3}
+    sizes = {profile.client: profile.num_examples for profile in federation.clients}
+    assert sizes == {name: len(tokens) for name, tokens in federation.examples.items()}
+    assert sum(sizes.values()) == 40
+    assert [profile.client for profile in federation.tiers] == ["tier-0", "tier-1", "tier-2", "tier-3"]
+
+
+def test_a_method_that_varies_the_rank_gives_every_tier_its_own(tiny_run: dict[str, Any]) -> None:
+    settings = parse_run(with_overrides(tiny_run, {"method.name": "hetlora"}))
+    tiers = build_federation(settings).tiers
+    assert [(profile.rank, profile.top_k) for profile in tiers] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [(cost.rank, cost.top_k) for cost in run_costs(settings)] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_more_tiers_than_clients_are_all_judged(tiny_run: dict[str, Any]) -> None:
+    federation = build_federation(parse_run(with_overrides(tiny_run, {"clients.count": 1})))
+    assert len(federation.clients) == 1 and len(federation.tiers) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"tiers.k_max": 5}, r"tiers.k_max is 5, but .* was trained with 4 experts per token; expected 1..4"),
+        ({"method.name": "hetlora", "tiers.ranks": [1, 2]}, "tiers.ranks has 2 entries and tiers.budgets 4"),
+        ({"method.name": "fedavgg"}, "no method 'fedavgg'; did you mean 'fedavg'"),
+        ({"method.momentum": float("nan")}, "method.momentum: Input should be a finite number"),
+        ({"method.epsilon": 0.0}, "method.epsilon must be > 0, got 0.0"),
+        ({"method.phi_penalty": -1}, "method.phi_penalty must be >= 0, got -1"),
+        ({"method.activation_power": -1}, "method.activation_power must be >= 0, got -1"),
+    ],
+)
+def test_a_run_and_its_costs_refuse_the_same_settings(
+    tiny_run: dict[str, Any], change: dict[str, Any], sentence: str
+) -> None:
+    settings = parse_run(with_overrides(tiny_run, change))
+    for build in (build_federation, run_costs):
+        with pytest.raises(UserError, match=sentence):
+            build(settings)  # type: ignore[operator]
+
+
+def test_a_partition_without_the_field_has_no_report_unless_it_needs_one(tiny_run: dict[str, Any]) -> None:
+    absent = {"data.partition.field": "colour"}
+    assert build_federation(parse_run(with_overrides(tiny_run, absent))).partition is None
+    with pytest.raises(ConfigError, match=r"data.partition.field: .*'colour'"):
+        build_federation(parse_run(with_overrides(tiny_run, {**absent, "data.partition.kind": "natural"})))
