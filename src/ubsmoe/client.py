@@ -86,7 +86,8 @@ def _steps(
     optimizer = _optimizer(parameters, settings)
     order = batches(len(examples), settings.batch_size, generator_for(*key, "batches"))
     num_steps = steps_per_round(settings, len(examples))
-    budgets = elastic_top_ks(trainer.tiers, task.profile.top_k, num_steps, generator_for(*key, "elastic"))
+    first = (task.round - 1) * num_steps
+    budgets = elastic_top_ks(trainer.tiers, task.profile.top_k, first, num_steps, generator_for(*key, "elastic"))
     losses, tokens, slots = [], 0, 0
     for step, top_k in enumerate(budgets):
         model.set_top_k(top_k)
@@ -145,13 +146,17 @@ def steps_per_round(settings: TrainSettings, num_examples: int) -> int:
     return max(1, round(settings.local_epochs * batches_per_pass / settings.gradient_accumulation))
 
 
-def elastic_top_ks(tiers: TierSettings, top_k: int, num_steps: int, generator: torch.Generator) -> list[int]:
+def elastic_top_ks(
+    tiers: TierSettings, top_k: int, first: int, num_steps: int, generator: torch.Generator
+) -> list[int]:
     """K of each local step: `top_k`, but a smaller one in a share of the steps, spread evenly.
+
+    `first` counts the steps of earlier rounds, so that a share below one step a round is kept over several.
 
     Ours (method.md section 8): a client that also trains at smaller budgets teaches the low tiers, for less compute.
     """
     share = tiers.elastic_share
-    low = [int((step + 1) * share + 1e-9) > int(step * share + 1e-9) for step in range(num_steps)]
+    low = [int((step + 1) * share + 1e-9) > int(step * share + 1e-9) for step in range(first, first + num_steps)]
     if tiers.elastic_draw == "one":
         return [1 if is_low else top_k for is_low in low]
     draws = torch.randint(1, top_k + 1, (num_steps,), generator=generator).tolist()

@@ -55,7 +55,8 @@ class TierSettings(Settings):
     )
     k_max: PositiveInt | None = Field(None, description="experts per token at budget 1; the base's own when left out")
     rescale: Literal["none", "ratio", "mass"] = Field(
-        "none", description="layer output at K < K_max: as it is, times K_max / K, or with the routing mass of K_max"
+        "mass",  # measured: docs/decisions/0002-output-scale.md
+        description="layer output at K < K_max: as it is, times K_max / K, or with the routing mass of K_max",
     )
     elastic_share: Share = Field(0.0, description="share of local steps run at a smaller K (method.md section 8)")
     elastic_draw: Literal["one", "uniform"] = Field("one", description="the smaller K: always 1, or uniform on 1..K_c")

@@ -410,6 +410,11 @@ def pretrain(settings: PretrainSettings, corpus_dir: Path, out_dir: Path) -> dic
     Returns:
         The same record as `pretraining.json`.
     """
+    out_dir = Path(out_dir)
+    if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / "pretraining.json").exists():
+        raise ConfigError(
+            f"--out: {out_dir} holds something that pretraining did not make; expected a new or empty folder"
+        )
     books = read_corpus(corpus_dir)
     world = World(settings.seed, settings.num_entities, "pretraining")
     tokenizer = train_tokenizer(books, settings.vocab_size, random.Random(settings.seed))

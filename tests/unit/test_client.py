@@ -155,16 +155,22 @@ def test_epochs_are_passes_over_the_clients_batches(change: dict[str, Any], exam
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.3, 0.5, 1.0])
 def test_elastic_steps_keep_their_share_and_are_spread(share: float) -> None:
-    budgets = elastic_top_ks(TierSettings(elastic_share=share), 6, 20, generator_for("elastic"))
+    budgets = elastic_top_ks(TierSettings(elastic_share=share), 6, 0, 20, generator_for("elastic"))
     low = [step for step, top_k in enumerate(budgets) if top_k == 1]
     assert len(low) == round(20 * share) and set(budgets) <= {1, 6}
     if share == 0.25:
         assert low == [3, 7, 11, 15, 19]
 
 
+def test_a_share_below_one_step_a_round_is_kept_over_the_rounds() -> None:
+    tiers, generator = TierSettings(elastic_share=0.1), generator_for("elastic")
+    rounds = [elastic_top_ks(tiers, 6, 4 * number, 4, generator) for number in range(10)]
+    assert sum(top_k == 1 for budgets in rounds for top_k in budgets) == 4
+
+
 def test_uniform_elastic_draws_stay_within_the_clients_budget() -> None:
     draw: Callable[[str], list[int]] = lambda key: elastic_top_ks(  # noqa: E731
-        TierSettings(elastic_share=1.0, elastic_draw="uniform"), 5, 400, generator_for(key)
+        TierSettings(elastic_share=1.0, elastic_draw="uniform"), 5, 0, 400, generator_for(key)
     )
     budgets = draw("a")
     assert set(budgets) == {1, 2, 3, 4, 5} and budgets == draw("a") != draw("b")

@@ -112,3 +112,10 @@ def test_sizes_that_contradict_each_other_are_refused(tmp_path: Path, text: str,
 def test_a_corpus_without_text_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="--corpus"):
         pre.read_corpus(tmp_path)
+
+
+def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds something that pretraining did not make"):
+        pre.pretrain(MINI, tmp_path, tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
