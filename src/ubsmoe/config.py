@@ -208,7 +208,10 @@ def validated(root: type[AnySettings], table: dict[str, Any]) -> AnySettings:
     try:
         return root.model_validate(table)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(fault, root) for fault in error.errors())) from None
+        faults = error.errors()
+        # a list with a bad entry is also said to be too short: only the innermost fault helps
+        inner = [one for one in faults if not any(_is_inside(other, one) for other in faults)]
+        raise ConfigError("\n".join(_explain(fault, root) for fault in inner)) from None
 
 
 def with_overrides(table: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -249,6 +252,12 @@ def _resolve_paths(table: dict[str, Any], folder: Path) -> dict[str, Any]:
         if isinstance(part, dict) and isinstance(part.get(key), str) and (folder / part[key]).exists():
             part[key] = str(folder / part[key])
     return table
+
+
+def _is_inside(fault: Any, other: Any) -> bool:
+    """Whether a fault lies deeper within the setting that another one is about."""
+    depth = len(other["loc"])
+    return len(fault["loc"]) > depth and fault["loc"][:depth] == other["loc"]
 
 
 def _explain(fault: Any, root: type[BaseModel]) -> str:

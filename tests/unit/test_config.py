@@ -64,3 +64,9 @@ def test_overrides_replace_one_setting_and_leave_the_table_alone() -> None:
 def test_an_override_through_a_value_is_refused() -> None:
     with pytest.raises(ConfigError, match="seed is not a section"):
         with_overrides({"seed": 1}, {"seed.x": 2})
+
+
+def test_a_bad_entry_of_a_list_is_one_fault() -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_run({"tiers": {"budgets": [1.5]}})
+    assert str(refused.value) == "tiers.budgets.0: Input should be less than or equal to 1 (got 1.5)"
