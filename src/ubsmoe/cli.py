@@ -100,7 +100,7 @@ def compare_command(
         console.print(f"{count}/{total}  {label}  seed {seed}", highlight=False)
 
     rows = compare(settings, variants, range(seeds), place, jobs, done)
-    text = "\n".join(comparison_markdown(rows, against, metric) for metric in ("accuracy", "likelihood", "loss"))
+    text = comparison_markdown(rows, against)
     atomic_write(place / "comparison.md", text.encode())
     typer.echo(text)
 

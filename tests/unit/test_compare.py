@@ -58,28 +58,28 @@ def test_runs_of_other_work_are_not_compared() -> None:
 
 
 def row(method: str, seed: int, tier: int, accuracy: float | None, **more: Any) -> dict[str, Any]:
-    shared = {"task": "macro", "unparsed": 0.25, "chance": 0.5, "client_seconds": None, "accuracy_before": 0.1}
-    costs = {"train_flops_per_token": 2e6, "upload_bytes": 3e6}
-    return {"method": method, "seed": seed, "tier": tier, "accuracy": accuracy, **shared, **costs, **more}
+    scores = {"accuracy": accuracy, "likelihood": None, "unparsed": 0.25, "loss": 0.125}
+    before = {"accuracy_before": 0.1, "likelihood_before": None, "unparsed_before": 0.5, "loss_before": 2.0}
+    costs = {"train_flops_per_token": 2e6, "upload_bytes": 3e6, "download_bytes": 4e6, "client_seconds": None}
+    place = {"method": method, "seed": seed, "tier": tier, "task": "macro", "top_k": 2, "rank": 8, "chance": 0.5}
+    return {**place, **scores, **before, **costs, **more}
 
 
 def test_the_table_shows_means_and_differences_paired_by_seed() -> None:
     """Worked by hand. Differences b - a: +10 and +30 points, mean 20, half-width t(0.975, 1) * 10 = 127.06."""
     rows = [row("a", 0, 1, 0.2), row("a", 1, 1, 0.4), row("b", 0, 1, 0.3), row("b", 1, 1, 0.7)]
     text = comparison_markdown(rows, reference="a")
-    assert "over 2 seeds (before training: 10.0; chance: 50.0 %)" in text
-    assert "| a | 30.00 ± 127.06 | 25.0 % |" in text
-    assert "| b | +20.00 ± 127.06 |" in text and "| a | +" not in text
-    assert "| b | 2.00 / 3.00 / – |" in text
+    assert "over 2 seeds" in text and "Chance: 50.0 %" in text
+    assert "| before training | 10.0 ± 0.0 |" in text and "| before training | 2.0000 ± 0.0000 |" in text
+    assert "| a | 30.0 ± 127.1 |" in text and "| a | 25.0 ± 0.0 |" in text
+    assert "| b | +20.0 ± 127.1 |" in text and "| a | +" not in text
+    assert "| b | 2, 8 / 2.00 / 3.00, 4.00 / – |" in text
 
 
 def test_what_was_not_measured_is_a_dash() -> None:
-    rows = [
-        row("a", 0, 1, None, accuracy_before=None, chance=None),
-        row("b", 0, 1, None, accuracy_before=None, chance=None),
-    ]
-    text = comparison_markdown(rows, reference="a")
-    assert "(before training: –; chance: – %)" in text and "| b | – |" in text
+    text = comparison_markdown([row(method, 0, 1, None, chance=None) for method in "ab"], reference="a")
+    accuracy = text[text.index("Generation accuracy") : text.index("Likelihood")]
+    assert "Chance: – %" in text and accuracy.count("| b | – |") == 2
 
 
 def test_one_seed_has_a_mean_and_no_interval() -> None:

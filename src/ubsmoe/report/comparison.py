@@ -2,7 +2,8 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from scipy import stats
@@ -22,78 +23,95 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(stats.t.ppf(0.975, len(values) - 1)) * error
 
 
-def comparison_markdown(rows: Sequence[dict[str, Any]], reference: str, metric: str = "accuracy") -> str:
-    """Tables of one metric over all tasks: means, differences to a reference paired by seed, and costs.
+@dataclass(frozen=True)
+class Metric:
+    """How a score is shown: its name in the rows, a heading, what it is multiplied by, and how many decimals."""
+
+    name: str
+    heading: str
+    scale: float
+    decimals: int
+
+
+METRICS = (
+    Metric("accuracy", "Generation accuracy, %", 100, 1),
+    Metric("likelihood", "Likelihood accuracy, %", 100, 1),
+    Metric("unparsed", "Unparsed answers, %", 100, 1),
+    Metric("loss", "Loss, nats per token of the right answer", 1, 4),
+)
+
+
+def comparison_markdown(rows: Sequence[dict[str, Any]], reference: str) -> str:
+    """Method by tier, mean over tasks: each metric, its differences to a reference paired by seed, then the costs.
 
     Args:
-        rows: what `compare` returned.
+        rows: what `compare` returned; a dash stands where something was not measured.
         reference: the label of the method that the others are compared with.
-        metric: accuracy or likelihood (percent), unparsed (percent), or loss (nats per token); a dash where it was not
-            measured.
 
     Raises:
         ValueError: if the reference is not among the methods.
     """
     macro = [row for row in rows if row["task"] == "macro"]
-    methods, tiers = _distinct(macro, "method"), _distinct(macro, "tier")
+    methods, tiers, seeds = (_distinct(macro, key) for key in ("method", "tier", "seed"))
     if reference not in methods:
         raise ValueError(f"the reference {reference!r} is not among the methods: {', '.join(methods)}")
-    seeds = _distinct(macro, "seed")
-    values = {(row["method"], row["tier"], row["seed"]): row for row in macro}
-
-    def cell(method: str, tier: int, name: str, against: str | None = None) -> str:
-        scale = 1 if name == "loss" else 100
-        found = [values[method, tier, seed][name] for seed in seeds]
-        if None in found:
-            return "–"
-        own = [value * scale for value in found]
-        if against:
-            own = [a - values[against, tier, seed][name] * scale for a, seed in zip(own, seeds, strict=True)]
-        return _mean_text(*interval(own), signed=against is not None)
-
-    chance = _mean_known(macro, "chance", 100)
-    before = _mean_known(macro, f"{metric}_before", 1 if metric == "loss" else 100)
     head = ["method", *(f"tier {tier}" for tier in tiers)]
-    unit = "nats per token" if metric == "loss" else "%"
     lines = [
-        f"{metric}, {unit}, mean over tasks ± 95 % interval over {len(seeds)} seeds "
-        f"(before training: {before}; chance: {chance} %)",
-        "",
-        *_table(
-            [*head, "unparsed, all tiers"],
-            [[m, *(cell(m, t, metric) for t in tiers), f"{_mean(macro, m, 'unparsed') * 100:.1f} %"] for m in methods],
-        ),
-        "",
-        f"Difference to {reference}, paired by seed",
-        "",
-        *_table(head, [[m, *(cell(m, t, metric, reference) for t in tiers)] for m in methods if m != reference]),
-        "",
-        "Cost per tier: training MFLOPs per token / MB up / client seconds per round",
-        "",
-        *_table(head, [[m, *(_cost(macro, m, t) for t in tiers)] for m in methods]),
+        f"Mean over tasks ± 95 % interval over {len(seeds)} seeds; tiers at their own budgets (last table). "
+        f"Chance: {_percent(macro, 'chance')} %.",
     ]
+    for metric in METRICS:
+        by_seed = {(row["method"], row["tier"], row["seed"]): row[metric.name] for row in macro}
+        before = {(tier, seed): _first(macro, tier, seed)[f"{metric.name}_before"] for tier in tiers for seed in seeds}
+        body = [["before training", *(_cell(metric, [before[tier, seed] for seed in seeds]) for tier in tiers)]]
+        body += [[m, *(_cell(metric, [by_seed[m, t, s] for s in seeds]) for t in tiers)] for m in methods]
+        lines += ["", f"### {metric.heading}", "", *_table(head, body)]
+        differences = [
+            [m, *(_cell(metric, _paired(by_seed, m, reference, t, seeds), signed=True) for t in tiers)]
+            for m in methods
+            if m != reference
+        ]
+        if differences:
+            lines += ["", f"Difference to {reference}, paired by seed:", "", *_table(head, differences)]
+    costs = [[m, *(_cost(macro, m, t) for t in tiers)] for m in methods]
+    heading = "### Cost per tier: K, LoRA rank / training MFLOPs per token / MB up, MB down / client seconds per round"
+    lines += ["", heading, "", *_table(head, costs)]
     return "\n".join(lines) + "\n"
+
+
+def _first(macro: Sequence[dict[str, Any]], tier: int, seed: int) -> dict[str, Any]:
+    """The row of the first method: before training all methods of one K are alike."""
+    return next(row for row in macro if row["tier"] == tier and row["seed"] == seed)
+
+
+def _paired(
+    values: Mapping[tuple[str, int, int], float | None], method: str, reference: str, tier: int, seeds: Sequence[int]
+) -> list[float | None]:
+    pairs = [(values[method, tier, seed], values[reference, tier, seed]) for seed in seeds]
+    return [None if own is None or other is None else own - other for own, other in pairs]
+
+
+def _cell(metric: Metric, values: Sequence[float | None], signed: bool = False) -> str:
+    known = [value * metric.scale for value in values if value is not None]
+    if len(known) < len(values):
+        return "–"
+    mean, half = interval(known)
+    text = f"{mean:{'+' if signed else ''}.{metric.decimals}f}"
+    return text if math.isnan(half) else f"{text} ± {half:.{metric.decimals}f}"
 
 
 def _cost(macro: Sequence[dict[str, Any]], method: str, tier: int) -> str:
     rows = [row for row in macro if row["method"] == method and row["tier"] == tier]
     seconds = [row["client_seconds"] for row in rows if row["client_seconds"] is not None]
     measured = f"{statistics.median(seconds):.2f}" if seconds else "–"
-    return f"{rows[0]['train_flops_per_token'] / 1e6:.2f} / {rows[0]['upload_bytes'] / 1e6:.2f} / {measured}"
+    one = rows[0]
+    sizes = f"{one['upload_bytes'] / 1e6:.2f}, {one['download_bytes'] / 1e6:.2f}"
+    return f"{one['top_k']}, {one['rank']} / {one['train_flops_per_token'] / 1e6:.2f} / {sizes} / {measured}"
 
 
-def _mean(macro: Sequence[dict[str, Any]], method: str, name: str) -> float:
-    return statistics.fmean(row[name] for row in macro if row["method"] == method)
-
-
-def _mean_known(macro: Sequence[dict[str, Any]], name: str, scale: float) -> str:
-    values = [row[name] * scale for row in macro if row[name] is not None]
+def _percent(macro: Sequence[dict[str, Any]], name: str) -> str:
+    values = [row[name] * 100 for row in macro if row[name] is not None]
     return f"{statistics.fmean(values):.1f}" if values else "–"
-
-
-def _mean_text(mean: float, half: float, signed: bool) -> str:
-    text = f"{mean:+.2f}" if signed else f"{mean:.2f}"
-    return text if math.isnan(half) else f"{text} ± {half:.2f}"
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
