@@ -127,16 +127,21 @@ def eval_command(
 
 @app.command("methods")
 def methods_command(json_: AsJson = False) -> None:
-    """List the federated methods and their settings."""
+    """List the federated methods, their settings, and the laws of the test battery that one does not promise."""
     import inspect
 
-    from ubsmoe.methods import METHODS, summary_line
+    from ubsmoe.methods import METHODS, summary_line, unpromised_laws
 
     rows: list[dict[str, Any]] = []
     for name, builder in METHODS.items():
         parameters = [p for p in inspect.signature(builder).parameters.values() if p.name != "base"]
         rows.append(
-            {"name": name, "summary": summary_line(name), "settings": {p.name: _plain(p.default) for p in parameters}}
+            {
+                "name": name,
+                "summary": summary_line(name),
+                "settings": {p.name: _plain(p.default) for p in parameters},
+                "unpromised": unpromised_laws(name),
+            }
         )
     if json_:
         return _print_json({"methods": rows})
@@ -144,6 +149,8 @@ def methods_command(json_: AsJson = False) -> None:
         typer.echo(f"{row['name']:<14}{row['summary']}")
         for key, value in row["settings"].items():
             typer.echo(f"{'':<14}  {key} = {value!r}")
+        for law, reason in row["unpromised"].items():
+            typer.echo(f"{'':<14}  does not promise {law}: {reason}")
 
 
 @app.command("costs")
