@@ -1,3 +1,17 @@
 """Federated fine-tuning of sparse mixture-of-experts language models on unequal machines."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ubsmoe.federated_moe import FederatedMoE as FederatedMoE
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`FederatedMoE` on first use: importing torch would make every verb of the command line slow."""
+    if name == "FederatedMoE":
+        from ubsmoe.federated_moe import FederatedMoE
+
+        return FederatedMoE
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -42,6 +42,7 @@ class AdapterSettings(Settings):
     alpha: PositiveFloat = Field(16.0, description="LoRA numerator: the update is alpha / rank * B A")
     shared_a: bool = Field(True, description="start all experts of a layer from one A (pseudo-gradients need it)")
     router: Literal["frozen", "trained"] = Field("frozen", description="whether the routers' weights are trained too")
+    start: str | None = Field(None, description="folder of a PEFT adapter to go on from; a fresh one when left out")
 
 
 class TierSettings(Settings):
@@ -247,7 +248,7 @@ def to_json(settings: RunSettings) -> str:
 
 def _resolve_paths(table: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Let a run file name files beside itself, wherever the command is started."""
-    for section, key in (("data", "train"), ("data", "test"), ("model", "base")):
+    for section, key in (("data", "train"), ("data", "test"), ("model", "base"), ("adapter", "start")):
         part = table.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str) and (folder / part[key]).exists():
             part[key] = str(folder / part[key])

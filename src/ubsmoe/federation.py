@@ -58,17 +58,7 @@ def build_federation(settings: RunSettings) -> Federation:
         UserError: for any setting that cannot be met; nothing has been written by then.
     """
     model, tokenizer = load_base(settings.model, settings.tiers.rescale, settings.tiers.k_max)
-    adapter = settings.adapter
-    base = Base(
-        num_layers=len(model.layers),
-        num_experts=model.num_experts,
-        k_max=model.k_max,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        seed=settings.seed,
-        shared_a=adapter.shared_a,
-    )
-    method = build(settings.method.name, base, settings.method.settings)
+    base, method, tiers = build_method(settings, model)
     splits = load_examples(settings.data, tokenizer, settings.seed)
     parts = partition(splits.train, settings.data.partition, settings.clients.count, settings.seed)
     tokens = tokenize(splits.train, tokenizer, settings.data, "train")
@@ -84,11 +74,32 @@ def build_federation(settings: RunSettings) -> Federation:
             _profile(settings, method, base, name, i % len(settings.tiers.budgets), size)
             for i, (name, size) in enumerate(zip(names, sizes, strict=True))
         ],
-        tiers=[_profile(settings, method, base, f"tier-{tier}", tier) for tier in range(len(settings.tiers.budgets))],
+        tiers=tiers,
         examples={name: [tokens[i] for i in part] for name, part in zip(names, parts, strict=True)},
         questions=prepare(splits.test, tokenizer, settings.data, settings.evaluate),
         partition=_report(splits.train, parts, settings.data.partition.field),
     )
+
+
+def build_method(settings: RunSettings, model: SparseModel) -> tuple[Base, Method, list[Profile]]:
+    """The method of a run on a base that is loaded, and one profile per tier; needs no data.
+
+    Raises:
+        UserError: for a method or a setting of it that does not exist.
+    """
+    adapter = settings.adapter
+    base = Base(
+        num_layers=len(model.layers),
+        num_experts=model.num_experts,
+        k_max=model.k_max,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        seed=settings.seed,
+        shared_a=adapter.shared_a,
+    )
+    method = build(settings.method.name, base, settings.method.settings)
+    tiers = range(len(settings.tiers.budgets))
+    return base, method, [_profile(settings, method, base, f"tier-{tier}", tier) for tier in tiers]
 
 
 def _profile(settings: RunSettings, method: Method, base: Base, name: str, tier: int, num_examples: int = 0) -> Profile:

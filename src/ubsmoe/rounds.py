@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ubsmoe.config import ConfigError, parse_run, with_overrides
 from ubsmoe.evaluate import Score, evaluate
+from ubsmoe.exports import read_peft
 from ubsmoe.federation import Federation, build_federation
 from ubsmoe.maths import balance, routing
 from ubsmoe.messages import Profile, Task, Update
@@ -88,7 +89,7 @@ def run(federation: Federation, folder: RunFolder, engine: Engine, report: Repor
         folder.save_checkpoint(0, _pack(state), {"history": history, "seconds": 0.0})
         done = 0
     else:
-        state, done = _unpack(checkpoint.tensors), checkpoint.round
+        state, done = unpack(checkpoint.tensors), checkpoint.round
         history, seconds_before = checkpoint.facts["history"], checkpoint.facts["seconds"]
         report("resumed", done, {"round": done})
 
@@ -131,8 +132,16 @@ def sample_clients(federation: Federation, round: int) -> list[Profile]:
 
 
 def start_state(federation: Federation) -> State:
-    """What the server holds before round 1: the method's start from a fresh adapter of the largest tier's rank."""
+    """What the server holds before round 1: the method's start from an adapter of the largest tier's rank.
+
+    It is a fresh one, or the PEFT adapter that adapter.start names.
+
+    Raises:
+        UserError: if that adapter does not fit the base or the run, or the method would not go on from it.
+    """
     adapter = federation.settings.adapter
+    if adapter.start is not None:
+        return _start_from(federation, adapter.start)
     fresh = federation.model.fresh_adapter(
         max(profile.rank for profile in federation.tiers),
         generator_for(federation.settings.seed, "adapter"),
@@ -140,6 +149,24 @@ def start_state(federation: Federation) -> State:
         router=adapter.router == "trained",
     )
     return federation.method.start(fresh)
+
+
+def _start_from(federation: Federation, folder: str) -> State:
+    settings, method = federation.settings.adapter, federation.method
+    adapter, alpha = read_peft(Path(folder), federation.model, weights_sha256(federation.model.model))
+    rank = max(profile.rank for profile in federation.tiers)
+    theirs = next(value.shape[1] for name, value in adapter.items() if name.endswith(".A"))
+    if (theirs, alpha) != (rank, settings.alpha):
+        raise ConfigError(
+            f"adapter.start: {folder} has rank {theirs} and alpha {alpha:g}, this run {rank} and {settings.alpha:g}; "
+            f"set adapter.rank = {theirs} (or the top of tiers.ranks) and adapter.alpha = {alpha:g}"
+        )
+    if (settings.router == "trained") != any(name.endswith(".router") for name in adapter):
+        raise ConfigError(f"adapter.router is {settings.router!r}, but {folder} says otherwise; set it to match")
+    state = method.start(adapter)
+    if not all(name in state.adapters and torch.equal(state.adapters[name], value) for name, value in adapter.items()):
+        raise ConfigError(f"adapter.start: {method.name} begins from an adapter of its own; choose another method")
+    return state
 
 
 def one_round(federation: Federation, engine: Engine, state: State, number: int, note: Callable[..., None]) -> State:
@@ -219,7 +246,7 @@ def evaluate_run(path: Path, overrides: dict[str, Any], tier: int | None = None)
         raise ConfigError(f"model.base: {path} was trained on another base than {federation.settings.model.base}")
     if tier is not None and not 1 <= tier <= len(federation.tiers):
         raise ConfigError(f"--tier must lie in 1..{len(federation.tiers)}, got {tier}")
-    state = _unpack(tensors)
+    state = unpack(tensors)
     chosen = federation.tiers if tier is None else [federation.tiers[tier - 1]]
     return [
         {
@@ -237,6 +264,7 @@ def _pack(state: State) -> dict[str, Tensor]:
     return {**state.adapters, **{f"server.{name}": value for name, value in state.extras.items()}}
 
 
-def _unpack(tensors: dict[str, Tensor]) -> State:
+def unpack(tensors: dict[str, Tensor]) -> State:
+    """The state that a checkpoint's or a run's tensors hold."""
     extras = {name.removeprefix("server."): value for name, value in tensors.items() if name.startswith("server.")}
     return State({name: value for name, value in tensors.items() if not name.startswith("server.")}, extras)

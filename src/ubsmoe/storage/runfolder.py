@@ -162,6 +162,11 @@ class RunFolder:
         self.close()
 
 
+def is_run(path: str | Path) -> bool:
+    """Whether a folder holds a run, finished or not."""
+    return (Path(path) / CONFIG).is_file() and (Path(path) / VERSIONS).is_file()
+
+
 def read_run(path: str | Path) -> RunRecord:
     """Read a run folder, finished or not, without locking or changing it.
 

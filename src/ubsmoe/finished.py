@@ -1,0 +1,86 @@
+"""A finished run, opened without its data: what its tiers run can be put on the base, exported, or asked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ubsmoe import exports
+from ubsmoe.config import ConfigError, RunSettings, parse_run, with_overrides
+from ubsmoe.federation import build_method
+from ubsmoe.messages import Profile
+from ubsmoe.methods.base import Method, State
+from ubsmoe.model.export import read_installed
+from ubsmoe.model.load import load_base, weights_sha256
+from ubsmoe.model.sidecar import Format, Sidecar
+from ubsmoe.model.surgery import SparseModel
+from ubsmoe.rounds import unpack
+from ubsmoe.seeds import generator_for
+from ubsmoe.storage.runfolder import read_adapter, read_run
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that has ended, its base loaded. `tiers` is one profile per tier."""
+
+    settings: RunSettings
+    model: SparseModel
+    tokenizer: Any
+    method: Method
+    tiers: list[Profile]
+    state: State
+    base_sha256: str
+
+    def tier(self, number: int | None) -> Profile:
+        """A tier, counted from 1; the one with the largest budget for None. Raises ConfigError if there is none."""
+        if number is None:
+            return max(self.tiers, key=lambda profile: profile.budget)
+        if not 1 <= number <= len(self.tiers):
+            raise ConfigError(f"--tier must lie in 1..{len(self.tiers)}, got {number}")
+        return self.tiers[number - 1]
+
+    def install(self, profile: Profile) -> None:
+        """Put on the base what a client of this profile gets."""
+        payload = self.method.dispatch(self.state, profile)
+        self.method.install(self.model, payload, profile, generator_for(self.settings.seed, "evaluation"))
+
+
+def open_run(path: Path, device: str | None = None) -> FinishedRun:
+    """Open a finished run.
+
+    Args:
+        path: the run folder.
+        device: where to, if not where it was trained.
+
+    Raises:
+        RunFolderError: if the folder holds no finished run.
+        ConfigError: if its base cannot be had, or is another than it was trained on.
+    """
+    tensors, facts = read_adapter(path)
+    settings = parse_run(with_overrides(read_run(path).config, {"model.device": device} if device else {}))
+    model, tokenizer = load_base(settings.model, settings.tiers.rescale, settings.tiers.k_max)
+    sha256 = weights_sha256(model.model)
+    if facts["base_sha256"] != sha256:
+        raise ConfigError(f"model.base: {path} was trained on another base than {settings.model.base}")
+    _, method, tiers = build_method(settings, model)
+    return FinishedRun(settings, model, tokenizer, method, tiers, unpack(tensors), sha256)
+
+
+def export_run(path: Path, out: Path, format: Format, tier: int | None = None) -> Sidecar:
+    """Export what one tier of a finished run uses.
+
+    Args:
+        path: the run folder.
+        out: the new folder.
+        format: "native", "peft" or "merged".
+        tier: counted from 1; the one with the largest budget when left out.
+
+    Raises:
+        UserError: if there is no finished run, no such tier, or `out` is taken; then nothing is written.
+    """
+    run = open_run(path)
+    profile = run.tier(tier)
+    run.install(profile)
+    installed = read_installed(run.model)
+    run.model.clear()
+    origin = exports.Origin(run.settings.model, run.base_sha256, run.method.name, profile.tier + 1)
+    return exports.write(run.model, run.tokenizer, installed, origin, format, out)

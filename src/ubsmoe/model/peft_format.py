@@ -1,0 +1,163 @@
+"""PEFT's layout of LoRA on fused experts, both ways.
+
+    lora_A.weight [M r, in]     expert-major:  A.view(M, r, in)
+    lora_B.weight [out, r M]    rank-major:    B.view(out, r, M).permute(2, 0, 1)
+
+The two matrices of a layer nest: the one that the experts' class declares first is the inner, with `.base_layer` in its name; the
+other has no mark at all. A router's difference D [M, h] becomes a pair of its own rank M: A = D, B = identity.
+
+Source: peft 0.21 (`peft.tuners.lora.layer.ParamWrapper`); the tests compare logits, since names prove nothing.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ubsmoe.errors import UserError
+from ubsmoe.model.kernel import up_name
+from ubsmoe.model.layer import SparseLayer
+from ubsmoe.model.surgery import SparseModel
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+class AdapterMismatch(UserError):
+    """A PEFT adapter that does not belong on this base; the message says what does not fit."""
+
+
+def to_peft(
+    sparse: SparseModel, adapter: Mapping[str, Tensor], alpha: float, base: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An adapter as PEFT stores it.
+
+    Args:
+        sparse: the base it belongs to; gives the names.
+        adapter: `layers.{l}.{up|down}.A` [M, r, in] and `.B` [M, out, r], and maybe `layers.{l}.router` [M, h].
+        alpha: LoRA's numerator.
+        base: name or folder of the base, for PEFT to find.
+
+    Returns:
+        The tensors of adapter_model.safetensors and the content of adapter_config.json.
+    """
+    tensors: dict[str, Tensor] = {}
+    paths = _paths(sparse)
+    for layer in sparse.layers:
+        for name, (key, _) in _places(layer, paths).items():
+            a, b = adapter[f"layers.{layer.index}.{name}.A"], adapter[f"layers.{layer.index}.{name}.B"]
+            tensors[f"{key}.lora_A.weight"] = a.reshape(-1, a.shape[2])
+            tensors[f"{key}.lora_B.weight"] = b.permute(1, 2, 0).reshape(b.shape[1], -1)
+        difference = adapter.get(f"layers.{layer.index}.router")
+        if difference is not None:
+            key = _wrapped(paths[layer.router])
+            tensors[f"{key}.lora_A.weight"] = difference
+            tensors[f"{key}.lora_B.weight"] = torch.eye(len(difference))
+    routers = sorted(
+        {_suffix(paths[layer.router]) for layer in sparse.layers if f"layers.{layer.index}.router" in adapter}
+    )
+    experts = {(_suffix(paths[layer.experts]), stored) for layer in sparse.layers for stored in _stored(layer)}
+    own_rank = {f"{router}.weight": sparse.num_experts for router in routers}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": next(value.shape[1] for name, value in adapter.items() if name.endswith(".A")),
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": [],
+        "target_parameters": sorted(".".join(pair) for pair in experts) + sorted(own_rank),
+        "rank_pattern": {re.escape(name): rank for name, rank in own_rank.items()},
+        "alpha_pattern": {re.escape(name): rank for name, rank in own_rank.items()},
+        "inference_mode": True,
+    }
+    return tensors, config
+
+
+def from_peft(
+    sparse: SparseModel, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], float]:
+    """A PEFT adapter by our names, and its alpha.
+
+    Raises:
+        AdapterMismatch: if it is no LoRA on all fused experts of this base, or has more than that.
+    """
+    rank, alpha = _rank_and_alpha(config)
+    given, adapter, paths = dict(tensors), {}, _paths(sparse)
+    for layer in sparse.layers:
+        for name, (key, shape) in _places(layer, paths).items():
+            a, b = (_take(given, f"{key}.lora_{factor}.weight") for factor in "AB")
+            need = (layer.num_experts * rank, shape[1]), (shape[0], rank * layer.num_experts)
+            if (tuple(a.shape), tuple(b.shape)) != need:
+                raise AdapterMismatch(
+                    f"{key} has factors {tuple(a.shape)} and {tuple(b.shape)}; rank {rank} on {layer.num_experts} experts of "
+                    f"this base ({sparse.model.config.model_type}) needs {need[0]} and {need[1]}"
+                )
+            adapter[f"layers.{layer.index}.{name}.A"] = a.view(layer.num_experts, rank, -1).float()
+            adapter[f"layers.{layer.index}.{name}.B"] = b.view(-1, rank, layer.num_experts).permute(2, 0, 1).float()
+        key = _wrapped(paths[layer.router])
+        if f"{key}.lora_A.weight" in given:
+            own = _own_scale(config, f"{paths[layer.router]}.weight", alpha / rank)
+            a, b = (_take(given, f"{key}.lora_{factor}.weight") for factor in "AB")
+            adapter[f"layers.{layer.index}.router"] = own * (b.float() @ a.float())
+    if given:
+        raise AdapterMismatch(
+            f"the adapter also changes {', '.join(sorted(given)[:3])}; only LoRA on fused experts and routers can be used here"
+        )
+    return adapter, alpha
+
+
+def _rank_and_alpha(config: Mapping[str, Any]) -> tuple[int, float]:
+    """r, and the alpha that gives the adapter's factor as alpha / r."""
+    kind, rank, alpha = config.get("peft_type"), config.get("r"), config.get("lora_alpha")
+    if kind != "LORA" or not isinstance(rank, int) or not isinstance(alpha, int | float):
+        raise AdapterMismatch(f"{CONFIG} describes {kind} with r = {rank} and lora_alpha = {alpha}; expected LORA")
+    for key in ("use_dora", "modules_to_save", "lora_bias"):
+        if config.get(key):
+            raise AdapterMismatch(f"{CONFIG} sets {key}, which has no counterpart here")
+    return rank, alpha * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
+
+
+def _own_scale(config: Mapping[str, Any], name: str, otherwise: float) -> float:
+    """alpha / r of one parameter that may have its own of both."""
+    for pattern, rank in (config.get("rank_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return float((config.get("alpha_pattern") or {}).get(pattern, config["lora_alpha"])) / float(rank)
+    return otherwise
+
+
+def _paths(sparse: SparseModel) -> dict[Any, str]:
+    """The name of every module in the base."""
+    return {module: name for name, module in sparse.model.named_modules()}
+
+
+def _places(layer: SparseLayer, paths: Mapping[Any, str]) -> dict[str, tuple[str, tuple[int, int]]]:
+    """Of "up" and "down": what PEFT calls its wrapper, and the (out, in) of the matrix."""
+    key, names = _wrapped(paths[layer.experts]), {up_name(layer.experts): "up", "down_proj": "down"}
+    inner, outer = (names[stored] for stored in _stored(layer))
+    shapes = layer.shapes()
+    return {inner: (f"{key}.base_layer", shapes[inner]), outer: (key, shapes[outer])}
+
+
+def _stored(layer: SparseLayer) -> list[str]:
+    """The two matrices in the order in which the experts' class declares them."""
+    ours = (up_name(layer.experts), "down_proj")
+    return [name for name, _ in layer.experts.named_parameters(recurse=False) if name in ours]
+
+
+def _wrapped(path: str) -> str:
+    return f"base_model.model.{path}"
+
+
+def _suffix(path: str) -> str:
+    """A module's name within its layer: model.layers.3.mlp.experts gives mlp.experts."""
+    return re.sub(r"^.*\.\d+\.", "", path)
+
+
+def _take(given: dict[str, Tensor], name: str) -> Tensor:
+    if name not in given:
+        raise AdapterMismatch(f"the adapter lacks {name}: it has no LoRA on every expert matrix of this base")
+    return given.pop(name)

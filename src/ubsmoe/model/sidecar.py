@@ -1,0 +1,68 @@
+"""What an exported adapter needs said beside its weights: its base, its budget, and how its routers are to be bent.
+
+Stock file formats have no place for most of it, so it travels as JSON beside them (`ubsmoe.json`).
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from ubsmoe.config import Settings, validated
+
+Format = Literal["peft", "merged", "native"]
+
+
+class Sidecar(Settings):
+    """The facts of one export. Per-layer values are lists, SMoE layers in order."""
+
+    format: Format
+    base: str = Field(description="the run's model.base")
+    base_sha256: str = Field(description="hash over the base's weights, in `dtype`")
+    dtype: Literal["float32", "bfloat16"]
+    family: str = Field(description="transformers' model_type")
+    method: str
+    tier: PositiveInt | None = Field(description="counted from 1; None if no tier was asked for")
+    top_k: PositiveInt = Field(description="experts per token")
+    k_max: PositiveInt = Field(description="experts per token at budget 1")
+    rank: PositiveInt
+    alpha: PositiveFloat
+    rescale: Literal["none", "ratio", "mass"] = Field(description='"none" where the family renormalises by itself')
+    num_candidates: PositiveInt = Field(description="experts per token that phi may move")
+    phi: list[list[float]] | None = Field(None, description="[L, M], added to the routers' logits")
+    selection_bias: list[list[float]] | None = Field(None, description="[L, M], added to scores for the choice alone")
+    output_scale: list[float] | None = Field(None, description="[L], times the sum over experts")
+
+
+def parse_sidecar(facts: dict[str, Any]) -> Sidecar:
+    """Validate the facts of an export. Raises ConfigError with one sentence per fault."""
+    return validated(Sidecar, facts)
+
+
+def beyond_stock(sidecar: Sidecar, stock_top_k: int) -> list[str]:
+    """What plain transformers, PEFT, vLLM or llama.cpp cannot do of this export, one sentence each.
+
+    Args:
+        sidecar: after whatever could be put into weights and config has been taken out of it.
+        stock_top_k: experts per token of the unchanged base.
+    """
+    said = []
+    if sidecar.format == "peft" and sidecar.top_k != stock_top_k:
+        said.append(
+            f"K: an adapter cannot set the number of experts. Load the base with `num_experts_per_tok={sidecar.top_k}`; "
+            f"left alone it uses {stock_top_k}."
+        )
+    if sidecar.phi:
+        said.append(
+            f"φ: the routers' logits are shifted on each token's {sidecar.num_candidates} best experts. Stock routers have "
+            "no such term, so stock software chooses other experts for some tokens."
+        )
+    if sidecar.rescale != "none" and sidecar.top_k != sidecar.k_max:
+        said.append(
+            f'Output scale ("{sidecar.rescale}"): at K = {sidecar.top_k} the experts\' sum is brought back to the size it '
+            f"has at K = {sidecar.k_max}. Stock software leaves it smaller."
+        )
+    if sidecar.selection_bias:
+        said.append("Selection bias: experts are chosen by score plus a bias. Stock routers of this family have none.")
+    if sidecar.output_scale:
+        said.append("Learned output scale: one factor per layer on the experts' sum. An adapter has no place for it.")
+    return said

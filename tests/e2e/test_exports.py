@@ -1,0 +1,136 @@
+"""A run exported and used again, method by method, and the Python interface on top."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ubsmoe
+from e2e.test_cli import ubsmoe as command
+from ubsmoe.config import with_overrides
+from ubsmoe.errors import UserError
+from ubsmoe.federated_moe import FederatedMoE
+from ubsmoe.finished import export_run, open_run
+
+WriteToml = Callable[..., Path]
+IDS = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    result: torch.Tensor = model(input_ids=IDS).logits
+    return result
+
+
+@pytest.fixture
+def finished(
+    monkeypatch: pytest.MonkeyPatch, tiny_run: dict, write_toml: WriteToml, tmp_path: Path
+) -> Callable[[str], Path]:
+    def run(method: str) -> Path:
+        settings = with_overrides(tiny_run, {"method.name": method, "train.rounds": 1, "evaluate.max_examples": 1})
+        assert command(monkeypatch, "run", write_toml(settings), "--out", tmp_path / "run") == 0
+        return tmp_path / "run"
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "method", ["ubsmoe", "lossfree", "flame", "fed_sb", "ffa_lora", "hetlora", "flora", "florist", "fedex_lora"]
+)
+def test_every_kind_of_method_exports_what_its_tier_runs(method: str, finished: Any, tmp_path: Path) -> None:
+    place = finished(method)
+    run = open_run(place)
+    run.install(run.tier(2))
+    want, base = logits(run.model.model), None
+    run.model.clear()
+    base = logits(run.model.model)
+    assert (want - base).abs().max() > 1e-4
+    for format in ("native", "peft", "merged"):
+        sidecar = export_run(place, tmp_path / format, format, tier=2)
+        assert sidecar.method == method and sidecar.tier == 2
+        again = FederatedMoE.from_pretrained(tmp_path / format)
+        assert (logits(again.model) - want).abs().max() <= 1e-5
+        assert again.top_k == run.tier(2).top_k
+
+
+def test_the_object_answers_at_any_budget_and_saves_itself(finished: Any, tmp_path: Path) -> None:
+    model = ubsmoe.FederatedMoE.from_pretrained(finished("ubsmoe"))
+    full = logits(model.model)
+    assert model.top_k == model.k_max == 4
+    with model.budget(0.25) as small:
+        assert small.top_k == 1
+        assert not torch.allclose(logits(model.model), full)
+        text = model.generate("alpha beta", max_new_tokens=4)
+    assert isinstance(text, str) and model.top_k == 4
+    assert torch.equal(logits(model.model), full)
+    model.save_pretrained(tmp_path / "saved")
+    again = FederatedMoE.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(again.model), full)
+    for wrong in (0.0, 1.5):
+        with pytest.raises(UserError, match="budget must lie in"):
+            model.set_budget(wrong)
+
+
+def test_scales_learned_at_one_k_are_not_used_at_another(finished: Any) -> None:
+    model = FederatedMoE.from_pretrained(finished("flame"), tier=2)
+    with pytest.raises(UserError, match="learned at K = 2; load the tier"):
+        model.set_budget(1.0)
+
+
+def test_a_bare_base_generates_but_has_nothing_to_save(random_base: Path, tmp_path: Path) -> None:
+    model = FederatedMoE.from_pretrained(random_base)
+    model.set_budget(0.5)
+    assert model.top_k == 2 and isinstance(model.generate("a", max_new_tokens=2), str)
+    with pytest.raises(UserError, match="no adapter is in place"):
+        model.save_pretrained(tmp_path / "out")
+    with pytest.raises(UserError, match="is no run folder"):
+        FederatedMoE.from_pretrained(random_base, tier=1)
+
+
+def test_export_import_and_generate_from_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, finished: Any, tiny_run: dict, write_toml: WriteToml, tmp_path: Path
+) -> None:
+    place = finished("fedavg")
+    assert command(monkeypatch, "export", place, "--out", tmp_path / "peft", "--tier", "2") == 0
+    assert "K=2, rank 3" in capsys.readouterr().out
+    assert command(monkeypatch, "export", place, "--out", tmp_path / "peft", "--tier", "2") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert command(monkeypatch, "export", place, "--out", tmp_path / "x", "--tier", "5") == 2
+    assert not (tmp_path / "x").exists()
+    assert (
+        command(monkeypatch, "generate", tmp_path / "peft", "alpha", "--budget", "0.25", "--max-new-tokens", "3") == 0
+    )
+
+    again = with_overrides(tiny_run, {"train.rounds": 1, "evaluate.max_examples": 1, "method.name": "fedavg"})
+    assert command(monkeypatch, "import", tmp_path / "peft", write_toml(again), "--out", tmp_path / "again") == 0
+    goes_on, ended = (json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "again", place))
+    assert goes_on["before"] == ended["after"] != ended["before"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"adapter.rank": 2}, "has rank 3 and alpha 6, this run 2 and 6; set adapter.rank = 3"),
+        ({"adapter.router": "trained"}, "adapter.router is 'trained'"),
+        ({"method.name": "fed_sb"}, "fed_sb begins from an adapter of its own"),
+        ({"method.name": "flora", "tiers.ranks": [3, 3, 3, 3]}, "flora begins from an adapter of its own"),
+    ],
+)
+def test_an_adapter_that_a_run_cannot_start_from_is_refused(
+    change: dict,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    finished: Any,
+    tiny_run: dict,
+    write_toml: WriteToml,
+    tmp_path: Path,
+) -> None:
+    export_run(finished("fedavg"), tmp_path / "peft", "peft")
+    settings = write_toml(with_overrides(tiny_run, {"adapter.start": str(tmp_path / "peft"), **change}), "again.toml")
+    capsys.readouterr()
+    assert command(monkeypatch, "run", settings, "--out", tmp_path / "again") == 2
+    assert sentence in capsys.readouterr().err
