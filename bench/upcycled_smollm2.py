@@ -4,7 +4,8 @@
 
 MODEL is a dense folder or .gguf file, an upcycled folder, or a run folder. Each option's text is scored as the continuation of the
 question, by its summed log-probability ("accuracy") and by the same over its number of characters ("normalised"), which is how
-these two sets are usually reported for small models; our run files rank labels instead. The first `items` questions of each test.
+these two sets are usually reported for small models; our run files rank labels instead. The first `items` questions of each test,
+weights and activations in bfloat16.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ from transformers import AutoTokenizer
 from ubsmoe import FederatedMoE
 from ubsmoe.data.records import read_file
 from ubsmoe.data.tasks import Example
-from ubsmoe.data.tokens import pad_id
+from ubsmoe.data.tokens import Tokens, collate_prompts, pad_id
+from ubsmoe.evaluate import Question, candidate_logs
 from ubsmoe.model.upcycle import load_dense
 
 RESULTS = Path(__file__).parent / "results" / "upcycled_smollm2.jsonl"
@@ -34,29 +37,26 @@ def options(example: Example) -> tuple[str, list[str]]:
     return question.strip(), [text.strip() for text in texts]
 
 
+def question(example: Example, tokenizer: Any) -> Question:
+    """The question as a prompt, each option's text as a completion of it."""
+    asked, texts = options(example)
+    prompt = tokenizer(f"Question: {asked}\nAnswer:").input_ids
+    answers = [tuple(tokenizer(f" {text}", add_special_tokens=False).input_ids) for text in texts]
+    gold = example.candidates.index(example.answer)
+    return Question(example, Tokens((*prompt, *answers[gold]), len(prompt)), answers, gold)
+
+
 @torch.no_grad()
-def scores(model: Any, tokenizer: Any, question: str, texts: list[str]) -> list[float]:
-    """Summed log-probability of each text after the question."""
-    prompt = tokenizer(f"Question: {question}\nAnswer:").input_ids
-    answers = [tokenizer(f" {text}", add_special_tokens=False).input_ids for text in texts]
-    width = len(prompt) + max(map(len, answers))
-    rows = [[*prompt, *answer] for answer in answers]
-    ids = torch.tensor([row + [pad_id(tokenizer)] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    keep = width - len(prompt) + 1
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits[:, :-1]
-    logs = logits.float().log_softmax(-1).gather(-1, ids[:, len(prompt) :, None]).squeeze(-1)
-    return [float(row[: len(answer)].sum()) for row, answer in zip(logs, answers, strict=True)]
-
-
-def measure(model: Any, tokenizer: Any, examples: list[Example]) -> dict[str, float]:
+def measure(model: Any, tokenizer: Any, examples: list[Example], batch_size: int = 16) -> dict[str, float]:
+    questions = sorted((question(e, tokenizer) for e in examples), key=lambda one: one.tokens.prompt_length)
     plain = normalised = 0
-    for example in examples:
-        question, texts = options(example)
-        gold, logs = example.candidates.index(example.answer), scores(model, tokenizer, question, texts)
-        plain += max(range(len(texts)), key=logs.__getitem__) == gold
-        per_character = [value / len(text) for value, text in zip(logs, texts, strict=True)]
-        normalised += max(range(len(texts)), key=per_character.__getitem__) == gold
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
+        inputs = collate_prompts([one.tokens for one in batch], pad_id(tokenizer))
+        for one, logs in zip(batch, candidate_logs(model, inputs, batch), strict=True):
+            lengths = torch.tensor([len(text) for text in options(one.example)[1]])
+            plain += int(logs.argmax()) == one.gold
+            normalised += int((logs / lengths).argmax()) == one.gold
     return {"items": len(examples), "accuracy": plain / len(examples), "normalised": normalised / len(examples)}
 
 
@@ -68,12 +68,15 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=500)
     parser.add_argument("--tasks", nargs="+", default=["piqa", "ARC-Easy"])
     given = parser.parse_args()
+    model: Any
     if given.top_k is None:
-        model, tokenizer = load_dense(given.model)
+        dense, tokenizer = load_dense(given.model)
+        model = SimpleNamespace(model=dense.to(torch.bfloat16))
     else:
-        moe = FederatedMoE.from_pretrained(given.model)
-        moe.set_budget(given.top_k / moe.k_max)
-        model, tokenizer = moe.model, moe.tokenizer
+        model = FederatedMoE.from_pretrained(given.model)
+        model.set_budget(given.top_k / model.k_max)
+        model.model.to(torch.bfloat16)
+        tokenizer = model.tokenizer
     for task in given.tasks:
         started = time.perf_counter()
         examples = read_file(given.data / f"{task}.json.gz", AutoTokenizer)[: given.items]

@@ -293,6 +293,18 @@ def commonsense_command(
     typer.echo(str(build_commonsense(out, "hub" if source == "hub" else Path(source) if source else None, seed)))
 
 
+@data_app.command("teleqna")
+def teleqna_command(
+    source: Annotated[Path, typer.Argument(help="TeleQnA.zip, or the TeleQnA.txt inside it", show_default=False)],
+    out: Annotated[Path, typer.Option(help="the .jsonl.gz file to write")] = Path("data/teleqna.jsonl.gz"),
+) -> None:
+    """Read TeleQnA into records whose task is their category."""
+    from ubsmoe.data.teleqna import build_teleqna
+
+    counts = build_teleqna(source, out)
+    typer.echo(f"{out}: {sum(counts.values())} questions; " + ", ".join(f"{k} {v}" for k, v in counts.items()))
+
+
 def _settings(run_file: Path, changes: list[str] | None) -> Any:
     """The run file with --set applied, and its number of threads in force."""
     from ubsmoe.config import load_run

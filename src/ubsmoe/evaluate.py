@@ -93,7 +93,7 @@ def _score_task(model: SparseModel, tokenizer: Any, questions: Sequence[Question
     for batch in _by_length(questions, settings.batch_size):
         inputs = collate_prompts([question.tokens for question in batch], pad_id(tokenizer))
         inputs = {name: value.to(model.model.device) for name, value in inputs.items()}
-        for question, logs in zip(batch, _candidate_logs(model, inputs, batch), strict=True):
+        for question, logs in zip(batch, candidate_logs(model, inputs, batch), strict=True):
             loss -= float(logs[question.gold])
             tokens += len(question.candidates[question.gold])
             ranked += int(logs.argmax()) == question.gold
@@ -123,7 +123,7 @@ def _by_length(questions: Sequence[Question], batch_size: int) -> Iterator[list[
         yield ordered[start : start + batch_size]
 
 
-def _candidate_logs(model: SparseModel, inputs: dict[str, Tensor], batch: Sequence[Question]) -> list[Tensor]:
+def candidate_logs(model: SparseModel, inputs: dict[str, Tensor], batch: Sequence[Question]) -> list[Tensor]:
     """Per question, the log-probability of each candidate. The prompt is read once, its cache shared by the candidates."""
     cache = DynamicCache(config=model.model.config)
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)

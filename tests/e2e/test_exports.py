@@ -1,6 +1,7 @@
 """A run exported and used again, method by method, and the Python interface on top."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,15 @@ def test_a_bare_base_generates_but_has_nothing_to_save(random_base: Path, tmp_pa
         FederatedMoE.from_pretrained(random_base, tier=1)
 
 
+def test_the_lines_in_the_readme_run_as_printed(capsys: Any) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(lines.splitlines()) <= 10
+    exec(compile(lines, "README.md", "exec"), {})
+    first, *text, last = capsys.readouterr().out.splitlines()
+    assert (first, last) == ("8", "2") and text
+
+
 def test_export_import_and_generate_from_the_command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: Any, finished: Any, tiny_run: dict, write_toml: WriteToml, tmp_path: Path
 ) -> None:
@@ -98,6 +108,8 @@ def test_export_import_and_generate_from_the_command_line(
     assert "K=2, rank 3" in capsys.readouterr().out
     assert command(monkeypatch, "export", place, "--out", tmp_path / "peft", "--tier", "2") == 2
     assert "exists already" in capsys.readouterr().err
+    merged = ("export", place, "--format", "merged", "--out", tmp_path / "merged", "--tier", "1")
+    assert command(monkeypatch, *merged) == 0 and "K=1" in capsys.readouterr().out
     assert command(monkeypatch, "export", place, "--out", tmp_path / "x", "--tier", "5") == 2
     assert not (tmp_path / "x").exists()
     assert (

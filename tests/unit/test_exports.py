@@ -98,8 +98,9 @@ def test_the_sidecar_carries_phi_scale_and_k(family: str, format: Format, tmp_pa
     again.set_top_k(again.k_max)
     assert_close(logits(again.model), logits(adapted(family, routed=True).model), 1e-5)
     said = (tmp_path / "out" / "README.md").read_text()
-    assert "φ: the routers' logits" in said
-    assert ('Output scale ("mass")' in said) == (family not in RENORMALISES)
+    stock = format != "native"
+    assert ("φ: the routers' logits" in said) == stock
+    assert ('Output scale ("mass")' in said) == (stock and family not in RENORMALISES)
     assert ("num_experts_per_tok=2" in said) == (format == "peft")
 
 

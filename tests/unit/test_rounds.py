@@ -13,7 +13,7 @@ from ubsmoe.engines.local import LocalEngine
 from ubsmoe.federation import Federation, build_federation
 from ubsmoe.messages import Update
 from ubsmoe.methods.base import State
-from ubsmoe.rounds import Watch, _pack, _unpack, evaluate_run, run, sample_clients
+from ubsmoe.rounds import Watch, _pack, evaluate_run, run, sample_clients, unpack
 from ubsmoe.storage.runfolder import RunFolder
 
 
@@ -62,7 +62,7 @@ def test_the_watch_weighs_clients_by_their_examples() -> None:
 
 def test_a_state_survives_its_trip_to_disk() -> None:
     state = State({"layers.0.up.A": torch.ones(2), "side.layers.0.up.A": torch.ones(1)}, {"phi": torch.zeros(3)})
-    back = _unpack(_pack(state))
+    back = unpack(_pack(state))
     assert back.adapters.keys() == state.adapters.keys() and back.extras.keys() == {"phi"}
 
 

@@ -111,8 +111,8 @@ def warm_up(sparse: SparseModel, batches: Iterable[dict[str, Tensor]], learning_
     sparse.record()
     try:
         for batch in batches:
-            sparse.model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-            loss = torch.stack([_balance(layer) for layer in sparse.layers]).mean()
+            inputs = _router_inputs(sparse, batch)
+            loss = torch.stack([_balance(*pair) for pair in zip(sparse.layers, inputs, strict=True)]).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -124,7 +124,21 @@ def warm_up(sparse: SparseModel, batches: Iterable[dict[str, Tensor]], learning_
     return losses
 
 
-def _balance(layer: SparseLayer) -> Tensor:
+@torch.no_grad()
+def _router_inputs(sparse: SparseModel, batch: dict[str, Tensor]) -> list[Tensor]:
+    """What each router sees. No router's own loss reaches another, so nothing else of the forward pass is kept."""
+    seen: list[Tensor] = []
+    hooks = [layer.router.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in sparse.layers]
+    try:
+        sparse.model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _balance(layer: SparseLayer, hidden: Tensor) -> Tensor:
+    layer.router(hidden)
     assert layer.chosen is not None
     return load_balancing_loss(layer.scores(), layer.chosen, layer.real_tokens())
 

@@ -31,6 +31,8 @@ def export_card(facts: Mapping[str, Any], missing: Sequence[str]) -> str:
     load = _LOAD[facts["format"]].format_map(facts)
     lines = "\n".join(f"- {sentence}" for sentence in missing)
     left = f"It leaves out:\n\n{lines}" if missing else "It then does exactly what was trained; nothing is left out."
+    if facts["format"] == "native":
+        left = ""
     return f"""---
 base_model: {facts["base"]}
 library_name: {"peft" if facts["format"] == "peft" else "transformers"}
