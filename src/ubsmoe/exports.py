@@ -54,25 +54,8 @@ def write(
     Raises:
         ExportError: if `out` is taken or cannot be written; then nothing is.
     """
+    exportfolder.check_free(out)  # before anything is merged
     stock_top_k = sparse.model.config.num_experts_per_tok
-    routing = installed.routing
-
-    def fill(folder: Path) -> None:
-        if format == "merged":
-            sparse.model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        elif format == "peft":
-            tensors, config = to_peft(sparse, installed.adapter, installed.alpha, origin.model.base)
-            exportfolder.write_tensors(folder / WEIGHTS, tensors)
-            exportfolder.write_text(folder / CONFIG, encode_json(config, indent=2).decode())
-        else:
-            exportfolder.write_tensors(folder / NATIVE, installed.adapter)
-        missing = beyond_stock(sidecar, stock_top_k)
-        exportfolder.write_text(folder / "README.md", export_card(sidecar.model_dump(), missing))
-
-    exportfolder.check_free(out)
-    if format == "merged":
-        routing = merge(sparse, installed)
     sidecar = parse_sidecar(
         {
             "format": format,
@@ -84,9 +67,23 @@ def write(
             "tier": origin.tier,
             "rank": installed.rank,
             "alpha": installed.alpha,
-            **routing,
+            **(merge(sparse, installed) if format == "merged" else installed.routing),
         }
     )
+
+    def fill(folder: Path) -> None:
+        if format == "merged":
+            sparse.model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        elif format == "peft":
+            tensors, config = to_peft(sparse, installed.adapter, installed.alpha, origin.model.base)
+            exportfolder.write_tensors(folder / WEIGHTS, tensors)
+            exportfolder.put_text(folder / CONFIG, encode_json(config, indent=2).decode())
+        else:
+            exportfolder.write_tensors(folder / NATIVE, installed.adapter)
+        card = export_card(sidecar.model_dump(), beyond_stock(sidecar, stock_top_k))
+        exportfolder.put_text(folder / "README.md", card)
+
     exportfolder.write_export(out, sidecar.model_dump(), fill)
     return sidecar
 

@@ -10,7 +10,6 @@ Source: TeleQnA (Maatouk et al. 2023, arXiv 2310.15051), github.com/netop-team/T
 import gzip
 import importlib
 import json
-import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -36,16 +35,17 @@ def build_teleqna(source: Path, out: Path) -> dict[str, int]:
     if not out.name.endswith(".jsonl.gz") or out.exists():
         raise ConfigError(f"--out must be a new file ending in .jsonl.gz, got {out}")
     try:
-        questions = {row["question"]: (name, row) for name, row in reversed(json.loads(_text(source)).items())}
-        records = [_record(row, name) for name, row in reversed(questions.values())]
+        records = {}
+        for name, row in json.loads(_text(source)).items():
+            records.setdefault(row["question"], _record(row, name))
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise ConfigError(f"{source} is not laid out as TeleQnA: {error!r}") from None
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.with_name(f".{out.name}.draft")
     # without a time stamp inside, equal sources give equal files
-    draft.write_bytes(gzip.compress("".join(json.dumps(one) + "\n" for one in records).encode(), mtime=0))
+    draft.write_bytes(gzip.compress("".join(json.dumps(one) + "\n" for one in records.values()).encode(), mtime=0))
     draft.replace(out)
-    return dict(Counter(record["category"] for record in records))
+    return dict(Counter(record["category"] for record in records.values()))
 
 
 def _text(source: Path) -> bytes:
@@ -55,7 +55,9 @@ def _text(source: Path) -> bytes:
         with _pyzipper().AESZipFile(source) as zipped:
             content: bytes = zipped.read("TeleQnA.txt", pwd=PASSWORD)
             return content
-    except (OSError, RuntimeError, KeyError, zipfile.BadZipFile) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # the library has error classes of its own, and all mean the same to the user
         raise ConfigError(f"{source} cannot be read as TeleQnA's archive: {error}") from None
 
 

@@ -69,7 +69,7 @@ def write_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
     disk.write_new_file(path, tensors.tensor_bytes(named))
 
 
-def write_text(path: Path, text: str) -> None:
+def put_text(path: Path, text: str) -> None:
     """A text file of an export."""
     disk.write_new_file(path, text.encode())
 
