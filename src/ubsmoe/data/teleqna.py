@@ -35,7 +35,7 @@ def build_teleqna(source: Path, out: Path) -> dict[str, int]:
     if not out.name.endswith(".jsonl.gz") or out.exists():
         raise ConfigError(f"--out must be a new file ending in .jsonl.gz, got {out}")
     try:
-        records = {}
+        records: dict[str, dict[str, str]] = {}
         for name, row in json.loads(_text(source)).items():
             records.setdefault(row["question"], _record(row, name))
     except (ValueError, AttributeError, TypeError, KeyError) as error:
