@@ -74,6 +74,8 @@ def cost_against_accuracy(runs: Sequence[Series], costs: Sequence[list[dict[str,
     """What a tier pays per token against what it gets; one line per run, one point per tier."""
     traces = []
     for index, (run, tiers) in enumerate(zip(runs, costs, strict=True)):
+        if run.record.summary is None:
+            continue  # its scores are from before the end
         last = last_scores(run)
         points = [(tier, 100 * last[tier["tier"]]["macro"]["accuracy"]) for tier in tiers if tier["tier"] in last]
         trace = _line(
@@ -86,7 +88,7 @@ def cost_against_accuracy(runs: Sequence[Series], costs: Sequence[list[dict[str,
         )
         traces.append(trace)
     layout = {"xaxis": {"title": {"text": "training MFLOPs per token"}}, "yaxis": {"title": {"text": "accuracy, %"}}}
-    caption = "Accuracy of each tier against the training FLOPs it pays per token; the points of a run are its tiers."
+    caption = "Accuracy of each tier against the training FLOPs it pays per token; the points of a run are its tiers. Finished runs only."
     return Chart("cost-accuracy", "Cost against accuracy", caption, traces, layout)
 
 
@@ -185,7 +187,9 @@ def _line(name: str, x: list[Any], y: list[Any], index: int) -> dict[str, Any]:
 
 
 def _over_rounds(id: str, title: str, caption: str, unit: str, traces: list[dict[str, Any]]) -> Chart:
-    layout = {"xaxis": {"title": {"text": "round"}, "tickformat": "d"}, "yaxis": {"title": {"text": unit}}}
+    last = max((trace["x"][-1] for trace in traces), default=0)
+    ticks = {"dtick": max(1, last // 10)}  # whole rounds only
+    layout = {"xaxis": {"title": {"text": "round"}, **ticks}, "yaxis": {"title": {"text": unit}}}
     return Chart(id, title, caption, traces, layout)
 
 

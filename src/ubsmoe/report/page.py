@@ -131,10 +131,11 @@ def _results(runs: Sequence[Series]) -> str:
                     *(_score(same, key) for key in ("unparsed", "likelihood")),
                     _number(sum(one["loss"] for one in same) / len(same), ".4f"),
                     _number(100 * score["chance"], ".1f") if score["chance"] is not None else "–",
+                    _number(event["round"], "d"),
                 ]
                 (tiers if task == "macro" else tasks).append(row)
     head = ["method", "tier", "K", "rank"]
-    tail = ["accuracy %", "95 % interval", "unparsed %", "ranked %", "loss", "chance %"]
+    tail = ["accuracy %", "95 % interval", "unparsed %", "ranked %", "loss", "chance %", "after round"]
     note = (
         '<p class="note">Last evaluation, each tier at its own budget. Interval: Student, over seeds, where there are two or '
         "more; else Wilson, over questions, as if tasks were alike. Ranked: accuracy when answers are ranked by likelihood.</p>"
