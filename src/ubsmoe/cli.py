@@ -128,6 +128,17 @@ def eval_command(
     show(Console(), task_table([result["scores"] for result in results], labels))
 
 
+@app.command("watch")
+def watch_command(run_folder: Annotated[Path, typer.Argument(help="a run folder", show_default=False)]) -> None:
+    """Follow a run that another process carries out: rounds, balance, scores; ends when it does."""
+    import time
+
+    from ubsmoe.report.console import RunConsole, watch
+
+    with RunConsole() as shown:
+        watch(run_folder, shown, lambda: time.sleep(1))
+
+
 @app.command("figures")
 def figures_command(
     runs: Runs, out: Annotated[Path, typer.Option(help="where the files go")] = Path("out/figures")

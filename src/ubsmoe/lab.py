@@ -116,10 +116,10 @@ def bias(problem: Problem, top_k: int) -> Float[Tensor, "M d"]:
 
 
 def settle(
-    problem: Problem, top_k: int, signal: PseudoGradient, forward: Forward, seed: int, steps: int = STEPS
+    problem: Problem, top_k: int, signal: PseudoGradient, forward: Forward, seed: int, steps: int | None = None
 ) -> float:
     """Run SGD with a step that falls to zero; the loss of its last tenth's mean, above the optimum."""
-    theta, tail = optimum(problem), []
+    theta, tail, steps = optimum(problem), [], steps or STEPS
     draw, chosen, features = generator_for(seed, top_k, signal.mode), problem.chosen(top_k), problem.features()
     largest = float(torch.linalg.matrix_norm(_field(problem, problem.num_experts, "dense")[0], 2))
     for step in range(steps):

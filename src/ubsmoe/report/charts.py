@@ -88,7 +88,7 @@ def cost_against_accuracy(runs: Sequence[Series], costs: Sequence[list[dict[str,
         )
         traces.append(trace)
     layout = {"xaxis": {"title": {"text": "training MFLOPs per token"}}, "yaxis": {"title": {"text": "accuracy, %"}}}
-    caption = "Accuracy of each tier against the training FLOPs it pays per token; the points of a run are its tiers. Finished runs only."
+    caption = "Accuracy of each tier against the training FLOPs it pays per token; the points of a finished run are its tiers."
     return Chart("cost-accuracy", "Cost against accuracy", caption, traces, layout)
 
 
