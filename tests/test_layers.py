@@ -22,12 +22,15 @@ MAY_IMPORT = {
     "client": {"config", "data", "errors", "messages", "methods", "model", "seeds"},
     "engines": {"client", "data", "errors", "messages"},
     "pretrain": {"config", "data", "errors", "maths", "seeds", "storage"},
+    "lab": {"maths", "seeds"},
     "report": {"maths", "messages", "report", "storage"},
 }
 ONLY_IN = {
     "transformers": {"model", "data", "evaluate", "pretrain"},
     "flwr": {"engines"},
     "typer": {"cli"},
+    "matplotlib": {"report"},
+    "plotly": {"report"},
     "pickle": set(),
 }
 MODULES = sorted(SOURCE.rglob("*.py"))

@@ -26,8 +26,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+lab_app = typer.Typer(help="Small experiments where everything is known.", no_args_is_help=True, rich_markup_mode=None)
 data_app = typer.Typer(help="Get and prepare data sets.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+app.add_typer(lab_app, name="lab")
 
 
 class ExportFormat(StrEnum):
@@ -41,6 +43,7 @@ class ExportFormat(StrEnum):
 RunFile = Annotated[Path, typer.Argument(help="run file (TOML)", show_default=False)]
 Out = Annotated[Path | None, typer.Option("--out", help="run folder; out/<name of the run file> when left out")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="change one setting, as in train.rounds=3; repeatable")]
+Runs = Annotated[list[Path], typer.Argument(help="run folders, or folders of ubsmoe compare", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 
@@ -177,6 +180,47 @@ def generate_command(
     typer.echo(model.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False))
 
 
+@app.command("watch")
+def watch_command(run_folder: Annotated[Path, typer.Argument(help="a run folder", show_default=False)]) -> None:
+    """Follow a run that another process carries out: rounds, balance, scores; ends when it does."""
+    import time
+
+    from ubsmoe.report.console import RunConsole, watch
+
+    with RunConsole() as shown:
+        watch(run_folder, shown, lambda: time.sleep(1))
+
+
+@app.command("figures")
+def figures_command(
+    runs: Runs, out: Annotated[Path, typer.Option(help="where the files go")] = Path("out/figures")
+) -> None:
+    """Draw the paper's Figures 2-7 from these runs, as SVG, PNG and CSV."""
+    _needs("matplotlib")
+    from ubsmoe.report.figures import write_figures
+    from ubsmoe.report.series import read_series
+
+    for path in write_figures(read_series(runs), _figure_costs(), out):
+        typer.echo(str(path))
+
+
+@app.command("report")
+def report_command(
+    runs: Runs, out: Annotated[Path, typer.Option(help="the file to write")] = Path("out/report.html")
+) -> None:
+    """Say what these runs did in one HTML file that opens without a network."""
+    _needs("plotly")
+    from ubsmoe.config import parse_run
+    from ubsmoe.plan import run_costs
+    from ubsmoe.report.page import write_report
+    from ubsmoe.report.series import read_series
+
+    found = read_series(runs)
+    costs = [[cost.as_dict() for cost in run_costs(parse_run(run.record.config))] for run in found]
+    write_report(found, costs, out)
+    typer.echo(str(out))
+
+
 @app.command("methods")
 def methods_command(json_: AsJson = False) -> None:
     """List the federated methods, their settings, and the laws of the test battery that one does not promise."""
@@ -303,6 +347,41 @@ def teleqna_command(
 
     counts = build_teleqna(source, out)
     typer.echo(f"{out}: {sum(counts.values())} questions; " + ", ".join(f"{k} {v}" for k, v in counts.items()))
+
+
+@lab_app.command("bias-floor")
+def bias_floor_command(
+    seeds: Annotated[int, typer.Option(min=1, help="problems to average over")] = 3,
+    out: Annotated[Path, typer.Option(help="where figure and table go")] = Path("out/bias-floor"),
+) -> None:
+    """Measure where top-K SGD stalls on a small convex mixture, for every K and pseudo-gradient, against the bound."""
+    _needs("matplotlib")
+    from ubsmoe.lab import bias_floor, floor_markdown, floor_rows
+    from ubsmoe.report.figures import write_bias_floor
+
+    rows = floor_rows(list(bias_floor(range(seeds))))
+    write_bias_floor(rows, out)
+    typer.echo(floor_markdown(rows))
+
+
+def _figure_costs() -> dict[str, list[dict[str, Any]]]:
+    """Figure 3's bars: OLMoE-1B-7B with heterogeneous rank and with heterogeneous sparsity, in the run file's defaults."""
+    from ubsmoe.config import parse_run
+    from ubsmoe.plan import run_costs
+
+    def tiers(method: str) -> list[dict[str, Any]]:
+        settings = parse_run({"model": {"base": "olmoe-1b-7b"}, "method": {"name": method}})
+        return [cost.as_dict() for cost in run_costs(settings)]
+
+    return {"rank": tiers("hetlora"), "sparsity": tiers("fedavg")}
+
+
+def _needs(package: str) -> None:
+    """Refuse in one sentence what an extra that is not installed would draw."""
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise UserError(f"this needs {package}: pip install 'ubsmoe[report]'")
 
 
 def _settings(run_file: Path, changes: list[str] | None) -> Any:

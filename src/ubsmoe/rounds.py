@@ -56,7 +56,7 @@ class Watch:
             "loss": self.loss / max(self.examples, 1),
             "entropy": balance.normalised_entropy(used).tolist(),
             "gini": balance.gini(used).tolist(),
-            "dead_experts": int((used == 0).sum()),
+            "dead_experts": int(balance.dead_experts(used).sum()),
         }
 
 

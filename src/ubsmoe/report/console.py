@@ -1,6 +1,7 @@
 """A run in the terminal: a live line while it goes, plain lines when the output is not a terminal, a table at the end."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ubsmoe.messages import Task
+from ubsmoe.storage.runfolder import read_run
 
 
 class RunConsole:
@@ -75,6 +77,31 @@ class RunConsole:
 
     def _line(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def watch(path: Path, shown: RunConsole, pause: Callable[[], None]) -> None:
+    """Show a run's events, also those another process goes on writing, until the run has ended.
+
+    Args:
+        path: the run folder; it is only read.
+        shown: where.
+        pause: called between two looks.
+
+    Raises:
+        RunFolderError: if there is no run in the folder.
+    """
+    seen = 0
+    while True:
+        record = read_run(path)
+        events = [event for event in record.events if event["event"] != "torn_line"]
+        clients = record.config["clients"]
+        shown.plan(record.config["train"]["rounds"], clients["per_round"] or clients["count"])
+        for event in events[min(seen, len(events)) :]:  # a resumed run may have forgotten its last events
+            shown.on_event(event["event"], event["round"], event)
+        seen = len(events)
+        if record.summary:
+            return
+        pause()
 
 
 def result_table(summary: dict[str, Any], costs: Sequence[dict[str, Any]]) -> Table:

@@ -1,13 +1,15 @@
 """What a terminal shows: plain lines when there is none, whole figures when it is narrow."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from drawn_runs import write_run
 from ubsmoe.messages import Profile, Task
-from ubsmoe.report.console import RunConsole, cost_table, result_table, show, task_table
+from ubsmoe.report.console import RunConsole, cost_table, result_table, show, task_table, watch
 
 MACRO = {
     "examples": 40,
@@ -82,3 +84,17 @@ def test_tasks_are_rows_and_tiers_columns() -> None:
     text = shown(task_table([{"boolq": MACRO}, {"boolq": {**MACRO, "accuracy": 1.0}}], ["tier 1 K=2", "tier 2 K=4"]))
     (line,) = [line for line in text.splitlines() if "boolq" in line]
     assert line.split() == ["boolq", "25.0", "(10.0)", "100.0", "(10.0)", "25.0%", "30.0%"]
+
+
+def test_watching_goes_on_until_the_run_ends_and_shows_every_event_once(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", finished=False)
+    console = Console(record=True, width=200, file=io.StringIO())
+    looks = []
+
+    def pause() -> None:
+        looks.append(None)
+        (folder / "summary.json").write_text("{}" if len(looks) < 2 else '{"seconds": 1.0}')
+
+    watch(folder, RunConsole(console), pause)
+    lines = console.export_text().splitlines()
+    assert len(looks) == 2 and sum(line.startswith("round 2/3") for line in lines) == 1

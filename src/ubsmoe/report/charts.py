@@ -1,0 +1,204 @@
+"""The report's charts as plotly's own plain data: traces and a layout, ready for JSON."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ubsmoe.maths import balance
+from ubsmoe.report.series import Series, by_label
+
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#B07D00",
+    "#56B4E9",
+    "#808080",
+)  # readable on white and on black
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "x", "star", "pentagon", "hexagon")
+DASHES = ("solid", "dash", "dot", "dashdot")
+MOST_HEAT_CELLS = 60_000  # about 400 kB of JSON; longer runs show every n-th round
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart: `caption` says in words what it shows, for those who do not see it too."""
+
+    id: str
+    title: str
+    caption: str
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
+
+
+def loss_over_rounds(runs: Sequence[Series]) -> Chart:
+    """Training loss over rounds: per tier of a single run, else per run, mean over its tiers."""
+    clients = [(run, run.events("client")) for run in runs]
+    points = [(run, [(c["round"], c["tier"], c["loss"]) for c in events]) for run, events in clients]
+    caption = f"Mean loss of the clients{_each(runs)} while they trained, nats per token."
+    return _over_rounds("loss", "Training loss", caption, "loss, nats per token", _learning(points))
+
+
+def accuracy_over_rounds(runs: Sequence[Series]) -> Chart:
+    """Test accuracy at the rounds that were evaluated: per tier of a single run, else per run, mean over its tiers."""
+    points = [
+        (run, [(e["round"], e["tier"], 100 * e["scores"]["macro"]["accuracy"]) for e in run.events("evaluated")])
+        for run in runs
+    ]
+    caption = f"Accuracy on the test questions{_each(runs)}, mean over tasks; round 0 is before training."
+    return _over_rounds("accuracy", "Accuracy", caption, "accuracy, %", _learning(points))
+
+
+def _each(runs: Sequence[Series]) -> str:
+    return ", each tier at its own budget" if len(runs) == 1 else " of each run, mean over tiers"
+
+
+def _learning(points: Sequence[tuple[Series, list[tuple[int, int, float]]]]) -> list[dict[str, Any]]:
+    """Lines through the means of (round, tier, value)."""
+    lines: dict[str, dict[int, list[float]]] = {}
+    for run, own in points:
+        for number, tier, value in own:
+            name = f"tier {tier + 1}" if len(points) == 1 else run_name(run)
+            lines.setdefault(name, {}).setdefault(number, []).append(value)
+    return [
+        _line(name, list(means), [sum(values) / len(values) for values in means.values()], index)
+        for index, (name, means) in enumerate(lines.items())
+    ]
+
+
+def cost_against_accuracy(runs: Sequence[Series], costs: Sequence[list[dict[str, Any]]]) -> Chart:
+    """What a tier pays per token against what it gets; one line per run, one point per tier."""
+    traces = []
+    for index, (run, tiers) in enumerate(zip(runs, costs, strict=True)):
+        if run.record.summary is None:
+            continue  # its scores are from before the end
+        last = last_scores(run)
+        points = [(tier, 100 * last[tier["tier"]]["macro"]["accuracy"]) for tier in tiers if tier["tier"] in last]
+        trace = _line(
+            run_name(run), [t["train_flops_per_token"] / 1e6 for t, _ in points], [y for _, y in points], index
+        )
+        trace["customdata"] = [[t["tier"] + 1, t["top_k"], t["rank"], t["upload_bytes"] / 1e6] for t, _ in points]
+        trace["hovertemplate"] = (
+            "tier %{customdata[0]}, K = %{customdata[1]}, rank %{customdata[2]}: "
+            "%{x:.2f} MFLOPs, %{y:.1f} %, %{customdata[3]:.2f} MB up"
+        )
+        traces.append(trace)
+    layout = {"xaxis": {"title": {"text": "training MFLOPs per token"}}, "yaxis": {"title": {"text": "accuracy, %"}}}
+    caption = "Accuracy of each tier against the training FLOPs it pays per token; the points of a finished run are its tiers."
+    return Chart("cost-accuracy", "Cost against accuracy", caption, traces, layout)
+
+
+def balance_over_rounds(runs: Sequence[Series], measure: str) -> Chart:
+    """Entropy or Gini, mean over layers, per method, mean over its seeds."""
+    traces = []
+    for index, (label, seeds) in enumerate(by_label(runs).items()):
+        rounds = min((run.rounds for run in seeds), key=len)
+        values = torch.stack([getattr(run, measure)[: len(rounds)].mean(1) for run in seeds]).mean(0)
+        traces.append(_line(label, rounds, _short(values), index))
+    words = {
+        "entropy": ("Entropy of expert use", "H / ln M", "1 when all experts of a layer work alike"),
+        "gini": ("Gini coefficient of expert use", "Gini", "0 when all experts of a layer work alike"),
+    }
+    title, unit, meaning = words[measure]
+    return _over_rounds(measure, title, f"{title}, mean over layers and seeds: {meaning}.", unit, traces)
+
+
+def phi_correlation(runs: Sequence[Series]) -> Chart | None:
+    """Pearson correlation of phi with use, mean over layers; None when no run was modulated."""
+    traces = []
+    for index, run in enumerate(run for run in runs if run.phi is not None):
+        assert run.phi is not None
+        traces.append(
+            _line(run_name(run), run.rounds, _short(balance.pearson(run.phi, run.utilization).nanmean(1)), index)
+        )
+    caption = (
+        "Pearson correlation of the modulation φ with use, over experts, mean over layers: negative where it works."
+    )
+    chart = _over_rounds("phi", "φ against utilization", caption, "Pearson r", traces)
+    return chart if traces else None
+
+
+def partition(run: Series) -> Chart | None:
+    """How many examples of which kind each client holds; None where the data have no kinds."""
+    report = next((event["report"] for event in run.events("partition")), None)
+    if report is None:
+        return None
+    clients = [f"client-{client['client']}" for client in report["clients"]]
+    traces = [
+        {
+            "type": "bar",
+            "name": kind,
+            "x": clients,
+            "y": [client["counts"].get(kind, 0) for client in report["clients"]],
+            "marker": {"color": COLOURS[index % len(COLOURS)], "pattern": {"shape": ("", "/", ".")[index // 7 % 3]}},
+        }
+        for index, kind in enumerate(report["clients"][0]["counts"])
+    ]
+    layout = {"barmode": "stack", "yaxis": {"title": {"text": "examples"}}}
+    caption = f"Training examples of each client by {report['field']}; mean total variation {report['mean_total_variation']:.2f}."
+    return Chart("partition", "Who holds what", caption, traces, layout)
+
+
+def heat_maps(runs: Sequence[Series]) -> list[dict[str, Any]]:
+    """Use of the experts, and phi, per run and round, for the slider."""
+    cells = sum(run.utilization.numel() * (1 if run.phi is None else 2) for run in runs)
+    step = -(-cells // MOST_HEAT_CELLS)
+    maps = []
+    for run in runs:
+        kept = sorted({*range(0, len(run.rounds), step), len(run.rounds) - 1})
+        share = run.utilization[kept] / run.utilization[kept].sum(-1, keepdim=True).clamp_min(1e-300)
+        phi = None if run.phi is None else run.phi[kept]
+        maps.append(
+            {
+                "rounds": [run.rounds[i] for i in kept],
+                "use": _short(share),
+                "most": float(share.max()),
+                "phi": None if phi is None else _short(phi),
+                "span": 1.0 if phi is None else max(float(phi.abs().max()), 1e-6),
+            }
+        )
+    return maps
+
+
+def run_name(run: Series) -> str:
+    """Label and seed."""
+    return f"{run.label}, seed {run.seed}"
+
+
+def last_scores(run: Series) -> dict[int, dict[str, Any]]:
+    """Tier -> scores by task, at the last evaluation."""
+    return {event["tier"]: event["scores"] for event in run.events("evaluated")}
+
+
+def _line(name: str, x: list[Any], y: list[Any], index: int) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": name,
+        "x": x,
+        "y": y,
+        "line": {"color": COLOURS[index % len(COLOURS)], "dash": DASHES[index // len(COLOURS) % len(DASHES)]},
+        "marker": {"symbol": SYMBOLS[index % len(SYMBOLS)], "size": 8},
+    }
+
+
+def _over_rounds(id: str, title: str, caption: str, unit: str, traces: list[dict[str, Any]]) -> Chart:
+    last = max((trace["x"][-1] for trace in traces), default=0)
+    ticks = {"dtick": max(1, last // 10)}  # whole rounds only
+    layout = {"xaxis": {"title": {"text": "round"}, **ticks}, "yaxis": {"title": {"text": unit}}}
+    return Chart(id, title, caption, traces, layout)
+
+
+def _short(values: Tensor) -> list[Any]:
+    """Nested lists with four digits behind the point; JSON knows no NaN."""
+    return _rounded(values.tolist())
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_rounded(part) for part in value]
+    return None if value != value else round(value, 4)

@@ -1,0 +1,315 @@
+"""The paper's Figures 2-7 from run folders: SVG and PNG to print, CSV to plot otherwise.
+
+The palette is Okabe and Ito's, told apart by colour-blind readers, and every method also has a marker and a dash of its own,
+told apart on a black-and-white print.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from ubsmoe.maths import balance
+from ubsmoe.report.series import Series, by_label
+from ubsmoe.storage.disk import atomic_write
+
+Rows = list[dict[str, Any]]
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", ":", "-.")
+MARKERS = "osD^vPX*<>hd"
+STYLE: Any = {  # typed by name in some releases of matplotlib and not in others
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "svg.hashsalt": "ubsmoe",  # equal data, equal file
+}
+OUTSIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
+
+
+def write_figures(runs: Sequence[Series], costs: dict[str, list[dict[str, Any]]], out: Path) -> list[Path]:
+    """Draw every figure the runs have data for.
+
+    Args:
+        runs: one or more, any methods and seeds.
+        costs: tiers as `ubsmoe costs` counts them for OLMoE-1B-7B, under "rank" and "sparsity".
+        out: a folder; made when missing.
+
+    Returns:
+        The files written: .svg, .png and .csv per figure. Figures 6 and 7 need a run with phi.
+    """
+    figures: dict[str, Callable[[], tuple[Figure, Rows]]] = {
+        "fig2_entropy": lambda: over_rounds(runs, "entropy"),
+        "fig3_flops": lambda: flops_per_tier(runs, costs),
+        "fig4_gini": lambda: over_rounds(runs, "gini"),
+        "fig5_layer_entropy": lambda: layer_entropy(runs),
+    }
+    modulated = [run for run in runs if run.phi is not None]
+    if modulated:
+        figures["fig6_phi_correlation"] = lambda: phi_correlation(modulated)
+        figures["fig7_phi_scatter"] = lambda: phi_scatter(modulated[0])
+    with matplotlib.rc_context(STYLE):
+        return [path for name, draw in figures.items() for path in save(*draw(), out / name)]
+
+
+def save(figure: Figure, rows: Rows, stem: Path) -> list[Path]:
+    """Write one figure as SVG, PNG (200 dots per inch) and its numbers as CSV."""
+    paths = []
+    kinds: dict[str, Any] = {".svg": {"metadata": {"Date": None}}, ".png": {"dpi": 200}}
+    for suffix, options in kinds.items():
+        picture = io.BytesIO()
+        figure.savefig(picture, format=suffix[1:], bbox_inches="tight", **options)
+        paths.append(stem.with_suffix(suffix))
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(paths[-1], picture.getvalue())
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(stem.with_suffix(".csv"), table.getvalue().encode())
+    return [*paths, stem.with_suffix(".csv")]
+
+
+def over_rounds(runs: Sequence[Series], measure: str) -> tuple[Figure, Rows]:
+    """Figures 2 and 4: entropy or Gini of the experts' use, mean over layers, per method; bands span the seeds."""
+    figure, (axes,) = panels(1, (5.6, 3.4))
+    rows: Rows = []
+    for index, (label, seeds) in enumerate(by_label(runs).items()):
+        values = torch.stack([getattr(run, measure).mean(1) for run in _same_length(seeds)])
+        rounds = seeds[0].rounds[: values.shape[1]]
+        axes.plot(rounds, values.mean(0), label=label, **_look(index))
+        if len(values) > 1:
+            axes.fill_between(rounds, values.amin(0), values.amax(0), color=_look(index)["color"], alpha=0.12, lw=0)
+        rows += [
+            {"method": label, "seed": run.seed, "round": number, measure: float(value)}
+            for run, series in zip(seeds, values, strict=True)
+            for number, value in zip(rounds, series, strict=True)
+        ]
+    names = {"entropy": "entropy of expert use, H / ln M", "gini": "Gini coefficient of expert use"}
+    axes.set(xlabel="round", ylabel=f"{names[measure]}\n(mean over layers)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(**OUTSIDE)
+    return figure, rows
+
+
+def layer_entropy(runs: Sequence[Series]) -> tuple[Figure, Rows]:
+    """Figure 5: entropy per layer after the last round, mean over seeds."""
+    figure, (axes,) = panels(1, (5.6, 3.4))
+    rows: Rows = []
+    for index, (label, seeds) in enumerate(by_label(runs).items()):
+        mean = torch.stack([run.entropy[-1] for run in seeds]).mean(0)
+        layers = list(range(1, len(mean) + 1))
+        axes.plot(layers, mean, label=label, **_look(index))
+        rows += [
+            {"method": label, "layer": layer, "entropy": float(value)}
+            for layer, value in zip(layers, mean, strict=True)
+        ]
+    axes.set(xlabel="SMoE layer", ylabel="entropy of expert use, H / ln M\n(last round)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(**OUTSIDE)
+    return figure, rows
+
+
+def flops_per_tier(runs: Sequence[Series], costs: dict[str, list[dict[str, Any]]]) -> tuple[Figure, Rows]:
+    """Figure 3: training FLOPs per tier, counted for OLMoE-1B-7B, and the seconds of these runs' clients beside them."""
+    figure, (counted, measured) = panels(2, (7.6, 3.2))
+    seconds = {"rank": _tier_seconds(runs, "rank"), "sparsity": _tier_seconds(runs, "sparsity")}
+    names = {"rank": "heterogeneous rank", "sparsity": "heterogeneous sparsity"}
+    rows: Rows = []
+    for index, kind in enumerate(names):
+        flops = [tier["train_flops_per_token"] / 1e9 for tier in costs[kind]]
+        places = [tier + 0.4 * (index - 0.5) for tier in range(len(flops))]
+        look: dict[str, Any] = {
+            "width": 0.38,
+            "color": COLOURS[index],
+            "hatch": ("", "///")[index],
+            "edgecolor": "white",
+        }
+        bars = counted.bar(places, flops, label=names[kind], **look)
+        counted.bar_label(bars, [f"{tier['relative_to_top']:.0%}" for tier in costs[kind]], fontsize=7, padding=1)
+        rows += [
+            {"kind": kind, "tier": tier + 1, "what": "train_gflops_per_token_olmoe_1b_7b", "value": value}
+            for tier, value in enumerate(flops)
+        ]
+        tiers = sorted(seconds[kind])
+        measured.bar([tier + 0.4 * (index - 0.5) for tier in tiers], [seconds[kind][t] for t in tiers], **look)
+        rows += [
+            {"kind": kind, "tier": tier + 1, "what": "client_seconds_per_round", "value": seconds[kind][tier]}
+            for tier in tiers
+        ]
+    counted.set(ylabel="training GFLOPs per token", title="counted, OLMoE-1B-7B")
+    measured.set(ylabel="seconds per client and round", title="measured in these runs")
+    for axes in (counted, measured):
+        num_tiers = len(costs["rank"])
+        axes.set_xticks(range(num_tiers), [f"β{tier + 1}" for tier in range(num_tiers)])
+        axes.set_xlabel("tier")
+        axes.grid(axis="x", visible=False)
+    figure.legend(*counted.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure, rows
+
+
+def phi_correlation(runs: Sequence[Series]) -> tuple[Figure, Rows]:
+    """Figure 6: Pearson and Spearman correlation of phi with use, over experts, round by round."""
+    figure, both = panels(2, (7.6, 3.0), share_y=True)
+    rows: Rows = []
+    for axes, name, correlate in zip(
+        both, ("Pearson r", "Spearman ρ"), (balance.pearson, balance.spearman), strict=True
+    ):
+        for index, (label, seeds) in enumerate(by_label(runs).items()):
+            values = torch.stack([correlate(_phi(run), run.utilization) for run in _same_length(seeds)])
+            rounds = seeds[0].rounds[: values.shape[1]]
+            axes.plot(rounds, values.nanmean((0, 2)), label=label, **_look(index))
+            low, high = _range(values)
+            axes.fill_between(rounds, low, high, color=_look(index)["color"], alpha=0.12, lw=0)
+            rows += [
+                {
+                    "method": label,
+                    "seed": run.seed,
+                    "round": number,
+                    "layer": layer + 1,
+                    "measure": name,
+                    "value": value,
+                }
+                for run, series in zip(seeds, values, strict=True)
+                for number, of_round in zip(rounds, series, strict=True)
+                for layer, value in enumerate(of_round.tolist())
+            ]
+        axes.set(xlabel="round", ylabel=name, ylim=(-1.05, 0.3), title=f"{name}: φ against utilization")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.axhline(0, color="#888888", lw=0.8)
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure, rows
+
+
+def phi_scatter(run: Series, most: int = 6) -> tuple[Figure, Rows]:
+    """Figure 7: phi against use, one point per expert, one panel per round; at most six rounds, evenly spread."""
+    phi, count = _phi(run), min(most, len(run.rounds))
+    shown = torch.linspace(0, len(run.rounds) - 1, count).round().int().tolist()
+    figure, grid = panels(
+        count, (7.6, 2.6 if count <= 3 else 4.6), share_y=True, columns=min(3, count) if count != 4 else 2
+    )
+    for axes, index in zip(grid, shown, strict=True):
+        for layer in range(phi.shape[1]):
+            look = _look(layer)
+            axes.scatter(
+                run.utilization[index, layer], phi[index, layer], s=13, alpha=0.8, lw=0,
+                color=look["color"], marker=look["marker"], label=f"layer {layer + 1}",
+            )  # fmt: skip
+        r = float(balance.pearson(run.utilization[index].flatten(), phi[index].flatten()))
+        axes.set_title(f"round {run.rounds[index]}, r = {r:.2f}")
+    figure.supxlabel("utilization ũ (experts' share of tokens)", fontsize=9)
+    figure.supylabel("modulation φ", fontsize=9)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right center")
+    rows = [
+        {
+            "round": number,
+            "layer": layer + 1,
+            "expert": expert,
+            "utilization": float(run.utilization[index, layer, expert]),
+            "phi": float(phi[index, layer, expert]),
+        }
+        for index, number in enumerate(run.rounds)
+        for layer in range(phi.shape[1])
+        for expert in range(phi.shape[2])
+    ]
+    return figure, rows
+
+
+def write_bias_floor(rows: Rows, out: Path) -> list[Path]:
+    """The lab's floors as a figure and a table."""
+    with matplotlib.rc_context(STYLE):
+        return save(bias_floor(rows), rows, out / "bias_floor")
+
+
+def bias_floor(rows: Rows) -> Figure:
+    """The lab's floors against M - K, one panel per forward pass, with the paper's bound where it applies."""
+    forwards = list(dict.fromkeys(row["forward"] for row in rows))
+    num_experts = max(row["top_k"] for row in rows)
+    figure, grid = panels(len(forwards), (7.6, 3.6), share_y=True)
+    for axes, forward in zip(grid, forwards, strict=True):
+        own = [row for row in rows if row["forward"] == forward]
+        for index, signal in enumerate(dict.fromkeys(row["signal"] for row in own)):
+            missing, means = _means_by_missing(own, signal, "measured", num_experts)
+            axes.plot(missing, means, label="top-K alone" if signal == "off" else signal, **_look(index))
+        for key, text, dash in (("bound", "2‖B‖²/μ′", "-"), ("coarse", "2G²(M−K)/μ′", "--")):
+            missing, means = _means_by_missing(own, "off", key, num_experts)
+            axes.plot(missing[:-1], means[:-1], label=text, color="#888888", ls=dash, lw=1.2)
+        axes.set(
+            xlabel="experts left out, M − K", yscale="log", title=f"error of the {forward} mixture", ylim=(1e-4, None)
+        )
+    grid[0].set_ylabel("floor: loss above the optimum")
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right center")
+    return figure
+
+
+def panels(count: int, size: tuple[float, float], share_y: bool = False, columns: int = 0) -> tuple[Figure, list[Axes]]:
+    """An empty figure with so many panels; `columns` breaks the row."""
+    columns = columns or count
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(-(-count // columns), columns, squeeze=False, sharey=share_y)
+    every = [axes for line in grid for axes in line]
+    for spare in every[count:]:
+        spare.remove()
+    return figure, every[:count]
+
+
+def _look(index: int) -> dict[str, Any]:
+    """Colour, marker and dash of the index-th series."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "ls": DASHES[index // len(COLOURS) % len(DASHES)],
+    }
+
+
+def _phi(run: Series) -> Tensor:
+    assert run.phi is not None, "only runs with phi are drawn here"
+    return run.phi
+
+
+def _same_length(seeds: Sequence[Series]) -> list[Series]:
+    """Seeds cut to the rounds that all of them have: one may still be running."""
+    rounds = min(len(run.rounds) for run in seeds)
+    return [
+        Series(run.label, run.seed, run.record, run.rounds[:rounds], run.utilization[:rounds],
+               None if run.phi is None else run.phi[:rounds])
+        for run in seeds
+    ]  # fmt: skip
+
+
+def _range(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and largest over seeds and layers, what is undefined left out."""
+    low = values.nan_to_num(nan=2.0).amin((0, 2))
+    return low, values.nan_to_num(nan=-2.0).amax((0, 2))
+
+
+def _tier_seconds(runs: Sequence[Series], kind: str) -> dict[int, float]:
+    """Mean training seconds per client and round by tier, over the runs whose tiers differ in rank, or in K."""
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        clients = run.events("client")
+        if len({client["top_k" if kind == "sparsity" else "rank"] for client in clients}) > 1:
+            for client in clients:
+                found.setdefault(client["tier"], []).append(client["seconds"])
+    return {tier: sum(values) / len(values) for tier, values in found.items()}
+
+
+def _means_by_missing(rows: Rows, signal: str, key: str, num_experts: int) -> tuple[list[int], list[float]]:
+    missing = list(range(num_experts - 1, -1, -1))
+    values = [[r[key] for r in rows if r["signal"] == signal and r["top_k"] == num_experts - m] for m in missing]
+    return missing, [sum(group) / len(group) for group in values]

@@ -1,0 +1,143 @@
+"""The report in a real browser. Needs selenium (`pip install 'ubsmoe[browser]'`), Chromium and its driver; skipped without them."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drawn_runs import ROUNDS, write_run
+from ubsmoe.config import parse_run
+from ubsmoe.plan import run_costs
+from ubsmoe.report.page import write_report
+from ubsmoe.report.series import read_series
+
+selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="Chromium and its driver are not installed")
+
+OPTIONS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--window-size=1280,900",
+)  # fmt: skip
+
+# WCAG's contrast of every element that holds text itself, against the nearest ground that is not transparent
+LOW_CONTRAST = """
+const numbers = text => text.match(/[\\d.]+/g).map(Number);
+const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+  .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+const ground = node => { for (; node; node = node.parentElement) {
+  const colour = numbers(getComputedStyle(node).backgroundColor); if (colour.length < 4 || colour[3] > 0) return colour; }
+  return [255, 255, 255]; };
+return [...document.body.querySelectorAll("*")]
+  .filter(node => !node.closest("svg, script, noscript") && [...node.childNodes].some(n => n.nodeType === 3 && n.data.trim()))
+  .filter(node => { const [a, b] = [light(numbers(getComputedStyle(node).color)), light(ground(node))].sort((x, y) => y - x);
+    return (a + .05) / (b + .05) < 4.5; }).map(node => node.outerHTML.slice(0, 99));
+"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    options = selenium.ChromeOptions()
+    options.binary_location = BROWSER
+    for option in (*OPTIONS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(option)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = selenium.Chrome(options, selenium.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(folder / "compare" / "runs" / "fedavg-seed0", "fedavg", phi=False)
+    write_run(folder / "compare" / "runs" / "ubsmoe-seed0", "ubsmoe")
+    runs = read_series([folder / "compare"])
+    costs = [[cost.as_dict() for cost in run_costs(parse_run(run.record.config))] for run in runs]
+    write_report(runs, costs, folder / "report.html")
+    return folder / "report.html"
+
+
+@pytest.fixture
+def opened(browser: Any, page: Path) -> Any:
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.get(page.as_uri())
+    return browser
+
+
+def test_no_id_is_given_twice(opened: Any) -> None:
+    twice = "return [...document.querySelectorAll('[id]')].map(e => e.id).filter((id, i, all) => all.indexOf(id) !== i)"
+    assert [name for name in opened.execute_script(twice) if not name.startswith("clip")] == []
+
+
+def charts_drawn(browser: Any) -> int:
+    return browser.execute_script("return document.querySelectorAll('.chart .main-svg .cartesianlayer').length")
+
+
+def test_it_opens_without_errors_or_requests_and_draws_every_chart(opened: Any) -> None:
+    charts = opened.execute_script("return [...document.querySelectorAll('.chart')].map(chart => chart.id)")
+    assert set(charts) == {
+        "loss", "accuracy", "cost-accuracy", "entropy", "gini", "phi", "partition", "experts-use", "experts-phi",
+    }  # fmt: skip
+    assert charts_drawn(opened) == len(charts)
+    assert [line for line in opened.get_log("browser") if line["level"] in ("SEVERE", "WARNING")] == []
+    asked = [line["message"] for line in opened.get_log("performance") if "requestWillBeSent" in line["message"]]
+    assert asked and not [message for message in asked if '"url":"http' in message]
+
+
+def test_the_slider_moves_the_heat_map_and_says_the_round(opened: Any) -> None:
+    read = (
+        "return [document.getElementById('experts-use').data[0].z[0][0], document.getElementById('round-text').value]"
+    )
+    last, said = opened.execute_script(read)
+    assert said == f"round {ROUNDS}"
+    slider = opened.find_element("id", "round")
+    slider.send_keys("\ue012")  # the left arrow: a keyboard is enough
+    moved, said = opened.execute_script(read)
+    assert moved != last and said == f"round {ROUNDS - 1}"
+    assert slider.get_attribute("aria-valuetext") == said
+
+
+def test_phi_is_shown_only_for_a_run_that_has_it(opened: Any) -> None:
+    hidden = "return document.getElementById('phi-figure').hidden"
+    assert opened.execute_script(hidden) is False  # the page opens on ubsmoe
+    opened.find_element("id", "run").send_keys("fedavg")
+    assert opened.execute_script(hidden) is True
+
+
+def test_tables_sort_by_number_both_ways(opened: Any) -> None:
+    table = opened.find_element("css selector", "#results table")
+    heading = next(b for b in table.find_elements("css selector", "thead button") if b.text.startswith("accuracy"))
+    column = "return [...arguments[0].tBodies[0].rows].map(row => Number(row.cells[4].dataset.value))"
+    before = opened.execute_script(column, table)
+    assert before != sorted(before)
+    for ascending in (True, False):
+        heading.send_keys("\ue007")  # enter
+        assert opened.execute_script(column, table) == sorted(before, reverse=not ascending)
+        order = heading.find_element("xpath", "..").get_attribute("aria-sort")
+        assert order == ("ascending" if ascending else "descending")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_contrast_passes(opened: Any, scheme: str) -> None:
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    time.sleep(0.3)  # the charts are drawn anew
+    ground = opened.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]
+    drawn = opened.execute_script("return document.getElementById('loss').layout.paper_bgcolor")
+    assert drawn == {"light": "#ffffff", "dark": "#0d1117"}[scheme]
+    assert opened.execute_script(LOW_CONTRAST) == []
+
+
+def test_a_phone_of_390_pixels_scrolls_down_only(opened: Any) -> None:
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    opened.refresh()
+    assert opened.execute_script("return document.documentElement.scrollWidth") <= 390
+    widths = opened.execute_script("return [...document.querySelectorAll('.chart')].map(c => c.clientWidth)")
+    assert all(width <= 390 for width in widths) and charts_drawn(opened) == len(widths)
