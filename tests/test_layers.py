@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "evaluate": {"config", "data", "model"},
     "client": {"config", "data", "errors", "messages", "methods", "model", "seeds"},
     "wire": {"config", "errors", "messages", "methods", "model", "seeds", "wire"},
-    "engines": {"client", "data", "errors", "messages"},
+    "engines": {"client", "config", "data", "errors", "federation", "messages", "plan", "rounds", "seeds", "wire"},
     "pretrain": {"config", "data", "errors", "maths", "seeds", "storage"},
     "report": {"maths", "messages", "report", "storage"},
 }

@@ -139,17 +139,12 @@ class RoundSettings(Settings):
     extra_clients: Annotated[int, Field(ge=0)] = Field(
         0, description="clients asked beyond clients.per_round; the first to answer count"
     )
-    deadline_seconds: PositiveFloat | None = Field(None, description="later answers do not count; no end when left out")
+    deadline_seconds: PositiveFloat | None = Field(
+        None, description="later answers do not count, on the clock of [simulation]; no end when left out"
+    )
     max_change: PositiveFloat = Field(
         1.0, description="root mean square by which a client may change its weights; an update with more is dropped"
     )
-
-
-class WireSettings(Settings):
-    """[wire]: how messages travel."""
-
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of every float on the wire, both ways")
-    max_bytes: PositiveInt = Field(1 << 30, description="largest message that is taken")
 
 
 class SimulationSettings(Settings):
@@ -191,7 +186,6 @@ class RunSettings(Settings):
     method: MethodSettings = MethodSettings()
     train: TrainSettings = TrainSettings()
     rounds: RoundSettings = RoundSettings()
-    wire: WireSettings = WireSettings()
     simulation: SimulationSettings | None = None
     evaluate: EvaluateSettings = EvaluateSettings()
 
@@ -206,6 +200,11 @@ class RunSettings(Settings):
             raise ValueError(
                 f"rounds.extra_clients is {self.rounds.extra_clients}, but every client is asked in every round; "
                 "set clients.per_round"
+            )
+        if self.simulation is None and (self.rounds.extra_clients or self.rounds.deadline_seconds):
+            raise ValueError(
+                "rounds.extra_clients and rounds.deadline_seconds need a clock, and clients in one process have none of "
+                "their own; add a [simulation] section"
             )
         return self
 

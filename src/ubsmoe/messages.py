@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
+Stage = Literal["training", "deadline", "wire", "validation"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Dropped:
 
     client: str
     round: int
-    stage: Literal["training", "deadline", "wire", "validation"]
+    stage: Stage
     reason: str
 
 

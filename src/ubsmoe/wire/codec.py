@@ -119,15 +119,17 @@ def decode_update(packed: Packed, max_bytes: int) -> Update:
     """
     header, tensors = _read(packed, _UpdateHeader, max_bytes)
     expert_tokens = tensors.pop("expert_tokens", None)
-    parts: dict[str, dict[str, Tensor]] = {"adapters": {}, "extras": {}}
+    adapters: dict[str, Tensor] = {}
+    extras: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
-        if part not in parts or not rest:
+        if part not in ("adapters", "extras") or not rest:
             raise WireError(f"an update has no tensor {name!r}")
-        parts[part][rest] = tensor
+        (adapters if part == "adapters" else extras)[rest] = tensor
     if expert_tokens is None:
         raise WireError("an update needs the tensor 'expert_tokens'")
-    return Update(**header.model_dump(exclude={"kind"}), expert_tokens=expert_tokens, **parts)
+    fields = header.model_dump(exclude={"kind"})
+    return Update(**fields, adapters=adapters, expert_tokens=expert_tokens, extras=extras)
 
 
 def _blob(tensors: Mapping[str, Tensor], dtype: Dtype) -> bytes:
@@ -142,7 +144,7 @@ def _blob(tensors: Mapping[str, Tensor], dtype: Dtype) -> bytes:
 def _read(packed: Packed, kind: type[AnyHeader], max_bytes: int) -> tuple[AnyHeader, dict[str, Tensor]]:
     size = len(packed.header) + len(packed.tensors)
     if size > max_bytes or len(packed.header) > MAX_HEADER_BYTES:
-        raise WireError(f"a message of {size} bytes; at most {max_bytes} are taken (wire.max_bytes)")
+        raise WireError(f"a message of {size} bytes; at most {max_bytes} are taken")
     try:
         header = kind.model_validate_json(packed.header)
     except ValidationError as error:

@@ -127,7 +127,7 @@ def test_a_header_field_of_another_kind_is_refused_by_name(field: str, value: ob
 def test_too_large_a_message_costs_no_memory() -> None:
     huge = blob({"adapters.x": entry("F32", [1 << 22], 0, 1 << 24)}, bytes(1 << 24))
     tracemalloc.start()
-    assert "at most 65536 are taken (wire.max_bytes)" in refused(huge)
+    assert "at most 65536 are taken" in refused(huge)
     assert "a header of" in refused(struct.pack("<Q", 1 << 40) + b"{}")
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
