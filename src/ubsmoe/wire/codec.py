@@ -2,9 +2,11 @@
 
 Floats travel in the one dtype that the header names and come back as float32; counts are int64. Experts are fused, so an
 adapter is a handful of tensors per layer. Whoever reads has seen neither size nor content before: sizes and the number of
-tensors are checked against caps before anything is allocated, and whatever is wrong is one WireError.
+tensors are checked against caps before anything is allocated, and whatever is wrong is one WireError. The hash in the header is for
+disks and networks that err; against people who lie there are TLS and the gate.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -41,11 +43,15 @@ class Packed:
     tensors: bytes
 
 
-class _Header(BaseModel):
+class _Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
-class _Profile(_Header):
+class _Header(_Part):
+    sha256: Text  # of the blob: a flipped bit in a weight is a weight like any other
+
+
+class _Profile(_Part):
     client: Text
     tier: Count
     budget: Annotated[float, Field(gt=0, le=1)]
@@ -85,13 +91,15 @@ class _Entry(BaseModel):
     data_offsets: Annotated[list[Count], Field(min_length=2, max_length=2)]
 
 
+_NOT_IN_UPDATE = {"kind", "sha256"}
 _ENTRIES = TypeAdapter(dict[Name, _Entry])
 
 
 def encode_task(task: Task, dtype: Dtype = "float32") -> Packed:
     """A task as bytes."""
-    header = _TaskHeader(round=task.round, run=task.run, base=task.base, profile=_Profile(**asdict(task.profile)))
-    return Packed(header.model_dump_json().encode(), _blob(task.payload, dtype))
+    blob, profile = _blob(task.payload, dtype), _Profile(**asdict(task.profile))
+    header = _TaskHeader(sha256=_sha256(blob), round=task.round, run=task.run, base=task.base, profile=profile)
+    return Packed(header.model_dump_json().encode(), blob)
 
 
 def decode_task(packed: Packed, max_bytes: int) -> Task:
@@ -102,13 +110,14 @@ def decode_task(packed: Packed, max_bytes: int) -> Task:
 
 def encode_update(update: Update, dtype: Dtype = "float32") -> Packed:
     """An update as bytes."""
-    fields = {name: getattr(update, name) for name in _UpdateHeader.model_fields if name != "kind"}
+    fields = {name: getattr(update, name) for name in _UpdateHeader.model_fields if name not in _NOT_IN_UPDATE}
     tensors = {
         "expert_tokens": update.expert_tokens,
         **{f"adapters.{name}": value for name, value in update.adapters.items()},
         **{f"extras.{name}": value for name, value in update.extras.items()},
     }
-    return Packed(_UpdateHeader(**fields).model_dump_json().encode(), _blob(tensors, dtype))
+    blob = _blob(tensors, dtype)
+    return Packed(_UpdateHeader(sha256=_sha256(blob), **fields).model_dump_json().encode(), blob)
 
 
 def decode_update(packed: Packed, max_bytes: int) -> Update:
@@ -128,7 +137,7 @@ def decode_update(packed: Packed, max_bytes: int) -> Update:
         (adapters if part == "adapters" else extras)[rest] = tensor
     if expert_tokens is None:
         raise WireError("an update needs the tensor 'expert_tokens'")
-    fields = header.model_dump(exclude={"kind"})
+    fields = header.model_dump(exclude=_NOT_IN_UPDATE)
     return Update(**fields, adapters=adapters, expert_tokens=expert_tokens, extras=extras)
 
 
@@ -150,12 +159,18 @@ def _read(packed: Packed, kind: type[AnyHeader], max_bytes: int) -> tuple[AnyHea
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         raise WireError(f"header, {'.'.join(map(str, fault['loc'])) or 'as a whole'}: {fault['msg']}") from None
+    if header.sha256 != _sha256(packed.tensors):
+        raise WireError("tensors: their SHA-256 is not the header's")
     _check_blob(packed.tensors)
     try:
         tensors = safetensors.torch.load(packed.tensors)
     except (safetensors.SafetensorError, ValueError, OverflowError) as error:
         raise WireError(f"tensors: {error}") from None
     return header, {name: _wide(tensors[name]) for name in sorted(tensors)}
+
+
+def _sha256(blob: bytes) -> str:
+    return hashlib.sha256(blob).hexdigest()
 
 
 def _wide(tensor: Tensor) -> Tensor:

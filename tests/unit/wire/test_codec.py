@@ -1,5 +1,6 @@
 """The codec: what goes in comes out, and whatever else comes in is one typed error, before memory is spent on it."""
 
+import hashlib
 import json
 import struct
 import tracemalloc
@@ -35,9 +36,18 @@ def entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, objec
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
+def sealed(header: bytes, tensors: bytes) -> Packed:
+    """A message whose hash fits, as whoever lies on purpose sends it."""
+    try:
+        fields = json.loads(header)
+        return Packed(json.dumps({**fields, "sha256": hashlib.sha256(tensors).hexdigest()}).encode(), tensors)
+    except (ValueError, TypeError):
+        return Packed(header, tensors)
+
+
 def refused(tensors: bytes, header: bytes = GOOD.header, room: int = ROOM) -> str:
     with pytest.raises(WireError) as caught:
-        decode_update(Packed(header, tensors), room)
+        decode_update(sealed(header, tensors), room)
     return str(caught.value)
 
 
@@ -68,6 +78,14 @@ def test_a_task_survives_the_wire_and_equal_payloads_are_equal_bytes() -> None:
         TASK, profile=replace(TASK.profile, client="client-9"), payload=dict(reversed(TASK.payload.items()))
     )
     assert encode_task(other).tensors == encode_task(TASK).tensors
+
+
+def test_a_flipped_bit_in_a_weight_is_found() -> None:
+    flipped = GOOD.tensors[:-1] + bytes([GOOD.tensors[-1] ^ 1])
+    assert sealed(GOOD.header, flipped).header != GOOD.header
+    decode_update(sealed(GOOD.header, flipped), ROOM)  # a sound message, to all but the hash
+    with pytest.raises(WireError, match="SHA-256"):
+        decode_update(replace(GOOD, tensors=flipped), ROOM)
 
 
 def test_a_task_is_no_update() -> None:
@@ -148,6 +166,6 @@ def test_whatever_comes_is_an_update_or_a_wire_error(junk: bytes, place: int, va
         Packed(header[:spot] + bytes([value]) + header[spot + 1 :], tensors),
     ]
     try:
-        decode_update(forms[kind], ROOM)
+        decode_update(sealed(forms[kind].header, forms[kind].tensors), ROOM)
     except WireError as error:
         assert str(error)
