@@ -62,6 +62,7 @@ def run_command(run_file: RunFile, out: Out = None, set_: Set = None) -> None:
     from ubsmoe.allocator import keep_freed_memory
     from ubsmoe.config import to_json
     from ubsmoe.engines.local import LocalEngine
+    from ubsmoe.engines.simulated import as_simulated
     from ubsmoe.federation import build_federation
     from ubsmoe.plan import run_costs
     from ubsmoe.report.console import RunConsole, result_table, show
@@ -73,9 +74,9 @@ def run_command(run_file: RunFile, out: Out = None, set_: Set = None) -> None:
     federation = build_federation(settings)
     place = out or Path("out") / run_file.stem
     with RunFolder.open_or_create(place, to_json(settings)) as folder, RunConsole(console) as shown:
-        shown.plan(settings.train.rounds, settings.clients.per_round or settings.clients.count)
+        shown.plan(settings.train.rounds, settings.clients_per_round)
         engine = LocalEngine(federation.trainer, federation.examples, shown.on_step)
-        summary = run(federation, folder, engine, shown.on_event)
+        summary = run(federation, folder, as_simulated(engine, federation), shown.on_event)
     costs = [cost.as_dict() for cost in run_costs(settings)]
     show(console, result_table(summary, costs))
     console.print(f"adapter {place / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}", soft_wrap=True)

@@ -29,6 +29,7 @@ class Trainer:
     seed: int
     pad_id: int
     loss_on_prompt: bool = False
+    base_sha256: str = ""
 
 
 class ClientFailure(UserError):
@@ -67,6 +68,9 @@ def train(
                 loss=loss,
                 seconds=time.perf_counter() - started,
                 extras=hooks.extras(),
+                tier=task.profile.tier,
+                run=task.run,
+                base=trainer.base_sha256,
             )
     finally:
         model.clear()

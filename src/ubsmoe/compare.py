@@ -110,6 +110,7 @@ def run_cell(settings: RunSettings, folder: Path) -> None:
 
     from ubsmoe.allocator import keep_freed_memory
     from ubsmoe.engines.local import LocalEngine
+    from ubsmoe.engines.simulated import as_simulated
     from ubsmoe.federation import build_federation
     from ubsmoe.rounds import run
 
@@ -122,7 +123,8 @@ def run_cell(settings: RunSettings, folder: Path) -> None:
         return
     federation = build_federation(settings)
     with RunFolder.open_or_create(folder, to_json(settings)) as opened:
-        run(federation, opened, LocalEngine(federation.trainer, federation.examples), lambda *_: None)
+        engine = as_simulated(LocalEngine(federation.trainer, federation.examples), federation)
+        run(federation, opened, engine, lambda *_: None)
 
 
 def check_same_work(records: Iterable[RunRecord]) -> None:

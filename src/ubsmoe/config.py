@@ -133,6 +133,31 @@ class TrainSettings(Settings):
     clip_norm: PositiveFloat | None = Field(1.0, description="global norm of the local gradient")
 
 
+class RoundSettings(Settings):
+    """[rounds]: when a round ends and what an update must keep to."""
+
+    quorum: Share = Field(0.5, description="share of the round's clients that must count; with fewer the run stops")
+    extra_clients: Annotated[int, Field(ge=0)] = Field(
+        0, description="clients asked beyond clients.per_round; the first to answer count"
+    )
+    deadline_seconds: PositiveFloat | None = Field(
+        None, description="later answers do not count, on the clock of [simulation]; no end when left out"
+    )
+    max_change: PositiveFloat = Field(
+        1.0, description="root mean square by which a client may change its weights; an update with more is dropped"
+    )
+
+
+class SimulationSettings(Settings):
+    """[simulation]: unequal clients on a virtual clock, in this process; a section that is left out simulates nothing."""
+
+    flops_per_second: PositiveFloat = Field(1e12, description="speed at budget 1; a budget of beta has beta of it")
+    speed_spread: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="standard deviation of the log of a client's speed, drawn once per client"
+    )
+    dropout: Share = Field(0.0, description="probability that a client does not answer in a round")
+
+
 class EvaluateSettings(Settings):
     """[evaluate]: every tier at its own K, on the same examples."""
 
@@ -161,6 +186,8 @@ class RunSettings(Settings):
     data: DataSettings = DataSettings()
     method: MethodSettings = MethodSettings()
     train: TrainSettings = TrainSettings()
+    rounds: RoundSettings = RoundSettings()
+    simulation: SimulationSettings | None = None
     evaluate: EvaluateSettings = EvaluateSettings()
 
     @model_validator(mode="after")
@@ -170,7 +197,22 @@ class RunSettings(Settings):
                 f"clients.per_round is {self.clients.per_round} but there are only {self.clients.count} clients; "
                 "lower per_round or raise clients.count"
             )
+        if self.rounds.extra_clients and not self.clients.per_round:
+            raise ValueError(
+                f"rounds.extra_clients is {self.rounds.extra_clients}, but every client is asked in every round; "
+                "set clients.per_round"
+            )
+        if self.simulation is None and (self.rounds.extra_clients or self.rounds.deadline_seconds):
+            raise ValueError(
+                "rounds.extra_clients and rounds.deadline_seconds need a clock, and clients in one process have none of "
+                "their own; add a [simulation] section"
+            )
         return self
+
+    @property
+    def clients_per_round(self) -> int:
+        """How many clients a round is for."""
+        return self.clients.per_round or self.clients.count
 
 
 def load_run(path: str | Path, overrides: dict[str, Any] | None = None) -> RunSettings:

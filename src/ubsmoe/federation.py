@@ -1,10 +1,11 @@
 """Everything a run needs, built once from its settings: the base, the method, the clients with their data, the questions."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 from ubsmoe.client import Trainer
-from ubsmoe.config import ConfigError, RunSettings
+from ubsmoe.config import ConfigError, RunSettings, to_json
 from ubsmoe.data.partition import PartitionReport, partition, partition_report
 from ubsmoe.data.sources import load_examples
 from ubsmoe.data.tokens import Tokens, pad_id, tokenize
@@ -12,7 +13,7 @@ from ubsmoe.evaluate import Question, prepare
 from ubsmoe.messages import Profile
 from ubsmoe.methods import build
 from ubsmoe.methods.base import Base, Method
-from ubsmoe.model.load import load_base
+from ubsmoe.model.load import load_base, weights_sha256
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.plan import tier_ranks
 
@@ -35,6 +36,12 @@ class Federation:
     examples: dict[str, list[Tokens]]
     questions: dict[str, list[Question]]
     partition: PartitionReport | None
+    base_sha256: str
+
+    @property
+    def run_id(self) -> str:
+        """The same on every machine that was given the same run file."""
+        return hashlib.sha256(to_json(self.settings).encode()).hexdigest()[:16]
 
     @property
     def trainer(self) -> Trainer:
@@ -48,6 +55,7 @@ class Federation:
             settings.seed,
             pad_id(self.tokenizer),
             settings.data.loss_on_prompt,
+            self.base_sha256,
         )
 
 
@@ -78,6 +86,7 @@ def build_federation(settings: RunSettings) -> Federation:
         examples={name: [tokens[i] for i in part] for name, part in zip(names, parts, strict=True)},
         questions=prepare(splits.test, tokenizer, settings.data, settings.evaluate),
         partition=_report(splits.train, parts, settings.data.partition.field),
+        base_sha256=weights_sha256(model.model),
     )
 
 

@@ -1,14 +1,16 @@
-"""The nouns that cross the wire: a Profile says what a client can do, a Task goes down, an Update comes up.
+"""The nouns that cross the wire: a Profile says what a client can do, a Task goes down, an Update comes up, or nothing does.
 
 All tensors are fused over experts: `layers.{l}.{projection}.A` is [M, r, in] and `.B` is [M, out, r], M experts, rank r.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
+Stage = Literal["training", "deadline", "wire", "validation"]
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class Profile:
 
 @dataclass(frozen=True)
 class Task:
-    """One client's work in one round: what the method sends it."""
+    """One client's work in one round: what the method sends it, in which run, on which base (SHA-256 of its weights)."""
 
     round: int
     profile: Profile
     payload: Tensors
+    run: str = ""
+    base: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Update:
     `adapters` are its trained tensors (values, not differences). `expert_tokens` [L, M] counts, per SMoE layer, the tokens
     routed to each expert while training, padding left out; `tokens` is how many tokens it trained on and `slots` how many
     (token, expert) choices that makes, so that each row of `expert_tokens` sums to `slots`. `extras` holds what one method
-    alone needs.
+    alone needs. `tier`, `run` and `base` say what work it answers; `base` is the hash of the client's own weights.
     """
 
     client: str
@@ -55,3 +59,19 @@ class Update:
     loss: float
     seconds: float
     extras: Tensors = field(default_factory=dict)
+    tier: int = 0
+    run: str = ""
+    base: str = ""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A client that does not count in this round: at which stage it was lost, and why."""
+
+    client: str
+    round: int
+    stage: Stage
+    reason: str
+
+
+Reply = Update | Dropped

@@ -14,20 +14,20 @@ from ubsmoe.evaluate import Score, evaluate
 from ubsmoe.exports import read_peft
 from ubsmoe.federation import Federation, build_federation
 from ubsmoe.maths import balance, routing
-from ubsmoe.messages import Profile, Task, Update
+from ubsmoe.messages import Dropped, Profile, Reply, Task, Update
 from ubsmoe.methods.base import State
-from ubsmoe.model.load import weights_sha256
 from ubsmoe.seeds import generator_for
 from ubsmoe.storage.runfolder import RunFolder, read_adapter, read_run
+from ubsmoe.wire.gate import Gate, expected_form
 
 Report = Callable[[str, int, dict[str, Any]], None]
 
 
 class Engine(Protocol):
-    """How tasks reach clients and updates come back, in the order of the tasks."""
+    """How tasks reach clients and replies come back, in the order of the tasks."""
 
-    def exchange(self, tasks: Iterable[Task]) -> Iterator[Update]:
-        """Yield one update per task."""
+    def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
+        """Yield each task's update, or why there is none."""
         ...
 
 
@@ -101,11 +101,10 @@ def run(federation: Federation, folder: RunFolder, engine: Engine, report: Repor
         seconds = seconds_before + time.perf_counter() - started
         folder.save_checkpoint(number, _pack(state), {"history": history, "seconds": seconds})
 
-    base_hash = weights_sha256(federation.model.model)
     facts = {
         "method": method.name,
         "alpha": federation.base.alpha,
-        "base_sha256": base_hash,
+        "base_sha256": federation.base_sha256,
     }
     summary = {
         "method": method.name,
@@ -113,7 +112,7 @@ def run(federation: Federation, folder: RunFolder, engine: Engine, report: Repor
         "seed": settings.seed,
         "seconds": seconds_before + time.perf_counter() - started,
         "adapter_sha256": folder.write_adapter(_pack(state), facts),
-        "base_sha256": base_hash,
+        "base_sha256": federation.base_sha256,
         "tiers": [asdict(profile) for profile in federation.tiers],
         "before": history[0],
         "after": history[-1],
@@ -123,12 +122,13 @@ def run(federation: Federation, folder: RunFolder, engine: Engine, report: Repor
 
 
 def sample_clients(federation: Federation, round: int) -> list[Profile]:
-    """The clients of a round: all, or a seeded draw without replacement, in client order."""
-    clients, per_round = federation.clients, federation.settings.clients.per_round
-    if per_round is None or per_round >= len(clients):
+    """The clients asked in a round: all, or a seeded draw without replacement, in client order."""
+    clients, settings = federation.clients, federation.settings
+    asked = settings.clients_per_round + settings.rounds.extra_clients
+    if asked >= len(clients):
         return clients
-    draw = torch.randperm(len(clients), generator=generator_for(federation.settings.seed, round, "sampling"))
-    return [clients[i] for i in sorted(draw[:per_round].tolist())]
+    draw = torch.randperm(len(clients), generator=generator_for(settings.seed, round, "sampling"))
+    return [clients[i] for i in sorted(draw[:asked].tolist())]
 
 
 def start_state(federation: Federation) -> State:
@@ -170,7 +170,11 @@ def _start_from(federation: Federation, folder: str) -> State:
 
 
 def one_round(federation: Federation, engine: Engine, state: State, number: int, note: Callable[..., None]) -> State:
-    """Dispatch to the round's clients, take their updates as they come, aggregate; `note` gets the events."""
+    """Dispatch to the round's clients, take what passes the gate as it comes, aggregate; `note` gets the events.
+
+    Raises:
+        RoundError: if too few updates count; the state before is what there is then.
+    """
     began = time.perf_counter()
     profiles = {profile.client: profile for profile in sample_clients(federation, number)}
 
@@ -190,14 +194,37 @@ def one_round(federation: Federation, engine: Engine, state: State, number: int,
             seconds=update.seconds,
         )
 
+    def lost(reply: Dropped) -> None:
+        note("dropped", number, client=reply.client, stage=reply.stage, reason=reply.reason)
+
     watch = Watch(seen, torch.zeros(federation.base.num_layers, federation.base.num_experts, dtype=torch.float64))
-    tasks = (Task(number, profile, federation.method.dispatch(state, profile)) for profile in profiles.values())
-    state = federation.method.aggregate(state, watch.over(engine.exchange(tasks)))
+    gate = gate_of(federation, lost)
+    replies = engine.exchange(gate.ask(_tasks(federation, state, number, profiles.values())))
+    state = federation.method.aggregate(state, watch.over(gate.passed(replies)))
     extras = {"phi": state.extras["phi"].tolist()} if "phi" in state.extras else {}
     utilization = (watch.used / max(watch.examples, 1)).tolist()
     seconds = time.perf_counter() - began
     note("round", number, seconds=seconds, **watch.figures(), utilization=utilization, **extras)
     return state
+
+
+def gate_of(federation: Federation, drop: Callable[[Dropped], None]) -> Gate:
+    """A gate for one round of this run."""
+    settings = federation.settings
+    return Gate(
+        lambda task: expected_form(federation.model, federation.method, task),
+        settings.rounds,
+        elastic=settings.tiers.elastic_share > 0,
+        wanted=settings.clients_per_round,
+        drop=drop,
+    )
+
+
+def _tasks(federation: Federation, state: State, number: int, profiles: Iterable[Profile]) -> Iterator[Task]:
+    """One task per client, made when it is asked for."""
+    for profile in profiles:
+        payload = federation.method.dispatch(state, profile)
+        yield Task(number, profile, payload, federation.run_id, federation.base_sha256)
 
 
 def _evaluate_tiers(
@@ -242,7 +269,7 @@ def evaluate_run(path: Path, overrides: dict[str, Any], tier: int | None = None)
     record = read_run(path)
     tensors, facts = read_adapter(path)
     federation = build_federation(parse_run(with_overrides(record.config, overrides)))
-    if facts["base_sha256"] != weights_sha256(federation.model.model):
+    if facts["base_sha256"] != federation.base_sha256:
         raise ConfigError(f"model.base: {path} was trained on another base than {federation.settings.model.base}")
     if tier is not None and not 1 <= tier <= len(federation.tiers):
         raise ConfigError(f"--tier must lie in 1..{len(federation.tiers)}, got {tier}")

@@ -18,6 +18,9 @@ from ubsmoe.methods import METHODS, build, summary_line
 from ubsmoe.methods.base import Method, State
 from ubsmoe.model.load import weights_sha256
 from ubsmoe.storage.checkpoints import read_tensors, tensor_bytes
+from ubsmoe.wire.checks import check_update
+from ubsmoe.wire.codec import decode_task, decode_update, encode_task, encode_update
+from ubsmoe.wire.gate import expected_form
 
 LAWS = {
     "identical_clients",
@@ -209,3 +212,23 @@ def test_two_rounds_of_training_leave_no_trace_on_the_base(lab, method):
     assert any(not torch.equal(first[name], last[name]) for name in first)
     assert weights_sha256(lab.model.model) == before
     assert not lab.model.adapter and all(layer.adapter is None for layer in lab.model.layers)
+
+
+def test_what_a_client_trains_passes_the_gate_and_the_wire_bit_for_bit(lab, method):
+    state = lab.warm(method)
+    trainer = Trainer(
+        lab.model, method, TrainSettings(local_steps=1, batch_size=2), TierSettings(), 0, 0, base_sha256="base"
+    )
+    examples = [Tokens(tuple(2 + (5 * i + j) % 30 for j in range(4 + i % 3)), prompt_length=2) for i in range(3)]
+    for tier in TIERS:
+        profile = replace(lab.profile(method, tier, f"client-{tier}"), num_examples=len(examples))
+        sent = Task(1, profile, method.dispatch(state, profile), "run", "base")
+        task = decode_task(encode_task(sent), 1 << 20)
+        equal(task.payload, sent.payload)
+        assert (task.round, task.profile, task.run, task.base) == (1, profile, "run", "base")
+        update = train(trainer, task, examples)
+        back = decode_update(encode_update(update), 1 << 20)
+        for part in ("adapters", "extras"):
+            equal(getattr(back, part), getattr(update, part))
+        check_update(back, sent, expected_form(lab.model, method, sent), max_change=1.0, elastic=False)
+        assert not lab.model.adapter

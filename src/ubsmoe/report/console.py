@@ -72,6 +72,8 @@ class RunConsole:
                 f"accuracy {_percent(macro['accuracy'])}  unparsed {_percent(macro['unparsed'])}  "
                 f"likelihood {_percent(macro['likelihood'])}  loss {macro['loss']:.4f}"
             )
+        elif event == "dropped":
+            self._line(f"round {round}  {fields['client']} does not count ({fields['stage']}): {fields['reason']}")
         elif event == "resumed":
             self._line(f"resumed after round {fields['round']}")
 

@@ -1,0 +1,114 @@
+"""Unequal clients on a virtual clock: who answers, and when, is settled before anybody trains, so waiting costs no time.
+
+    seconds_c = FLOPs of its local steps / (flops_per_second beta_c speed_c),    ln speed_c ~ N(0, speed_spread^2)
+
+A client keeps its speed for the whole run; in each round it is silent with probability `dropout`. Among the others the first
+`clients.per_round` to answer before the deadline count, and only they are trained. The network takes no time here.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+
+from ubsmoe.client import steps_per_round
+from ubsmoe.config import RunSettings
+from ubsmoe.federation import Federation
+from ubsmoe.messages import Dropped, Profile, Reply, Stage, Task, Update
+from ubsmoe.plan import run_costs
+from ubsmoe.rounds import Engine
+from ubsmoe.seeds import generator_for
+
+Seconds = Callable[[Profile], float]
+
+
+def as_simulated(engine: Engine, federation: Federation) -> Engine:
+    """The engine under the run file's [simulation]; the engine itself if there is no such section."""
+    settings = federation.settings
+    return engine if settings.simulation is None else SimulatedEngine(engine, settings, client_seconds(federation))
+
+
+def client_seconds(federation: Federation) -> Seconds:
+    """Virtual seconds of a client's local steps, from its tier's FLOPs and budget and its own speed."""
+    settings, costs = federation.settings, run_costs(federation.settings)
+    simulation = settings.simulation
+    assert simulation is not None
+    batch = settings.train.batch_size * settings.train.gradient_accumulation
+
+    def seconds(profile: Profile) -> float:
+        examples = federation.examples[profile.client]
+        length = sum(len(example.input_ids) for example in examples) / len(examples)
+        flops = (
+            costs[profile.tier].train_flops_per_token * length * batch * steps_per_round(settings.train, len(examples))
+        )
+        draw = torch.randn((), generator=generator_for(settings.seed, profile.client, "speed"), dtype=torch.float64)
+        return flops / (simulation.flops_per_second * profile.budget * math.exp(simulation.speed_spread * float(draw)))
+
+    return seconds
+
+
+def losses(answers: Mapping[str, float | None], wanted: int, deadline: float | None) -> dict[str, tuple[Stage, str]]:
+    """Which clients do not count, with stage and reason.
+
+    Args:
+        answers: seconds after which each client answers, None for never; earlier clients win a tie.
+        wanted: how many answers the round is for.
+        deadline: seconds it waits at most.
+
+    >>> losses({"a": 3.0, "b": None, "c": 1.0, "d": 2.0, "e": 9.0}, wanted=2, deadline=5.0)["a"]
+    ('deadline', 'answered after 3 s, when the round had its 2 updates')
+    """
+    lost: dict[str, tuple[Stage, str]] = {}
+    count = 0
+    for client in sorted(answers, key=lambda name: _or_never(answers[name])):
+        seconds = answers[client]
+        if seconds is None:
+            lost[client] = "training", "no answer"
+        elif deadline is not None and seconds > deadline:
+            lost[client] = (
+                "deadline",
+                f"would have answered after {seconds:.4g} s, past rounds.deadline_seconds = {deadline:g}",
+            )
+        elif count == wanted:
+            lost[client] = "deadline", f"answered after {seconds:.4g} s, when the round had its {wanted} updates"
+        else:
+            count += 1
+    return lost
+
+
+def _or_never(seconds: float | None) -> float:
+    return math.inf if seconds is None else seconds
+
+
+class SimulatedEngine:
+    """An engine inside another: some of its clients are silent, some late; the inner one never hears of them.
+
+    Holds a round's tasks at once; most methods give all clients the same tensors.
+    """
+
+    def __init__(self, inner: Engine, settings: RunSettings, seconds: Seconds) -> None:
+        assert settings.simulation is not None
+        self._inner, self._seconds = inner, seconds
+        self._dropout, self._seed = settings.simulation.dropout, settings.seed
+        self._wanted, self._deadline = settings.clients_per_round, settings.rounds.deadline_seconds
+
+    def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
+        """Train those who count; an update's `seconds` are virtual."""
+        asked = list(tasks)
+        answers = {task.profile.client: self._answer(task) for task in asked}
+        lost = losses(answers, self._wanted, self._deadline)
+        replies = self._inner.exchange(task for task in asked if task.profile.client not in lost)
+        for task in asked:
+            client, seconds = task.profile.client, answers[task.profile.client]
+            if seconds is None or client in lost:
+                yield Dropped(client, task.round, *lost[client])
+            else:
+                reply = next(replies)
+                yield replace(reply, seconds=seconds) if isinstance(reply, Update) else reply
+
+    def _answer(self, task: Task) -> float | None:
+        """When the client answers; never, if it drops out of this round."""
+        key = (self._seed, task.profile.client, task.round, "dropout")
+        silent = float(torch.rand((), generator=generator_for(*key))) < self._dropout
+        return None if silent else self._seconds(task.profile)

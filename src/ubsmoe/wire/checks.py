@@ -1,0 +1,121 @@
+"""What an update has to keep to, one check each; the reason of a refusal names what came and what was expected."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ubsmoe.messages import Task, Tensors, Update
+
+
+class Rejected(ValueError):
+    """An update that must not be counted; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an update to one task must look like: the shape and dtype of every tensor, by name."""
+
+    adapters: Mapping[str, tuple[torch.Size, torch.dtype]]
+    extras: Mapping[str, tuple[torch.Size, torch.dtype]]
+    expert_tokens: tuple[torch.Size, torch.dtype]
+
+
+def form_of(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """The form of tensors that are as they should be."""
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def check_update(update: Update, task: Task, form: Form, max_change: float, elastic: bool) -> None:
+    """Every check, cheapest first.
+
+    Args:
+        update: what a client sent.
+        task: what it was asked.
+        form: names, shapes and dtypes that the method's own install gives for this task.
+        max_change: largest root mean square by which a client may have changed what it was sent.
+        elastic: whether clients train some steps at a smaller K than their own.
+
+    Raises:
+        Rejected: with the reason.
+    """
+    check_origin(update, task)
+    check_form("adapters", update.adapters, form.adapters)
+    check_form("extras", update.extras, form.extras)
+    check_form("update", {"expert_tokens": update.expert_tokens}, {"expert_tokens": form.expert_tokens})
+    check_numbers(update, task)
+    check_utilization(update, task.profile.top_k, elastic)
+    check_finite(update)
+    check_change(update, task.payload, max_change)
+
+
+def check_origin(update: Update, task: Task) -> None:
+    """The update answers this task: same run, round, base, tier."""
+    asked = {"run": task.run, "round": task.round, "base": task.base, "tier": task.profile.tier}
+    for name, expected in asked.items():
+        if getattr(update, name) != expected:
+            raise Rejected(f"{name} is {getattr(update, name)!r}, expected {expected!r}")
+
+
+def check_form(part: str, tensors: Tensors, expected: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
+    """Exactly these names, each with its shape and dtype: nothing may broadcast and nothing be cast."""
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise Rejected(f"{part} lack {missing[0]!r}")
+    if unknown := sorted(tensors.keys() - expected.keys()):
+        raise Rejected(f"{part} have {unknown[0]!r}, which was not asked for")
+    for name, (shape, dtype) in expected.items():
+        if tensors[name].shape != shape:
+            raise Rejected(f"{name} has shape {[*tensors[name].shape]}, expected {[*shape]}")
+        if tensors[name].dtype != dtype:
+            raise Rejected(f"{name} is {tensors[name].dtype}, expected {dtype}")
+
+
+def check_numbers(update: Update, task: Task) -> None:
+    """The examples it announced, a finite loss, a time."""
+    if type(update.num_examples) is not int or update.num_examples != task.profile.num_examples:
+        raise Rejected(f"num_examples is {update.num_examples!r}, announced were {task.profile.num_examples}")
+    for name in ("loss", "seconds"):
+        if not math.isfinite(getattr(update, name)):
+            raise Rejected(f"{name} is {getattr(update, name)}")
+
+
+def check_utilization(update: Update, top_k: int, elastic: bool) -> None:
+    """Counts of a router: each token goes to K different experts.
+
+    Hence, per layer, 0 <= a_i <= tokens and sum_i a_i = slots = K tokens; with elastic steps tokens <= slots <= K tokens.
+    """
+    tokens, slots, counts = update.tokens, update.slots, update.expert_tokens
+    if tokens < 1 or slots > tokens * top_k or slots < (tokens if elastic else tokens * top_k):
+        raise Rejected(f"{slots} slots for {tokens} tokens at K = {top_k}")
+    if (counts < 0).any() or (counts > tokens).any():
+        raise Rejected(f"expert_tokens reach from {int(counts.min())} to {int(counts.max())}, expected 0 to {tokens}")
+    if (wrong := counts.sum(-1) != slots).any():
+        layer = int(wrong.nonzero()[0])
+        raise Rejected(f"expert_tokens of layer {layer} sum to {int(counts[layer].sum())}, expected slots = {slots}")
+
+
+def check_finite(update: Update) -> None:
+    """No NaN and no infinity anywhere."""
+    for name, tensor in {**update.adapters, **update.extras}.items():
+        if not torch.isfinite(tensor).all():
+            raise Rejected(f"{name} holds NaN or infinity")
+
+
+def check_change(update: Update, payload: Tensors, max_change: float) -> None:
+    """The root mean square of what changed, over all tensors that were sent down; what was not sent is measured from 0."""
+    squared, elements = 0.0, 0
+    for name, tensor in {**update.adapters, **update.extras}.items():
+        if tensor.is_floating_point():
+            squared += float(_change(tensor, payload.get(name)).square().sum())
+            elements += tensor.numel()
+    change = math.sqrt(squared / max(elements, 1))
+    if not change <= max_change:
+        raise Rejected(
+            f"weights changed by {change:.3g} (root mean square), at most {max_change:g} (rounds.max_change)"
+        )
+
+
+def _change(tensor: Tensor, before: Tensor | None) -> Tensor:
+    return tensor.double() if before is None else tensor.double() - before.to(tensor.device).double()

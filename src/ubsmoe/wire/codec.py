@@ -1,0 +1,202 @@
+"""A message as bytes: a JSON header and one safetensors blob, and nothing else; never a type's name, never code.
+
+Floats travel in the one dtype that the header names and come back as float32; counts are int64. Experts are fused, so an
+adapter is a handful of tensors per layer. Whoever reads has seen neither size nor content before: sizes and the number of
+tensors are checked against caps before anything is allocated, and whatever is wrong is one WireError. The hash in the header is for
+disks and networks that err; against people who lie there are TLS and the gate.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from torch import Tensor
+
+from ubsmoe.messages import Profile, Task, Update
+
+Dtype = Literal["float32", "bfloat16"]
+
+MAX_TENSORS = 4096
+MAX_HEADER_BYTES = 1 << 20
+
+AnyHeader = TypeVar("AnyHeader", bound="_Header")
+Text = Annotated[str, Field(max_length=200)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Name = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$")]
+
+
+class WireError(ValueError):
+    """Bytes that are not the message they should be; the text says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A message ready to travel. Equal tensors give equal blobs, so a payload that many clients get is stored once."""
+
+    header: bytes
+    tensors: bytes
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class _Header(_Part):
+    sha256: Text  # of the blob: a flipped bit in a weight is a weight like any other
+
+
+class _Profile(_Part):
+    client: Text
+    tier: Count
+    budget: Annotated[float, Field(gt=0, le=1)]
+    top_k: Count
+    rank: Count
+    num_examples: Count
+
+
+class _TaskHeader(_Header):
+    kind: Literal["task"] = "task"
+    round: Count
+    run: Text
+    base: Text
+    profile: _Profile
+
+
+class _UpdateHeader(_Header):
+    kind: Literal["update"] = "update"
+    client: Text
+    tier: Count
+    round: Count
+    run: Text
+    base: Text
+    num_examples: Count
+    tokens: Count
+    slots: Count
+    loss: float
+    seconds: Annotated[float, Field(ge=0)]
+
+
+class _Entry(BaseModel):
+    """One line of a safetensors header; offsets and sizes are for safetensors itself to check."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    dtype: Literal["F32", "BF16", "I64"]
+    shape: Annotated[list[Count], Field(max_length=4)]
+    data_offsets: Annotated[list[Count], Field(min_length=2, max_length=2)]
+
+
+_NOT_IN_UPDATE = {"kind", "sha256"}
+_ENTRIES = TypeAdapter(dict[Name, _Entry])
+
+
+def encode_task(task: Task, dtype: Dtype = "float32") -> Packed:
+    """A task as bytes."""
+    blob, profile = _blob(task.payload, dtype), _Profile(**asdict(task.profile))
+    header = _TaskHeader(sha256=_sha256(blob), round=task.round, run=task.run, base=task.base, profile=profile)
+    return Packed(header.model_dump_json().encode(), blob)
+
+
+def decode_task(packed: Packed, max_bytes: int) -> Task:
+    """A task from bytes. Raises WireError for anything that is not one, or larger than `max_bytes`."""
+    header, tensors = _read(packed, _TaskHeader, max_bytes)
+    return Task(header.round, Profile(**header.profile.model_dump()), tensors, header.run, header.base)
+
+
+def encode_update(update: Update, dtype: Dtype = "float32") -> Packed:
+    """An update as bytes."""
+    fields = {name: getattr(update, name) for name in _UpdateHeader.model_fields if name not in _NOT_IN_UPDATE}
+    tensors = {
+        "expert_tokens": update.expert_tokens,
+        **{f"adapters.{name}": value for name, value in update.adapters.items()},
+        **{f"extras.{name}": value for name, value in update.extras.items()},
+    }
+    blob = _blob(tensors, dtype)
+    return Packed(_UpdateHeader(sha256=_sha256(blob), **fields).model_dump_json().encode(), blob)
+
+
+def decode_update(packed: Packed, max_bytes: int) -> Update:
+    """An update from bytes; whether it answers any task is for `wire.gate` to say.
+
+    Raises:
+        WireError: for anything that is not an update, or larger than `max_bytes`.
+    """
+    header, tensors = _read(packed, _UpdateHeader, max_bytes)
+    expert_tokens = tensors.pop("expert_tokens", None)
+    adapters: dict[str, Tensor] = {}
+    extras: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        if part not in ("adapters", "extras") or not rest:
+            raise WireError(f"an update has no tensor {name!r}")
+        (adapters if part == "adapters" else extras)[rest] = tensor
+    if expert_tokens is None:
+        raise WireError("an update needs the tensor 'expert_tokens'")
+    fields = header.model_dump(exclude=_NOT_IN_UPDATE)
+    return Update(**fields, adapters=adapters, expert_tokens=expert_tokens, extras=extras)
+
+
+def _blob(tensors: Mapping[str, Tensor], dtype: Dtype) -> bytes:
+    def packed(tensor: Tensor) -> Tensor:
+        target = getattr(torch, dtype) if tensor.is_floating_point() else torch.int64
+        # a copy, because safetensors refuses tensors that share memory
+        return tensor.detach().to("cpu", target, copy=True, memory_format=torch.contiguous_format)
+
+    return safetensors.torch.save({name: packed(tensors[name]) for name in sorted(tensors)})
+
+
+def _read(packed: Packed, kind: type[AnyHeader], max_bytes: int) -> tuple[AnyHeader, dict[str, Tensor]]:
+    size = len(packed.header) + len(packed.tensors)
+    if size > max_bytes or len(packed.header) > MAX_HEADER_BYTES:
+        raise WireError(f"a message of {size} bytes; at most {max_bytes} are taken")
+    try:
+        header = kind.model_validate_json(packed.header)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        raise WireError(f"header, {'.'.join(map(str, fault['loc'])) or 'as a whole'}: {fault['msg']}") from None
+    if header.sha256 != _sha256(packed.tensors):
+        raise WireError("tensors: their SHA-256 is not the header's")
+    _check_blob(packed.tensors)
+    try:
+        tensors = safetensors.torch.load(packed.tensors)
+    except (safetensors.SafetensorError, ValueError, OverflowError) as error:
+        raise WireError(f"tensors: {error}") from None
+    return header, {name: _wide(tensors[name]) for name in sorted(tensors)}
+
+
+def _sha256(blob: bytes) -> str:
+    return hashlib.sha256(blob).hexdigest()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _check_blob(data: bytes) -> None:
+    """What safetensors does not look at: the caps, names said twice, names that are paths, dtypes we never send."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(len(data) - 8, MAX_HEADER_BYTES):
+        raise WireError(f"tensors: a header of {length} bytes in a blob of {len(data)}, at most {MAX_HEADER_BYTES}")
+    try:
+        entries = json.loads(data[8 : 8 + length].decode(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"tensors: the header is no JSON object of distinct names ({error})") from None
+    if not isinstance(entries, dict) or len(entries) > MAX_TENSORS:
+        raise WireError(f"tensors: expected an object of at most {MAX_TENSORS} tensors")
+    try:
+        _ENTRIES.validate_python(entries)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        raise WireError(f"tensors, {str(fault['loc'])[:200]}: {fault['msg']}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is said twice")
+    return found
