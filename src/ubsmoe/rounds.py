@@ -153,7 +153,7 @@ def start_state(federation: Federation) -> State:
 
 def _start_from(federation: Federation, folder: str) -> State:
     settings, method = federation.settings.adapter, federation.method
-    adapter, alpha = read_peft(Path(folder), federation.model, weights_sha256(federation.model.model))
+    adapter, alpha = read_peft(Path(folder), federation.model, federation.base_sha256)
     rank = max(profile.rank for profile in federation.tiers)
     theirs = next(value.shape[1] for name, value in adapter.items() if name.endswith(".A"))
     if (theirs, alpha) != (rank, settings.alpha):

@@ -109,7 +109,7 @@ def dead_experts(utilization: Tensor) -> Tensor:
 def pearson(x: Tensor, y: Tensor) -> Tensor:
     """Linear correlation of two series over the last dimension; NaN where one of them does not vary.
 
-    >>> float(pearson(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([6.0, 4.0, 2.0])))
+    >>> round(float(pearson(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([6.0, 4.0, 2.0]))), 9)
     -1.0
     """
     x, y = x.double() - x.double().mean(-1, keepdim=True), y.double() - y.double().mean(-1, keepdim=True)
@@ -120,7 +120,7 @@ def pearson(x: Tensor, y: Tensor) -> Tensor:
 def spearman(x: Tensor, y: Tensor) -> Tensor:
     """Correlation of the ranks over the last dimension, ties sharing their mean rank; NaN where one does not vary.
 
-    >>> float(spearman(torch.tensor([1.0, 10.0, 100.0]), torch.tensor([0.1, 0.2, 5.0])))
+    >>> round(float(spearman(torch.tensor([1.0, 10.0, 100.0]), torch.tensor([0.1, 0.2, 5.0]))), 9)
     1.0
     """
     return pearson(_ranks(x), _ranks(y))
