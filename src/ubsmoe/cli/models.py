@@ -1,0 +1,92 @@
+"""Verbs whose result is a model: export, generate, pretrain, upcycle."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ubsmoe.cli.app import RunFile, app
+
+
+class ExportFormat(StrEnum):
+    """What `ubsmoe export` can write."""
+
+    peft = "peft"
+    merged = "merged"
+    native = "native"
+
+
+@app.command("export")
+def export_command(
+    run_folder: Annotated[Path, typer.Argument(help="a finished run, or an export", show_default=False)],
+    out: Annotated[Path, typer.Option(help="where the export goes", show_default=False)],
+    format: Annotated[ExportFormat, typer.Option(help="what shall load it")] = ExportFormat.peft,
+    tier: Annotated[int | None, typer.Option(help="counted from 1; the largest budget's when left out")] = None,
+) -> None:
+    """Write a tier's adapter for PEFT, merged into a whole model, or in our own format; its README says what is lost."""
+    from ubsmoe.finished import export_run
+
+    sidecar = export_run(run_folder, out, format.value, tier)
+    typer.echo(f"{out}: {sidecar.format} export of tier {sidecar.tier}, K={sidecar.top_k}, rank {sidecar.rank}")
+
+
+@app.command("generate")
+def generate_command(
+    place: Annotated[str, typer.Argument(help="a run folder, an export, or a base", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="text to continue, as the model is to see it", show_default=False)],
+    budget: Annotated[float | None, typer.Option(help="in (0, 1]; the tier's own when left out")] = None,
+    tier: Annotated[int | None, typer.Option(help="of a run, counted from 1; the largest budget's")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 64,
+) -> None:
+    """Continue a text at a budget."""
+    from ubsmoe import FederatedMoE
+
+    model = FederatedMoE.from_pretrained(place, tier=tier)
+    if budget is not None:
+        model.set_budget(budget)
+    typer.echo(model.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False))
+
+
+@app.command("pretrain")
+def pretrain_command(
+    run_file: RunFile,
+    corpus: Annotated[Path, typer.Option(help="folder of .txt or .txt.gz files", show_default=False)],
+    out: Annotated[Path, typer.Option(help="where the model goes", show_default=False)],
+) -> None:
+    """Pretrain a small base of your own, as ubsmoe-tiny was."""
+    from ubsmoe.allocator import keep_freed_memory
+    from ubsmoe.pretrain import load_pretrain, pretrain
+
+    keep_freed_memory()
+    pretrain(load_pretrain(run_file), corpus, out)
+
+
+@app.command("upcycle")
+def upcycle_command(
+    dense: Annotated[
+        str, typer.Argument(help="a Llama-shaped model: folder, hub id or .gguf file", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="where the mixture of experts goes", show_default=False)],
+    experts: Annotated[int, typer.Option(help="experts per layer, each a copy of the feed-forward")] = 8,
+    top_k: Annotated[int, typer.Option(help="K_max, experts per token at budget 1")] = 4,
+    drop: Annotated[float, typer.Option(help="share of each expert that is drawn anew; 0 keeps the function")] = 0.0,
+    warm_up: Annotated[Path | None, typer.Option(help="records to warm the routers up on; none when left out")] = None,
+    warm_up_steps: Annotated[int, typer.Option(min=1, help="batches of 8 records")] = 40,
+    seed: Annotated[int, typer.Option(help="of every draw")] = 0,
+) -> None:
+    """Make a mixture of experts of a dense model: a base with real knowledge for whoever has no other."""
+    from ubsmoe.upcycling import upcycle_checkpoint
+
+    losses = upcycle_checkpoint(
+        dense,
+        out,
+        num_experts=experts,
+        top_k=top_k,
+        drop=drop,
+        warm_up_data=warm_up,
+        warm_up_steps=warm_up_steps,
+        seed=seed,
+    )
+    balance = f"; balancing loss {losses[0]:.3f} -> {losses[-1]:.3f} (1 is even)" if losses else ""
+    typer.echo(f"{out}: {experts} experts, K_max {top_k}{balance}")

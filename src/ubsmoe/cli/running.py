@@ -1,0 +1,105 @@
+"""Verbs that train and score: run, import, compare, eval."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ubsmoe.cli.app import AsJson, Out, RunFile, Set, app, overrides, print_json, read_settings
+
+
+@app.command("run")
+def run_command(run_file: RunFile, out: Out = None, set_: Set = None) -> None:
+    """Fine-tune across clients; on an existing folder, go on where it stopped."""
+    settings = read_settings(run_file, set_)
+    from rich.console import Console
+
+    from ubsmoe.allocator import keep_freed_memory
+    from ubsmoe.config import to_json
+    from ubsmoe.engines.local import LocalEngine
+    from ubsmoe.engines.simulated import as_simulated
+    from ubsmoe.federation import build_federation
+    from ubsmoe.plan import run_costs
+    from ubsmoe.report.console import RunConsole, result_table, show
+    from ubsmoe.rounds import run
+    from ubsmoe.storage.runfolder import RunFolder
+
+    keep_freed_memory()
+    console = Console()
+    federation = build_federation(settings)
+    place = out or Path("out") / run_file.stem
+    with RunFolder.open_or_create(place, to_json(settings)) as folder, RunConsole(console) as shown:
+        shown.plan(settings.train.rounds, settings.clients_per_round)
+        engine = LocalEngine(federation.trainer, federation.examples, shown.on_step)
+        summary = run(federation, folder, as_simulated(engine, federation), shown.on_event)
+    costs = [cost.as_dict() for cost in run_costs(settings)]
+    show(console, result_table(summary, costs))
+    console.print(f"adapter {place / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}", soft_wrap=True)
+
+
+@app.command("import")
+def import_command(
+    adapter: Annotated[Path, typer.Argument(help="folder of a PEFT adapter", show_default=False)],
+    run_file: RunFile,
+    out: Out = None,
+    set_: Set = None,
+) -> None:
+    """Start a run from a PEFT adapter: `run` with adapter.start set to it."""
+    run_command(run_file, out, [*(set_ or []), f"adapter.start={str(adapter)!r}"])
+
+
+@app.command("compare")
+def compare_command(
+    run_file: RunFile,
+    methods: Annotated[str, typer.Option(help='such as "fedavg, ubsmoe, ubsmoe(pg_mode=off)"', show_default=False)],
+    seeds: Annotated[int, typer.Option(min=1, help="runs per method, with seeds 0, 1, ...")] = 3,
+    reference: Annotated[
+        str | None, typer.Option(help="what the others are compared with; the first when left out")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
+    out: Annotated[Path | None, typer.Option(help="folder; out/<name of the run file>-compare when left out")] = None,
+    set_: Set = None,
+) -> None:
+    """Run several methods on the same work; write comparison.csv and comparison.md. Goes on where it stopped."""
+    settings = read_settings(run_file, set_)
+    from rich.console import Console
+
+    from ubsmoe.compare import compare, parse_variants
+    from ubsmoe.config import ConfigError
+    from ubsmoe.report.comparison import comparison_markdown
+    from ubsmoe.storage.runfolder import atomic_write
+
+    console, variants = Console(), parse_variants(methods)
+    labels = [variant.label for variant in variants]
+    against = "".join((reference or labels[0]).split())
+    if against not in labels:
+        raise ConfigError(f"--reference {reference!r} is not among --methods: {', '.join(labels)}")
+    place, total = out or Path("out") / f"{run_file.stem}-compare", len(variants) * seeds
+
+    def done(label: str, seed: int, count: int) -> None:
+        console.print(f"{count}/{total}  {label}  seed {seed}", highlight=False)
+
+    rows = compare(settings, variants, range(seeds), place, jobs, done)
+    text = comparison_markdown(rows, against)
+    atomic_write(place / "comparison.md", text.encode())
+    typer.echo(text)
+
+
+@app.command("eval")
+def eval_command(
+    run_folder: Annotated[Path, typer.Argument(help="a run folder", show_default=False)],
+    tier: Annotated[int | None, typer.Option(help="one tier, counted from 1; all when left out")] = None,
+    set_: Set = None,
+    json_: AsJson = False,
+) -> None:
+    """Score a finished run's adapter, each tier at its own budget; --set changes how (evaluate.*, data.test)."""
+    from rich.console import Console
+
+    from ubsmoe.report.console import show, task_table
+    from ubsmoe.rounds import evaluate_run
+
+    results = evaluate_run(run_folder, overrides(set_), tier)
+    if json_:
+        return print_json({"tiers": results})
+    labels = [f"tier {result['tier'] + 1} K={result['top_k']}" for result in results]
+    show(Console(), task_table([result["scores"] for result in results], labels))
