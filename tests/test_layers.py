@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "client": {"config", "data", "errors", "messages", "methods", "model", "seeds"},
     "wire": {"config", "errors", "messages", "methods", "model", "seeds", "wire"},
     "engines": {"client", "config", "data", "errors", "federation", "messages", "plan", "rounds", "seeds", "wire"},
-    "pretrain": {"config", "data", "errors", "maths", "seeds", "storage"},
+    "pretrain": {"config", "data", "maths", "pretrain"},
     "lab": {"maths", "seeds"},
     "report": {"maths", "messages", "report", "storage"},
 }

@@ -8,10 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ubsmoe import pretrain as pre
 from ubsmoe.config import ConfigError
+from ubsmoe.pretrain import architecture, load_pretrain, measuring, pretrain, text, training
+from ubsmoe.pretrain.settings import PretrainSettings
 
-MINI = pre.PretrainSettings(
+MINI = PretrainSettings(
     vocab_size=600, hidden_size=16, expert_width=12, num_layers=2, num_heads=2, num_experts=6, top_k=2, steps=4,
     questions_per_step=3, prose_per_step=1, prose_tokens=32, num_entities=8, report_every=2,
 )  # fmt: skip
@@ -28,8 +29,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("base") / "mini"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pre, "MEASURED", 16)
-        pre.pretrain(MINI, corpus, out)
+        patch.setattr(measuring, "MEASURED", 16)
+        pretrain(MINI, corpus, out)
     return out
 
 
@@ -43,7 +44,7 @@ def test_the_folder_loads_as_a_causal_language_model(base: Path):
 
 def test_the_record_holds_settings_progress_and_measurements(base: Path):
     record = json.loads((base / "pretraining.json").read_text())
-    assert pre.PretrainSettings(**record["settings"]) == MINI
+    assert PretrainSettings(**record["settings"]) == MINI
     assert [entry["step"] for entry in record["progress"]] == [2, 4]
     assert set(record["by_top_k"]) == {"2", "1"}
     assert len(record["normalised_entropy_per_layer"]) == 2
@@ -60,14 +61,14 @@ def test_digits_are_tokens_of_their_own(base: Path):
 
 
 def test_block_experts_agree_with_the_stock_ones_value_and_gradient():
-    model = pre.build_model(MINI, 50)
+    model = architecture.build_model(MINI, 50)
     ids = torch.arange(40).view(2, 20)
     outcomes = []
-    ALL_EXPERTS_FUNCTIONS.register("ubsmoe_blocks", pre.block_experts)
+    ALL_EXPERTS_FUNCTIONS.register("ubsmoe_blocks", architecture.block_experts)
     for implementation in ("eager", "ubsmoe_blocks"):
         model.set_experts_implementation(implementation)
         model.zero_grad()
-        loss = pre.losses(model, ids, ids)[0]
+        loss = training.losses(model, ids, ids)[0]
         loss.backward()
         outcomes.append((loss.detach(), model.model.layers[0].mlp.experts.gate_up_proj.grad.clone()))
     for stock, ours in zip(*outcomes, strict=True):
@@ -76,28 +77,28 @@ def test_block_experts_agree_with_the_stock_ones_value_and_gradient():
 
 def test_building_a_model_leaves_the_global_generator_alone():
     before = torch.random.get_rng_state()
-    first, second = (pre.build_model(MINI, 50).lm_head.weight for _ in range(2))
+    first, second = (architecture.build_model(MINI, 50).lm_head.weight for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_padding_counts_neither_as_label_nor_as_token():
-    ids, labels = pre.collate([([5, 6], [7, 0]), ([5], [0])])
+    ids, labels = text.collate([([5, 6], [7, 0]), ([5], [0])])
     assert labels.tolist() == [[-100, -100, 7, 0], [-100, 0, -100, -100]]
-    assert pre.real_tokens(ids, labels).tolist() == [True, True, True, True, True, True, False, False]
+    assert text.real_tokens(ids, labels).tolist() == [True, True, True, True, True, True, False, False]
 
 
 def test_the_rate_warms_up_and_falls_to_its_floor():
     settings = MINI.model_copy(update={"steps": 100, "warmup_steps": 10, "learning_rate": 1.0})
-    assert pre.rate_at(0, settings) == pytest.approx(0.1, rel=1e-3)
-    assert pre.rate_at(99, settings) == pytest.approx(0.1, rel=1e-2)
-    assert max(pre.rate_at(step, settings) for step in range(100)) == pytest.approx(1.0, rel=0.05)
+    assert training.rate_at(0, settings) == pytest.approx(0.1, rel=1e-3)
+    assert training.rate_at(99, settings) == pytest.approx(0.1, rel=1e-2)
+    assert max(training.rate_at(step, settings) for step in range(100)) == pytest.approx(1.0, rel=0.05)
 
 
 def test_a_misspelt_setting_is_refused_by_name(tmp_path: Path):
     (tmp_path / "run.toml").write_text("step = 3\n")
     with pytest.raises(ConfigError, match="unknown setting 'step'; did you mean 'steps'"):
-        pre.load_pretrain(tmp_path / "run.toml")
+        load_pretrain(tmp_path / "run.toml")
 
 
 @pytest.mark.parametrize(
@@ -106,16 +107,16 @@ def test_a_misspelt_setting_is_refused_by_name(tmp_path: Path):
 def test_sizes_that_contradict_each_other_are_refused(tmp_path: Path, text: str, sentence: str):
     (tmp_path / "run.toml").write_text(text)
     with pytest.raises(ConfigError, match=sentence):
-        pre.load_pretrain(tmp_path / "run.toml")
+        load_pretrain(tmp_path / "run.toml")
 
 
 def test_a_corpus_without_text_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="--corpus"):
-        pre.read_corpus(tmp_path)
+        text.read_corpus(tmp_path)
 
 
 def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="holds something that pretraining did not make"):
-        pre.pretrain(MINI, tmp_path, tmp_path)
+        pretrain(MINI, tmp_path, tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
