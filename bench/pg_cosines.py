@@ -23,16 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from ubsmoe.maths.pseudo_gradient import PseudoGradient, parameter_signal
+from ubsmoe.alignment import SIGNALS, layer_signals
 from ubsmoe.model.surgery import SparseModel
 
 NUMBERS, LENGTH, BATCH, RANK, ALPHA = 37, 20, 16, 4, 8.0
 BUDGETS = (1, 2, 4)
-SIGNALS = ("client_mean", "self_ipw", "server", "sampled 0.1", "sampled 0.5", "random", "another expert")
-KEYS = ("up.A", "up.B", "down.A", "down.B")
 RESULTS = Path(__file__).parent / "results" / "pg_cosines.json"
 
 
@@ -86,46 +83,6 @@ def backward(sparse: SparseModel, ids: Tensor) -> float:
     return float(loss.detach())
 
 
-def gradients(sparse: SparseModel, ids: Tensor, settings: PseudoGradient, seed: int) -> list[dict[str, Tensor]]:
-    """The adapter's gradients per layer; masses stay in the layers."""
-    sparse.set_pseudo_gradient(settings, torch.Generator().manual_seed(seed))
-    for value in sparse.adapter.values():
-        value.grad = None
-    backward(sparse, ids)
-    return [{key: sparse.adapter[f"layers.{layer.index}.{key}"].grad for key in KEYS} for layer in sparse.layers]
-
-
-def flat(parts: dict[str, Tensor]) -> Tensor:
-    """[M, all numbers of the expert]."""
-    return torch.cat([parts[key].flatten(1) for key in KEYS], dim=1)
-
-
-def signals(sparse: SparseModel, ids: Tensor, update: dict[str, Tensor], seed: int) -> list[dict[str, Tensor]]:
-    """Per layer: the truth, every mode's signal, the controls, each [M, numbers]; and which experts were used."""
-    plain = gradients(sparse, ids, PseudoGradient("off"), seed)
-    oracle = gradients(sparse, ids, PseudoGradient("oracle"), seed)
-    found = [{"plain": flat(p), "truth": flat(o) - flat(p)} for p, o in zip(plain, oracle, strict=True)]
-    for mode in ("client_mean", "self_ipw", "server"):
-        settings = PseudoGradient(mode)
-        for layer, into, grads in zip(sparse.layers, found, gradients(sparse, ids, settings, seed), strict=True):
-            into[mode] = flat({
-                key: parameter_signal(settings, grads[key], layer.mass, update[f"layers.{layer.index}.{key}"])
-                for key in KEYS
-            })  # fmt: skip
-            into["used"] = layer.mass.active > 0
-    for fraction in (0.1, 0.5):
-        settings = PseudoGradient("sampled", fraction=fraction)
-        for into, grads in zip(found, gradients(sparse, ids, settings, seed), strict=True):
-            into[f"sampled {fraction}"] = flat(grads) - into["plain"]
-    draw = torch.Generator().manual_seed(seed)
-    for into in found:
-        into["random"] = torch.randn(into["truth"].shape, generator=draw) * (into["truth"] != 0)
-        used = into["used"].nonzero().flatten().tolist()
-        others = [next(j for j in used[n % len(used) :] + used if j != n) for n in range(len(into["truth"]))]
-        into["another expert"] = into["plain"][others]
-    return found
-
-
 def one_seed(seed: int) -> dict[str, dict[str, float]]:
     """Condition -> signal -> mean cosine over experts and layers."""
     sparse, rows = trained_base(seed), {}
@@ -143,23 +100,19 @@ def one_seed(seed: int) -> dict[str, dict[str, float]]:
             for top_k in BUDGETS:
                 sparse.set_top_k(top_k)
                 for group, batch in (("some", ids), ("never", ids[:1])):
-                    layers = signals(sparse, batch, update, seed)
-                    picked = [layer["used"] if group == "some" else ~layer["used"] for layer in layers]
+                    draw_of_signals = torch.Generator().manual_seed(seed)
+                    layers = layer_signals(sparse, lambda batch=batch: backward(sparse, batch), update, draw_of_signals)
+                    picked = [layer.cosines(layer.used if group == "some" else ~layer.used) for layer in layers]
                     start_of = f"A {'shared' if shared_a else 'apart'}, B {'= 0' if b_is_zero else '!= 0'}"
                     key = f"{start_of}, K = {top_k}, {group}"
-                    rows[key] = {
-                        name: mean_cosine([layer[name][p] for layer, p in zip(layers, picked, strict=True)],
-                                          [layer["truth"][p] for layer, p in zip(layers, picked, strict=True)])
-                        for name in SIGNALS
-                    }  # fmt: skip
-                    rows[key]["experts"] = float(sum(int(p.sum()) for p in picked))
+                    rows[key] = {name: mean([value for layer in picked for value in layer[name]]) for name in SIGNALS}
+                    rows[key]["experts"] = float(sum(len(layer["random"]) for layer in picked))
             sparse.clear()
     return rows
 
 
-def mean_cosine(ours: list[Tensor], truth: list[Tensor]) -> float:
-    values = cosine_similarity(torch.cat(ours), torch.cat(truth), dim=1)
-    return float(values.mean()) if len(values) else float("nan")
+def mean(values: list[float]) -> float:
+    return statistics.mean(values) if values else float("nan")
 
 
 def summary(by_seed: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, Any]]:

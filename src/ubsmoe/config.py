@@ -179,6 +179,9 @@ class RunSettings(Settings):
     threads: PositiveInt | None = Field(
         None, le=1024, description="torch threads; results are bitwise equal only at equal threads"
     )
+    keep_checkpoints: PositiveInt = Field(
+        2, description="newest states kept; resuming needs one, `ubsmoe probe` sees what is kept (rounds + 1 for all)"
+    )
     model: ModelSettings = ModelSettings()
     adapter: AdapterSettings = AdapterSettings()
     tiers: TierSettings = TierSettings()

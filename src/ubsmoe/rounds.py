@@ -86,7 +86,7 @@ def run(federation: Federation, folder: RunFolder, engine: Engine, report: Repor
         note("started", 0, rounds=settings.train.rounds, clients=len(federation.clients), method=method.name)
         note("partition", 0, report=part.to_json() if part else None)
         history.append(_evaluate_tiers(federation, state, 0, note))
-        folder.save_checkpoint(0, _pack(state), {"history": history, "seconds": 0.0})
+        folder.save_checkpoint(0, _pack(state), {"history": history, "seconds": 0.0}, settings.keep_checkpoints)
         done = 0
     else:
         state, done = unpack(checkpoint.tensors), checkpoint.round
@@ -99,7 +99,8 @@ def run(federation: Federation, folder: RunFolder, engine: Engine, report: Repor
         if number == settings.train.rounds or (every and number % every == 0):
             history.append(_evaluate_tiers(federation, state, number, note))
         seconds = seconds_before + time.perf_counter() - started
-        folder.save_checkpoint(number, _pack(state), {"history": history, "seconds": seconds})
+        so_far = {"history": history, "seconds": seconds}
+        folder.save_checkpoint(number, _pack(state), so_far, settings.keep_checkpoints)
 
     facts = {
         "method": method.name,

@@ -1,5 +1,6 @@
 """The verbs that show runs, as a user meets them."""
 
+import csv
 import importlib.util
 import sys
 from pathlib import Path
@@ -55,3 +56,18 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Any, 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert ubsmoe(monkeypatch, "report", tmp_path) == 2
     assert "pip install 'ubsmoe[report]'" in capsys.readouterr().err
+
+
+def test_the_probe_writes_and_prints_cosines_of_every_kept_round(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path, tiny_run: dict, write_toml: Any
+) -> None:
+    run = tmp_path / "run"
+    assert ubsmoe(monkeypatch, "run", write_toml(tiny_run), "--out", run, "--set", "keep_checkpoints=2") == 0
+    capsys.readouterr()
+    assert ubsmoe(monkeypatch, "probe", "alignment", run, "--out", tmp_path / "probe") == 0
+    printed = capsys.readouterr().out
+    assert "client_mean" in printed and "another expert" in printed and "alignment.svg" in printed
+    with (tmp_path / "probe" / "alignment.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["round"] for row in rows} == {"1", "2"} and {row["tier"] for row in rows} == {"1", "2", "3", "4"}
+    assert all(-1 <= float(row["cosine"]) <= 1 for row in rows)

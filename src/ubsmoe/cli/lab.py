@@ -18,7 +18,7 @@ def bias_floor_command(
     """Measure where top-K SGD stalls on a small convex mixture, for every K and pseudo-gradient, against the bound."""
     needs("matplotlib")
     from ubsmoe.lab import bias_floor, floor_markdown, floor_rows
-    from ubsmoe.report.figures import write_bias_floor
+    from ubsmoe.report.experiments import write_bias_floor
 
     rows = floor_rows(list(bias_floor(range(seeds))))
     write_bias_floor(rows, out)

@@ -174,6 +174,23 @@ def task_table(results: Sequence[dict[str, dict[str, Any]]], labels: Sequence[st
     return table
 
 
+def alignment_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Cosine of every signal with the missing gradient, per round and tier, weighted over experts, mean over runs."""
+    signals = list(dict.fromkeys(row["signal"] for row in rows))
+    table = Table(title="cosine with the gradient that top-K leaves out", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("round", "tier", "K", "experts", *signals):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for place in sorted({(row["round"], row["tier"], row["top_k"], row["experts"]) for row in rows}):
+        own = [row for row in rows if (row["round"], row["tier"], row["top_k"], row["experts"]) == place]
+        by_signal = [[row for row in own if row["signal"] == signal] for signal in signals]
+        means = [f"{sum(r['cosine'] for r in part) / len(part):.3f}" if part else "–" for part in by_signal]
+        table.add_row(*map(str, place), *means)
+    table.caption = (
+        "some: used by part of the batch's tokens; never: by none. sampled q: a share q of the missing pairs is run"
+    )
+    return table
+
+
 def show(console: Console, table: Table) -> None:
     """Print a table at its own width: a narrow terminal breaks its lines, but no figure is cut off."""
     before = console.width

@@ -92,9 +92,9 @@ def over_rounds(runs: Sequence[Series], measure: str) -> tuple[Figure, Rows]:
     for index, (label, seeds) in enumerate(by_label(runs).items()):
         values = torch.stack([getattr(run, measure).mean(1) for run in _same_length(seeds)])
         rounds = seeds[0].rounds[: values.shape[1]]
-        axes.plot(rounds, values.mean(0), label=label, **_look(index))
+        axes.plot(rounds, values.mean(0), label=label, **look(index))
         if len(values) > 1:
-            axes.fill_between(rounds, values.amin(0), values.amax(0), color=_look(index)["color"], alpha=0.12, lw=0)
+            axes.fill_between(rounds, values.amin(0), values.amax(0), color=look(index)["color"], alpha=0.12, lw=0)
         rows += [
             {"method": label, "seed": run.seed, "round": number, measure: float(value)}
             for run, series in zip(seeds, values, strict=True)
@@ -114,7 +114,7 @@ def layer_entropy(runs: Sequence[Series]) -> tuple[Figure, Rows]:
     for index, (label, seeds) in enumerate(by_label(runs).items()):
         mean = torch.stack([run.entropy[-1] for run in seeds]).mean(0)
         layers = list(range(1, len(mean) + 1))
-        axes.plot(layers, mean, label=label, **_look(index))
+        axes.plot(layers, mean, label=label, **look(index))
         rows += [
             {"method": label, "layer": layer, "entropy": float(value)}
             for layer, value in zip(layers, mean, strict=True)
@@ -134,20 +134,20 @@ def flops_per_tier(runs: Sequence[Series], costs: dict[str, list[dict[str, Any]]
     for index, kind in enumerate(names):
         flops = [tier["train_flops_per_token"] / 1e9 for tier in costs[kind]]
         places = [tier + 0.4 * (index - 0.5) for tier in range(len(flops))]
-        look: dict[str, Any] = {
+        style: dict[str, Any] = {
             "width": 0.38,
             "color": COLOURS[index],
             "hatch": ("", "///")[index],
             "edgecolor": "white",
         }
-        bars = counted.bar(places, flops, label=names[kind], **look)
+        bars = counted.bar(places, flops, label=names[kind], **style)
         counted.bar_label(bars, [f"{tier['relative_to_top']:.0%}" for tier in costs[kind]], fontsize=7, padding=1)
         rows += [
             {"kind": kind, "tier": tier + 1, "what": "train_gflops_per_token_olmoe_1b_7b", "value": value}
             for tier, value in enumerate(flops)
         ]
         tiers = sorted(seconds[kind])
-        measured.bar([tier + 0.4 * (index - 0.5) for tier in tiers], [seconds[kind][t] for t in tiers], **look)
+        measured.bar([tier + 0.4 * (index - 0.5) for tier in tiers], [seconds[kind][t] for t in tiers], **style)
         rows += [
             {"kind": kind, "tier": tier + 1, "what": "client_seconds_per_round", "value": seconds[kind][tier]}
             for tier in tiers
@@ -173,9 +173,9 @@ def phi_correlation(runs: Sequence[Series]) -> tuple[Figure, Rows]:
         for index, (label, seeds) in enumerate(by_label(runs).items()):
             values = torch.stack([correlate(_phi(run), run.utilization) for run in _same_length(seeds)])
             rounds = seeds[0].rounds[: values.shape[1]]
-            axes.plot(rounds, values.nanmean((0, 2)), label=label, **_look(index))
+            axes.plot(rounds, values.nanmean((0, 2)), label=label, **look(index))
             low, high = _range(values)
-            axes.fill_between(rounds, low, high, color=_look(index)["color"], alpha=0.12, lw=0)
+            axes.fill_between(rounds, low, high, color=look(index)["color"], alpha=0.12, lw=0)
             rows += [
                 {
                     "method": label,
@@ -205,10 +205,10 @@ def phi_scatter(run: Series, most: int = 6) -> tuple[Figure, Rows]:
     )
     for axes, index in zip(grid, shown, strict=True):
         for layer in range(phi.shape[1]):
-            look = _look(layer)
+            marks = look(layer)
             axes.scatter(
                 run.utilization[index, layer], phi[index, layer], s=13, alpha=0.8, lw=0,
-                color=look["color"], marker=look["marker"], label=f"layer {layer + 1}",
+                color=marks["color"], marker=marks["marker"], label=f"layer {layer + 1}",
             )  # fmt: skip
         r = float(balance.pearson(run.utilization[index].flatten(), phi[index].flatten()))
         axes.set_title(f"round {run.rounds[index]}, r = {r:.2f}")
@@ -230,33 +230,6 @@ def phi_scatter(run: Series, most: int = 6) -> tuple[Figure, Rows]:
     return figure, rows
 
 
-def write_bias_floor(rows: Rows, out: Path) -> list[Path]:
-    """The lab's floors as a figure and a table."""
-    with matplotlib.rc_context(STYLE):
-        return save(bias_floor(rows), rows, out / "bias_floor")
-
-
-def bias_floor(rows: Rows) -> Figure:
-    """The lab's floors against M - K, one panel per forward pass, with the paper's bound where it applies."""
-    forwards = list(dict.fromkeys(row["forward"] for row in rows))
-    num_experts = max(row["top_k"] for row in rows)
-    figure, grid = panels(len(forwards), (7.6, 3.6), share_y=True)
-    for axes, forward in zip(grid, forwards, strict=True):
-        own = [row for row in rows if row["forward"] == forward]
-        for index, signal in enumerate(dict.fromkeys(row["signal"] for row in own)):
-            missing, means = _means_by_missing(own, signal, "measured", num_experts)
-            axes.plot(missing, means, label="top-K alone" if signal == "off" else signal, **_look(index))
-        for key, text, dash in (("bound", "2‖B‖²/μ′", "-"), ("coarse", "2G²(M−K)/μ′", "--")):
-            missing, means = _means_by_missing(own, "off", key, num_experts)
-            axes.plot(missing[:-1], means[:-1], label=text, color="#888888", ls=dash, lw=1.2)
-        axes.set(
-            xlabel="experts left out, M − K", yscale="log", title=f"error of the {forward} mixture", ylim=(1e-4, None)
-        )
-    grid[0].set_ylabel("floor: loss above the optimum")
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right center")
-    return figure
-
-
 def panels(count: int, size: tuple[float, float], share_y: bool = False, columns: int = 0) -> tuple[Figure, list[Axes]]:
     """An empty figure with so many panels; `columns` breaks the row."""
     columns = columns or count
@@ -268,7 +241,7 @@ def panels(count: int, size: tuple[float, float], share_y: bool = False, columns
     return figure, every[:count]
 
 
-def _look(index: int) -> dict[str, Any]:
+def look(index: int) -> dict[str, Any]:
     """Colour, marker and dash of the index-th series."""
     return {
         "color": COLOURS[index % len(COLOURS)],
@@ -307,9 +280,3 @@ def _tier_seconds(runs: Sequence[Series], kind: str) -> dict[int, float]:
             for client in clients:
                 found.setdefault(client["tier"], []).append(client["seconds"])
     return {tier: sum(values) / len(values) for tier, values in found.items()}
-
-
-def _means_by_missing(rows: Rows, signal: str, key: str, num_experts: int) -> tuple[list[int], list[float]]:
-    missing = list(range(num_experts - 1, -1, -1))
-    values = [[r[key] for r in rows if r["signal"] == signal and r["top_k"] == num_experts - m] for m in missing]
-    return missing, [sum(group) / len(group) for group in values]

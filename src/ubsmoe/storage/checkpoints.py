@@ -106,6 +106,11 @@ def load_newest(folder: str | Path) -> Checkpoint | None:
     return None
 
 
+def saved_checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first, for `load_checkpoint`."""
+    return [path for _, path in _saved(Path(folder))]
+
+
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read one checkpoint folder.
 

@@ -14,7 +14,7 @@
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -133,9 +133,7 @@ class RunFolder:
             )
         return checkpoint
 
-    def save_checkpoint(
-        self, round: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int = 2
-    ) -> Path:
+    def save_checkpoint(self, round: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int) -> Path:
         """Save the state after a round; the events up to it become durable first. As `checkpoints.save_checkpoint`."""
         self.events.sync()
         return checkpoints.save_checkpoint(self.path / CHECKPOINTS, round, tensors, facts, keep)
@@ -197,6 +195,19 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors.read_tensors(data), tensors.read_facts(data)
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{file} is damaged: {error}") from error
+
+
+def read_states(path: str | Path) -> Iterator[Checkpoint]:
+    """Every checkpoint that a run has kept, oldest first, one in memory at a time.
+
+    Raises:
+        RunFolderError: if it has none.
+        CheckpointError: on the way, if one is damaged.
+    """
+    found = checkpoints.saved_checkpoints(Path(path) / CHECKPOINTS)
+    if not found:
+        raise RunFolderError(f"{path} has no checkpoint yet; let it run on")
+    return map(checkpoints.load_checkpoint, found)
 
 
 def current_versions() -> dict[str, str]:

@@ -160,7 +160,7 @@ def run_rounds(folder, first, last, total=0.0):
     for round in range(first, last + 1):
         total += round / 7
         folder.events.append("round_done", round, total=total)
-        folder.save_checkpoint(round, {"total": torch.tensor(total, dtype=torch.float64)}, {"total": total})
+        folder.save_checkpoint(round, {"total": torch.tensor(total, dtype=torch.float64)}, {"total": total}, keep=2)
     return total
 
 
