@@ -88,7 +88,8 @@ def _steps(
     key = (trainer.seed, task.profile.client, task.round)
     parameters = [*model.adapter.values(), *hooks.parameters]
     optimizer = _optimizer(parameters, settings)
-    order = batches(len(examples), settings.batch_size, generator_for(*key, "batches"))
+    lengths = [len(one.input_ids) for one in examples] if settings.group_by_length else None
+    order = batches(len(examples), settings.batch_size, generator_for(*key, "batches"), lengths)
     num_steps = steps_per_round(settings, len(examples))
     first = (task.round - 1) * num_steps
     budgets = elastic_top_ks(trainer.tiers, task.profile.top_k, first, num_steps, generator_for(*key, "elastic"))

@@ -19,7 +19,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from ubsmoe.config import DataSettings, EvaluateSettings
 from ubsmoe.data.tasks import TASKS, Example, extract_answer
 from ubsmoe.data.tokens import Tokens, collate_prompts, pad_id, tokenize
-from ubsmoe.model.surgery import SparseModel
+from ubsmoe.model.surgery import SparseModel, head_at
 
 
 @dataclass(frozen=True)
@@ -134,18 +134,20 @@ def candidate_logs(model: SparseModel, inputs: dict[str, Tensor], batch: Sequenc
     length = max(map(len, rows))
     ids = torch.tensor([[*tokens] + [0] * (length - len(tokens)) for tokens in rows], device=first.device)
     real = torch.tensor([[1] * len(tokens) + [0] * (length - len(tokens)) for tokens in rows], device=first.device)
-    logits = first.repeat_interleave(width, 0).unsqueeze(1)
+    logs = torch.zeros(real.shape, device=first.device)
+    logs[:, 0] = first.float().log_softmax(-1).repeat_interleave(width, 0).gather(-1, ids[:, :1]).squeeze(-1)
     if length > 1:
         start = positions[:, -1:].repeat_interleave(width, 0)
-        later = model.model(
-            input_ids=ids[:, :-1],
-            attention_mask=torch.cat([inputs["attention_mask"].repeat_interleave(width, 0), real[:, :-1]], dim=1),
-            position_ids=start + torch.arange(1, length, device=ids.device),
-            past_key_values=cache,
-        ).logits
-        logits = torch.cat([logits, later], dim=1)
-    logs = logits.float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    totals = (logs * real).sum(-1).view(len(batch), width).cpu()
+        after = real[:, 1:].bool()
+        with head_at(model.model, after):
+            later = model.model(
+                input_ids=ids[:, :-1],
+                attention_mask=torch.cat([inputs["attention_mask"].repeat_interleave(width, 0), real[:, :-1]], dim=1),
+                position_ids=start + torch.arange(1, length, device=ids.device),
+                past_key_values=cache,
+            ).logits[0]
+        logs[:, 1:][after] = later.float().log_softmax(-1).gather(-1, ids[:, 1:][after].unsqueeze(-1)).squeeze(-1)
+    totals = logs.sum(-1).view(len(batch), width).cpu()
     return [total[: len(question.candidates)] for total, question in zip(totals, batch, strict=True)]
 
 

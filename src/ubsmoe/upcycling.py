@@ -24,10 +24,12 @@ def upcycle_checkpoint(
     *,
     num_experts: int,
     top_k: int,
-    drop: float,
-    warm_up_data: Path | None,
-    warm_up_steps: int,
-    seed: int,
+    drop: float = 0.0,
+    slices: int = 1,
+    shared: float = 0.0,
+    warm_up_data: Path | None = None,
+    warm_up_steps: int = 40,
+    seed: int = 0,
 ) -> list[float]:
     """Upcycle, warm the routers up if there is data to do it on, and save in bfloat16.
 
@@ -36,7 +38,9 @@ def upcycle_checkpoint(
         out: a folder that does not exist yet.
         num_experts: M.
         top_k: K_max.
-        drop: see `model.upcycle`.
+        drop: this and the next two: see `model.upcycle`.
+        slices: experts per copy of the feed-forward.
+        shared: share of it that is not cut.
         warm_up_data: a file of records, as data.train; None for no warm-up.
         warm_up_steps: batches of 8 records.
         seed: of all draws.
@@ -49,7 +53,7 @@ def upcycle_checkpoint(
     """
     check_free(out)
     source, tokenizer = load_dense(dense)
-    model = upcycle(source, num_experts, top_k, drop, seed)
+    model = upcycle(source, num_experts, top_k, drop, seed, slices=slices, shared=shared)
     losses = []
     if warm_up_data is not None:
         losses = warm_up(SparseModel(model), _batches(warm_up_data, tokenizer, warm_up_steps, seed))

@@ -4,8 +4,9 @@
     {"prompt", "completion"}                       taken as they are: whoever wrote the prompt chose its wording
     {"messages": [{"role", "content"}, ...]}       a chat in the tokenizer's own template; the last message is learnt
 
-A record may name its `task` and `answer`; its other plain values become fields that a partition can group by. Files are
-a JSON array or one JSON object per line, plain or gzipped.
+A record may name its `task`, its `answer` (the part of the completion that is scored) and the `candidates` that `answer` is one of;
+its other plain values become fields that a partition can group by. Files are a JSON array or one JSON object per line, plain
+or gzipped.
 """
 
 import gzip
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 _KINDS = {"instruction": "output", "prompt": "completion"}
-_KNOWN = {"instruction", "input", "output", "prompt", "completion", "messages", "task", "answer"}
+_KNOWN = {"instruction", "input", "output", "prompt", "completion", "messages", "task", "answer", "candidates"}
 _EXPECTED = "'instruction' and 'output', 'prompt' and 'completion', or 'messages'"
 _ANSWER_FORMAT = re.compile(r"Answer format: ([\w-]+(?:/[\w-]+)+)")
 
@@ -102,7 +103,7 @@ def _example(record: Any, where: str, stem: str, tokenizer: "PreTrainedTokenizer
         prompt, completion = _chat(record["messages"], where, tokenizer)
     else:
         prompt, completion = _pair(record, where)
-    candidates = _candidates(prompt)
+    candidates = _listed(record, where) or _candidates(prompt)
     task = str(record.get("task") or "") or _infer_task(stem, candidates)
     answer = _answer(record, completion, candidates, where)
     if not answer:
@@ -157,6 +158,16 @@ def _chat(messages: Any, where: str, tokenizer: "PreTrainedTokenizerBase") -> tu
     except Exception as error:
         raise ConfigError(f"{where}: the tokenizer's chat template refuses 'messages': {error}") from error
     return str(prompt), str(turns[-1]["content"])
+
+
+def _listed(record: dict[str, Any], where: str) -> tuple[str, ...]:
+    """The candidates that a record lists itself."""
+    listed = record.get("candidates")
+    if listed is None:
+        return ()
+    if not isinstance(listed, list) or len(listed) < 2 or not all(isinstance(one, str) and one for one in listed):
+        raise ConfigError(f"{where}: field 'candidates' must be a list of two or more texts, got {listed!r}")
+    return tuple(listed)
 
 
 def _candidates(prompt: str) -> tuple[str, ...]:

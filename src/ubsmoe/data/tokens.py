@@ -19,6 +19,7 @@ from ubsmoe.data.tasks import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+POOL = 16
 IGNORED = -100  # the label that torch's and transformers' cross-entropy skips
 
 
@@ -132,10 +133,19 @@ def collate_prompts(tokens: Sequence[Tokens], pad_id: int) -> dict[str, Int[Tens
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def batches(num_examples: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Minibatches of the positions 0..num_examples - 1 without end, each pass in a fresh order; its last may be short.
+def batches(
+    num_examples: int, batch_size: int, generator: torch.Generator, lengths: Sequence[int] | None = None
+) -> Iterator[list[int]]:
+    """Minibatches of the positions 0..num_examples - 1 without end, each pass in a fresh order; one batch of it may be short.
 
     One pass has ceil(num_examples / batch_size) batches, so epochs and steps are both a matter of how many are taken.
+
+    Args:
+        num_examples: N.
+        batch_size: examples per batch.
+        generator: draws the orders.
+        lengths: tokens of every example: then those of like length, among `POOL` batches drawn together, share a batch, and
+            little of it is padding.
 
     Raises:
         ValueError: at the first batch, if there are no examples.
@@ -144,8 +154,17 @@ def batches(num_examples: int, batch_size: int, generator: torch.Generator) -> I
         raise ValueError("batches of no examples: expected num_examples of at least 1")
     while True:
         order: list[int] = torch.randperm(num_examples, generator=generator).tolist()
-        for begin in range(0, num_examples, batch_size):
-            yield order[begin : begin + batch_size]
+        if lengths is not None:
+            pools = _cut(order, POOL * batch_size)
+            order = [i for pool in pools for i in sorted(pool, key=lengths.__getitem__)]
+        cut = _cut(order, batch_size)
+        # in order of length they would be a curriculum
+        turn = range(len(cut)) if lengths is None else torch.randperm(len(cut), generator=generator).tolist()
+        yield from (cut[i] for i in turn)
+
+
+def _cut(order: list[int], size: int) -> list[list[int]]:
+    return [order[begin : begin + size] for begin in range(0, len(order), size)]
 
 
 def _encode(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:

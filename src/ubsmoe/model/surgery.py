@@ -211,13 +211,8 @@ class SparseModel:
             attention_mask: [B, S], padding on the right.
             keep: [B, S] or [B, S-1] bool, a leading part of each row's positions.
         """
-        rows, columns = keep.nonzero(as_tuple=True)
-        head = self.model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda module, args: (args[0][rows, columns].unsqueeze(0),))
-        try:
+        with head_at(self.model, keep):
             logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        finally:
-            hook.remove()
         return logits[0]
 
     def _remember_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -255,6 +250,18 @@ class SparseModel:
             need = needs.get(key) or optional[key]
             if tuple(tensor.shape) != need:
                 raise ValueError(f"{key} has shape {tuple(tensor.shape)}, this base needs {need}")
+
+
+@contextmanager
+def head_at(model: Any, keep: Tensor) -> Iterator[None]:
+    """Let a model's output head see the positions of `keep` alone, a leading part of each row's: its logits are [1, N, V]."""
+    rows, columns = keep.nonzero(as_tuple=True)
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0][rows, columns].unsqueeze(0),))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _rank(tensors: Mapping[str, Tensor], name: str) -> int:

@@ -1,15 +1,24 @@
-"""A dense Llama-shaped model becomes a sparse mixture of experts of Mixtral's class.
+"""A dense Llama-shaped model becomes a sparse mixture of experts.
 
-    E_i = FFN for every expert i,   sum_{i in A(x)} w_i E_i(x) = FFN(x)   since Mixtral's weights sum to 1 whatever K
+Whole copies (one slice): Mixtral's class, whose weights sum to 1 whatever K. The function is preserved at every K, up to
+rounding, and K experts cost K feed-forwards:
 
-so the function is preserved at every K, up to rounding. Equal experts get equal gradients but for what their tokens differ in;
-drop-upcycling makes them different from the start, and gives up part of the function for it:
+    E_i = FFN for every expert i,   sum_{i in A(x)} w_i E_i(x) = FFN(x)
+
+Fine-grained: each copy is cut into S slices of its inner dimensions, every copy in its own way. A copy's S experts start with
+one router row and S times larger down projections, so that the best K_max = S experts are one copy, each with weight 1/S. That
+costs one feed-forward and keeps the function; K < K_max costs less, and loses what the missing slices hold. A shared expert
+makes that bearable: the inner dimensions with the largest weights are not cut but run for every token (Qwen2-MoE's class, its
+gate starting at sigma(0) = 1/2).
+
+Experts that start alike get like gradients; drop-upcycling sets them apart, and gives up part of the function for it:
 
     per expert, a random share of the inner dimensions is drawn anew, N(mean, std) of the very weights it replaces,
     in the columns of gate and up and in the rows of down alike
 
-Source: Sparse Upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055); Drop-Upcycling (Nakamura et al. 2025, arXiv 2502.19261).
-Ours: the routers' warm-up on the balancing loss alone.
+Source: Sparse Upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055); groups of slices under one router row: Upcycling LLMs into
+MoE (He et al. 2024, arXiv 2410.07524); shared expert: DeepSeekMoE (Dai et al. 2024, arXiv 2401.06066); Drop-Upcycling (Nakamura
+et al. 2025, arXiv 2502.19261). Ours: which dimensions are shared, and the routers' warm-up on the balancing loss alone.
 """
 
 from collections.abc import Iterable
@@ -18,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen2MoeConfig
 
 from ubsmoe.config import ConfigError
 from ubsmoe.maths.balance import load_balancing_loss
@@ -27,9 +36,9 @@ from ubsmoe.model.layer import SparseLayer
 from ubsmoe.model.load import check_place, quieten
 from ubsmoe.model.surgery import SparseModel
 
-# what both configurations mean by the same name
-_SHARED = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+# what the dense and the sparse configurations mean by the same name
+_KEPT = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "attention_dropout",
     "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range",
 )  # fmt: skip
@@ -55,44 +64,81 @@ def load_dense(place: str) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def upcycle(dense: Any, num_experts: int, top_k: int, drop: float, seed: int) -> MixtralForCausalLM:
-    """Copy the dense model's feed-forward into every expert.
+def upcycle(
+    dense: Any, num_experts: int, top_k: int, drop: float, seed: int, *, slices: int = 1, shared: float = 0.0
+) -> Any:
+    """Make experts of the dense model's feed-forward.
 
     Args:
         dense: a Llama-shaped model; nothing of it is changed.
-        num_experts: M.
-        top_k: K_max.
-        drop: share of each expert's inner dimensions that is drawn anew; 0 preserves the function.
-        seed: of the routers and of what is drawn anew.
+        num_experts: M = copies * slices.
+        top_k: K_max, a multiple of `slices`.
+        drop: share of each expert's inner dimensions that is drawn anew; 0 preserves the function at K_max.
+        seed: of the routers, of the cuts, and of what is drawn anew.
+        slices: experts that one copy is cut into.
+        shared: share of the inner dimensions that is not cut but runs for every token.
+
+    Returns:
+        A model of Mixtral's class, or with `shared` of Qwen2-MoE's, in the dtype of `dense`.
 
     Raises:
-        UnsupportedModel: if the model has something Mixtral has no place for.
+        UnsupportedModel: if the model has something these classes have no place for.
         ConfigError: for numbers that make no mixture.
     """
-    _check(dense.config, num_experts, top_k, drop)
-    config = MixtralConfig(
-        **{name: getattr(dense.config, name, None) for name in _SHARED},
-        num_local_experts=num_experts,
-        num_experts_per_tok=top_k,
-    )
-    model = MixtralForCausalLM(config).to(dense.dtype).eval()
+    _check(dense.config, num_experts, top_k, drop, slices, shared)
+    common = round(shared * dense.config.intermediate_size)
+    config = _config(dense.config, num_experts, top_k, (dense.config.intermediate_size - common) // slices, common)
+    model = AutoModelForCausalLM.from_config(config).to(dense.dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     wrong = model.load_state_dict(dense.state_dict(), strict=False)
     assert all(".mlp." in name for name in (*wrong.missing_keys, *wrong.unexpected_keys)), wrong
     for layer, source in zip(model.model.layers, dense.model.layers, strict=True):
-        router, experts = layer.mlp.gate, layer.mlp.experts
-        router.weight.copy_(config.initializer_range * torch.randn(router.weight.shape, generator=generator))
-        for expert in range(num_experts):
-            gate, up, down = (
-                getattr(source.mlp, name).weight.clone() for name in ("gate_proj", "up_proj", "down_proj")
-            )
-            anew = torch.randperm(len(gate), generator=generator)[: int(drop * len(gate))]
-            _draw_anew(gate, anew, generator)
-            _draw_anew(up, anew, generator)
-            _draw_anew(down.T, anew, generator)
-            experts.gate_up_proj[expert] = torch.cat([gate, up])
-            experts.down_proj[expert] = down
+        _route(layer.mlp.gate.weight, config.initializer_range, slices, generator)
+        gate, up, down = (getattr(source.mlp, f"{name}_proj").weight for name in ("gate", "up", "down"))
+        largest = (gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)).argsort(descending=True)
+        if common:
+            _share(layer.mlp, largest[:common], gate, up, down)
+        rest, experts = largest[common:], layer.mlp.experts
+        cuts = [
+            rest[torch.randperm(len(rest), generator=generator)].chunk(slices) for _ in range(num_experts // slices)
+        ]
+        for expert, rows in enumerate(part.sort().values for cut in cuts for part in cut):
+            parts = gate[rows], up[rows], slices * down[:, rows]
+            _draw_anew(parts, int(drop * len(rows)), generator)
+            experts.gate_up_proj[expert] = torch.cat(parts[:2])
+            experts.down_proj[expert] = parts[2]
     return model
+
+
+def _config(dense: Any, num_experts: int, top_k: int, width: int, common: int) -> MixtralConfig | Qwen2MoeConfig:
+    kept = {name: getattr(dense, name, None) for name in _KEPT}
+    if not common:
+        return MixtralConfig(**kept, intermediate_size=width, num_local_experts=num_experts, num_experts_per_tok=top_k)
+    return Qwen2MoeConfig(
+        **kept,
+        intermediate_size=dense.intermediate_size,
+        moe_intermediate_size=width,
+        shared_expert_intermediate_size=common,
+        num_experts=num_experts,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=True,
+        qkv_bias=False,
+    )
+
+
+def _route(weight: Tensor, size: float, slices: int, generator: torch.Generator) -> None:
+    """One random row per copy, its slices a hundredth apart: with ties all tokens of a small K would use the same slices."""
+    copies = torch.randn(len(weight) // slices, weight.shape[1], generator=generator).repeat_interleave(slices, dim=0)
+    apart = torch.randn(weight.shape, generator=generator) if slices > 1 else torch.zeros(weight.shape)
+    weight.copy_(size * (copies + 0.01 * apart))
+
+
+def _share(block: Any, rows: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> None:
+    """Put these inner dimensions into the shared expert, twice as large, since its gate of zeros halves them."""
+    block.shared_expert_gate.weight.zero_()
+    block.shared_expert.gate_proj.weight.copy_(gate[rows])
+    block.shared_expert.up_proj.weight.copy_(up[rows])
+    block.shared_expert.down_proj.weight.copy_(2 * down[:, rows])
 
 
 def warm_up(sparse: SparseModel, batches: Iterable[dict[str, Tensor]], learning_rate: float = 1e-3) -> list[float]:
@@ -143,20 +189,32 @@ def _balance(layer: SparseLayer, hidden: Tensor) -> Tensor:
     return load_balancing_loss(layer.scores(), layer.chosen, layer.real_tokens())
 
 
-def _check(config: Any, num_experts: int, top_k: int, drop: float) -> None:
+def _check(config: Any, num_experts: int, top_k: int, drop: float, slices: int, shared: float) -> None:
     if config.model_type not in ("llama", "mistral"):
         raise UnsupportedModel(f"upcycling needs a Llama-shaped dense model (llama, mistral), got {config.model_type}")
     for name in ("attention_bias", "mlp_bias"):
         if getattr(config, name, False):
-            raise UnsupportedModel(f"this model has {name}, for which Mixtral has no place")
+            raise UnsupportedModel(f"this model has {name}, for which a mixture of this shape has no place")
     if not num_experts >= 2 or not 1 <= top_k <= num_experts:
         raise ConfigError(f"--experts must be at least 2 and --top-k in 1..experts, got {num_experts} and {top_k}")
-    if not 0 <= drop < 1:
-        raise ConfigError(f"--drop is a share of an expert's inner dimensions, in [0, 1); got {drop}")
+    if slices < 1 or num_experts % slices or top_k % slices:
+        raise ConfigError(
+            f"--slices must divide --experts and --top-k, so that K_max takes whole copies; got {slices} for "
+            f"{num_experts} and {top_k}"
+        )
+    if not 0 <= drop < 1 or not 0 <= shared < 1:
+        raise ConfigError(f"--drop and --shared are shares of the inner dimensions, in [0, 1); got {drop} and {shared}")
+    rest = config.intermediate_size - round(shared * config.intermediate_size)
+    if slices > 1 and rest % (8 * slices):  # torch's grouped products want rows of whole 16 bytes
+        raise ConfigError(
+            f"--slices must cut the {rest} inner dimensions that are not shared into multiples of 8, got {slices}"
+        )
 
 
-def _draw_anew(rows: Tensor, which: Tensor, generator: torch.Generator) -> None:
-    """Replace rows by normal numbers of the same mean and standard deviation."""
-    if len(which):
-        old = rows[which]
-        rows[which] = old.mean() + old.std() * torch.randn(old.shape, generator=generator).to(old)
+def _draw_anew(parts: tuple[Tensor, Tensor, Tensor], count: int, generator: torch.Generator) -> None:
+    """Replace `count` inner dimensions of gate, up and down [h, f] by normal numbers of the same mean and standard deviation."""
+    which = torch.randperm(len(parts[0]), generator=generator)[:count]
+    for rows in (parts[0], parts[1], parts[2].T):
+        if count:
+            old = rows[which]
+            rows[which] = old.mean() + old.std() * torch.randn(old.shape, generator=generator).to(old)

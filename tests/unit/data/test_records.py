@@ -76,6 +76,20 @@ def test_messages_and_prompts_win_over_stray_fields_of_other_formats(write: Writ
     assert (raw.completion, raw.templated) == ("c", True)
 
 
+def test_a_record_may_list_its_candidates_in_words(write: Write, tokenizer: Tokenizer) -> None:
+    record = {"prompt": "Q: Sky?\nA:", "completion": " is blue", "answer": "blue", "candidates": ["red", "blue"]}
+    (example,) = read_file(write("mine.jsonl", [record]), tokenizer)
+    assert (example.candidates, example.answer, example.completion) == (("red", "blue"), "blue", " is blue")
+    assert "candidates" not in example.fields
+    (example,) = read_file(write("other.jsonl", [record | {"answer": None}]), tokenizer)
+    assert example.answer == "blue"  # what the completion ends with
+    for wrong in ("blue", ["blue"], ["blue", 1], ["", "blue"]):
+        with pytest.raises(ConfigError, match="line 1: field 'candidates' must be a list of two or more texts"):
+            read_file(write("bad.jsonl", [record | {"candidates": wrong}]), tokenizer)
+    with pytest.raises(ConfigError, match="field 'answer' is 'green', expected one of red, blue"):
+        read_file(write("bad.jsonl", [record | {"answer": "green"}]), tokenizer)
+
+
 def test_a_filled_input_follows_the_instruction(write: Write, tokenizer: Tokenizer) -> None:
     (example,) = read_file(write("a.jsonl", [{"instruction": "Sum up.", "input": "Long.", "output": "S"}]), tokenizer)
     assert example.prompt == "Sum up.\n\nLong."

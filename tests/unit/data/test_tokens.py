@@ -164,6 +164,21 @@ def test_passes_differ_and_leave_the_global_generator_alone() -> None:
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_batches_by_length_take_every_example_once_and_pad_little() -> None:
+    lengths = [10 + (37 * i) % 101 for i in range(203)]
+
+    def padded(taken: list[list[int]]) -> int:
+        return sum(len(batch) * max(lengths[i] for i in batch) for batch in taken)
+
+    grouped = list(islice(batches(203, 8, torch.Generator().manual_seed(1), lengths), 26))
+    plain = list(islice(batches(203, 8, torch.Generator().manual_seed(1)), 26))
+    assert sorted(i for batch in grouped for i in batch) == list(range(203))
+    assert sorted(map(len, grouped)) == [3] + [8] * 25
+    assert padded(plain) > 1.5 * sum(lengths) and padded(grouped) < 1.15 * sum(lengths)
+    longest = [max(lengths[i] for i in batch) for batch in grouped]
+    assert longest != sorted(longest)  # no curriculum
+
+
 def test_batches_of_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="expected num_examples of at least 1"):
         next(batches(0, 4, torch.Generator()))

@@ -45,6 +45,37 @@ def test_without_drop_the_function_is_preserved_at_every_k(tied: bool) -> None:
         assert (sparse.model(IDS).logits - want).abs().max() <= 1e-5 * want.abs().max()
 
 
+@pytest.mark.parametrize("shared", [0.0, 0.5])
+def test_slices_keep_the_function_at_whole_copies_and_only_there(shared: float) -> None:
+    source = dense(intermediate_size=64)
+    want = source(IDS).logits
+    model = upcycle(source, num_experts=12, top_k=8, drop=0.0, seed=0, slices=4, shared=shared)
+    assert model.model.layers[0].mlp.experts.down_proj.shape == (12, 24, 8 if shared else 16)
+    sparse = SparseModel(model)
+    for layer in sparse.layers:  # the rows of a copy apart by what breaks ties alone
+        rows = layer.router.weight.view(3, 4, 24)
+        assert 0 < (rows - rows.mean(1, keepdim=True)).abs().max() < 0.05 * rows.abs().max()
+        layer.router.weight.copy_(rows[:, :1].expand(3, 4, 24).reshape(12, 24))
+    for top_k, kept in ((8, True), (4, True), (7, False), (3, False), (1, False)):
+        sparse.set_top_k(top_k)
+        apart = (sparse.model(IDS).logits - want).abs().max() / want.abs().max()
+        assert apart <= 1e-5 if kept else apart > 1e-2
+
+
+def test_every_inner_dimension_is_in_the_shared_expert_or_once_in_every_copy() -> None:
+    source = dense(intermediate_size=40)
+    with torch.no_grad():
+        source.model.layers[1].mlp.up_proj.weight[[3, 11]] *= 50
+    block = upcycle(source, num_experts=8, top_k=4, drop=0.0, seed=0, slices=4, shared=0.2).model.layers[1].mlp
+    names = {tuple(row.tolist()): i for i, row in enumerate(source.model.layers[1].mlp.gate_proj.weight)}
+    shared = [names[tuple(row.tolist())] for row in block.shared_expert.gate_proj.weight]
+    assert len(shared) == 8 and {3, 11} <= set(shared)
+    experts = [[names[tuple(row.tolist())] for row in expert[:8]] for expert in block.experts.gate_up_proj]
+    for copy in (experts[:4], experts[4:]):
+        assert sorted(shared + [i for expert in copy for i in expert]) == list(range(40))
+    assert experts[:4] != experts[4:]
+
+
 def test_drop_draws_the_asked_share_of_each_expert_anew_in_all_three_matrices() -> None:
     source = dense()
     model = upcycle(source, num_experts=3, top_k=2, drop=0.3, seed=0)
@@ -96,10 +127,17 @@ def test_warm_up_evens_out_the_use_of_experts_and_touches_routers_alone() -> Non
 @pytest.mark.parametrize(
     ("changes", "arguments", "sentence"),
     [
-        ({"attention_bias": True}, {}, "attention_bias, for which Mixtral has no place"),
+        ({"attention_bias": True}, {}, "attention_bias, for which a mixture"),
         ({"mlp_bias": True}, {}, "mlp_bias"),
         ({}, {"top_k": 6}, "--top-k in 1..experts, got 5 and 6"),
         ({}, {"drop": 1.0}, "--drop"),
+        ({}, {"shared": -0.1}, "--drop and --shared are shares"),
+        ({}, {"slices": 2}, "--slices must divide --experts and --top-k"),
+        (
+            {"intermediate_size": 22},
+            {"num_experts": 8, "slices": 4},
+            "cut the 22 inner dimensions",
+        ),
     ],
 )
 def test_what_cannot_be_upcycled_is_refused(changes: Any, arguments: Any, sentence: str) -> None:
