@@ -21,6 +21,7 @@ from ubsmoe.storage.runfolder import RunFolder, read_adapter, read_run
 from ubsmoe.wire.gate import Gate, expected_form
 
 Report = Callable[[str, int, dict[str, Any]], None]
+ScoreAll = Callable[[Iterable[Task]], Iterable[dict[str, Score]]]
 
 
 class Engine(Protocol):
@@ -60,7 +61,9 @@ class Watch:
         }
 
 
-def run(federation: Federation, folder: RunFolder, engine: Engine, report: Report) -> dict[str, Any]:
+def run(
+    federation: Federation, folder: RunFolder, engine: Engine, report: Report, score_all: ScoreAll | None = None
+) -> dict[str, Any]:
     """Carry out a run, or what is left of it, and write its adapter and summary.
 
     Args:
@@ -68,11 +71,13 @@ def run(federation: Federation, folder: RunFolder, engine: Engine, report: Repor
         folder: where everything is written; a run that was interrupted goes on after its newest checkpoint.
         engine: how clients are reached.
         report: called with every event (name, round, fields) after it is written.
+        score_all: how the tiers are scored, given a task for each; one after another in this process when left out.
 
     Returns:
         The summary that was written.
     """
     settings, method = federation.settings, federation.method
+    score_all = score_all or (lambda tasks: (score(federation, task) for task in tasks))
     started = time.perf_counter()
 
     def note(event: str, round: int, **fields: Any) -> None:
@@ -85,7 +90,7 @@ def run(federation: Federation, folder: RunFolder, engine: Engine, report: Repor
         part = federation.partition
         note("started", 0, rounds=settings.train.rounds, clients=len(federation.clients), method=method.name)
         note("partition", 0, report=part.to_json() if part else None)
-        history.append(_evaluate_tiers(federation, state, 0, note))
+        history.append(_evaluate_tiers(federation, state, 0, score_all, note))
         folder.save_checkpoint(0, _pack(state), {"history": history, "seconds": 0.0}, settings.keep_checkpoints)
         done = 0
     else:
@@ -97,7 +102,7 @@ def run(federation: Federation, folder: RunFolder, engine: Engine, report: Repor
         state = one_round(federation, engine, state, number, note)
         every = settings.evaluate.every
         if number == settings.train.rounds or (every and number % every == 0):
-            history.append(_evaluate_tiers(federation, state, number, note))
+            history.append(_evaluate_tiers(federation, state, number, score_all, note))
         seconds = seconds_before + time.perf_counter() - started
         so_far = {"history": history, "seconds": seconds}
         folder.save_checkpoint(number, _pack(state), so_far, settings.keep_checkpoints)
@@ -229,22 +234,27 @@ def _tasks(federation: Federation, state: State, number: int, profiles: Iterable
 
 
 def _evaluate_tiers(
-    federation: Federation, state: State, round: int, note: Callable[..., None]
+    federation: Federation, state: State, round: int, score_all: ScoreAll, note: Callable[..., None]
 ) -> list[dict[str, dict[str, Any]]]:
     """Every tier's scores at its own budget, tasks by name, with "macro" among them."""
     results = []
-    for profile in federation.tiers:
-        scores = evaluate_tier(federation, state, profile)
-        results.append({task: asdict(score) for task, score in scores.items()})
+    tasks = _tasks(federation, state, round, federation.tiers)
+    for profile, scores in zip(federation.tiers, score_all(tasks), strict=True):
+        results.append({task: asdict(one) for task, one in scores.items()})
         note("evaluated", round, tier=profile.tier, top_k=profile.top_k, rank=profile.rank, scores=results[-1])
     return results
 
 
 def evaluate_tier(federation: Federation, state: State, profile: Profile) -> dict[str, Score]:
     """What a client of this tier would see: the payload it would get, at its own budget."""
-    model, method, settings = federation.model, federation.method, federation.settings
+    return score(federation, next(_tasks(federation, state, 0, [profile])))
+
+
+def score(federation: Federation, task: Task) -> dict[str, Score]:
+    """The scores of a task's payload at its profile's budget. The base is left as it was found."""
+    model, settings = federation.model, federation.settings
     try:
-        method.install(model, method.dispatch(state, profile), profile, generator_for(settings.seed, "evaluation"))
+        federation.method.install(model, task.payload, task.profile, generator_for(settings.seed, "evaluation"))
         return evaluate(model, federation.tokenizer, federation.questions, settings.evaluate)
     finally:
         model.clear()

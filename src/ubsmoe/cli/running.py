@@ -7,16 +7,20 @@ import typer
 
 from ubsmoe.cli.app import AsJson, Out, RunFile, Set, app, overrides, print_json, read_settings
 
+WorkerCount = Annotated[int, typer.Option("--workers", min=1, help="processes that train clients, one thread each")]
+
 
 @app.command("run")
-def run_command(run_file: RunFile, out: Out = None, set_: Set = None) -> None:
+def run_command(run_file: RunFile, out: Out = None, set_: Set = None, workers: WorkerCount = 1) -> None:
     """Fine-tune across clients; on an existing folder, go on where it stopped."""
     settings = read_settings(run_file, set_)
+    from functools import partial
+
     from rich.console import Console
 
     from ubsmoe.allocator import keep_freed_memory
     from ubsmoe.config import to_json
-    from ubsmoe.engines.local import LocalEngine
+    from ubsmoe.engines.local import LocalEngine, check_workers, federation_workers, score_in
     from ubsmoe.engines.simulated import as_simulated
     from ubsmoe.federation import build_federation
     from ubsmoe.plan import run_costs
@@ -24,14 +28,20 @@ def run_command(run_file: RunFile, out: Out = None, set_: Set = None) -> None:
     from ubsmoe.rounds import run
     from ubsmoe.storage.runfolder import RunFolder
 
+    check_workers(workers, settings)
     keep_freed_memory()
     console = Console()
     federation = build_federation(settings)
     place = out or Path("out") / run_file.stem
-    with RunFolder.open_or_create(place, to_json(settings)) as folder, RunConsole(console) as shown:
+    with (
+        federation_workers(federation, workers) as crew,
+        RunFolder.open_or_create(place, to_json(settings)) as folder,
+        RunConsole(console) as shown,
+    ):
         shown.plan(settings.train.rounds, settings.clients_per_round)
-        engine = LocalEngine(federation.trainer, federation.examples, shown.on_step)
-        summary = run(federation, folder, as_simulated(engine, federation), shown.on_event)
+        engine = LocalEngine(federation.trainer, federation.examples, shown.on_step, crew)
+        score_all = partial(score_in, crew) if crew else None
+        summary = run(federation, folder, as_simulated(engine, federation), shown.on_event, score_all)
     costs = [cost.as_dict() for cost in run_costs(settings)]
     show(console, result_table(summary, costs))
     console.print(f"adapter {place / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}", soft_wrap=True)

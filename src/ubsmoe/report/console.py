@@ -58,6 +58,7 @@ class RunConsole:
         """One event of the run, after it was written."""
         if event == "client":
             self._done += 1
+            self._progress.update(self._bar, completed=(round - 1) * self._clients + self._done)
         elif event == "round":
             self._done = 0
             entropy = sum(fields["entropy"]) / len(fields["entropy"])

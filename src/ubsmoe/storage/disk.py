@@ -88,8 +88,8 @@ class AppendFile:
 class Lock:
     """A file locked against every other process until `close`.
 
-    The lock is the system's (flock): it goes with the process, however that ends. A forked child shares it, so worker
-    processes are to be spawned.
+    The lock is the system's (flock): it goes with the process, however that ends. A forked child shares it until it closes
+    the file, which is the first thing a worker process does.
 
     Raises:
         BlockingIOError: if another process holds it; the text says which.

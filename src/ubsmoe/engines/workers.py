@@ -1,0 +1,173 @@
+"""Worker processes, forked from this one: all that it has loaded is theirs too, without a copy.
+
+A job and its answer are bytes in a pipe of the worker's own. Answers come in the order of the jobs, and a job is started
+no more than one ahead of the number of workers, so that at most `count` + 1 answers exist at any time. A worker that dies
+is replaced; its job is answered by how it died, and the others never notice.
+
+Forked rather than spawned: methods are closures, which no other process could be sent, and the base need not be loaded
+again. A worker computes on one thread, as torch's own data loaders do, because a thread pool does not survive a fork.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
+from typing import Self
+
+import torch
+
+Parts = Sequence[bytes]
+Work = Callable[[Parts], Parts]
+
+
+@dataclass(frozen=True)
+class Died:
+    """There is no answer: the worker's process ended, and how."""
+
+    how: str
+
+
+@dataclass(frozen=True)
+class _Worker:
+    process: ForkProcess
+    pipe: Connection
+
+
+class Workers:
+    """`count` processes that do `work`.
+
+    Args:
+        count: how many.
+        work: from a job's parts to its answer's; runs in a worker, which remembers what it did there.
+
+    Raises:
+        RuntimeError: where a process cannot be forked.
+    """
+
+    def __init__(self, count: int, work: Work) -> None:
+        if sys.platform != "linux":  # macOS has fork, but its own libraries do not survive it
+            raise RuntimeError(f"worker processes need Linux, this is {sys.platform}")
+        self._work = work
+        self._workers = [self._start() for _ in range(count)]
+
+    def map(self, jobs: Iterable[Parts]) -> Iterator[list[bytes] | Died]:
+        """The answer to each job, in order.
+
+        Raises:
+            RuntimeError: if `work` raised, with the worker's traceback; the other jobs under way are given up.
+        """
+        waiting, ahead = iter(jobs), len(self._workers) + 1
+        idle, busy = list(self._workers), dict[_Worker, int]()
+        answers: dict[int, list[bytes] | Died] = {}
+        started = turn = 0
+        try:
+            while True:
+                while idle and started < turn + ahead and (job := next(waiting, None)) is not None:
+                    busy[idle[-1]] = started
+                    with contextlib.suppress(BrokenPipeError):  # it died idle: `_answer` finds out
+                        _send(idle.pop().pipe, job)
+                    started += 1
+                if turn in answers:
+                    turn += 1
+                    yield answers.pop(turn - 1)
+                elif busy:
+                    for worker in [worker for worker in busy if worker.pipe in wait([one.pipe for one in busy])]:
+                        answer, worker_now = self._answer(worker)
+                        answers[busy.pop(worker)] = answer
+                        idle.append(worker_now)
+                else:
+                    return
+        finally:
+            for worker in busy:
+                self._replace(worker)
+
+    def close(self) -> None:
+        """End the processes; closing twice is fine."""
+        while self._workers:
+            _end(self._workers.pop())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _answer(self, worker: _Worker) -> tuple[list[bytes] | Died, _Worker]:
+        """What a worker says, and who takes the next job."""
+        try:
+            state, *parts = _receive(worker.pipe)
+        except (EOFError, ConnectionResetError):
+            worker.process.join()
+            return Died(_how(worker.process.exitcode)), self._replace(worker)
+        if state != b"done":
+            raise RuntimeError(f"in a worker process:\n{parts[0].decode()}")
+        return parts, worker
+
+    def _start(self) -> _Worker:
+        ours, theirs = multiprocessing.Pipe()
+        with warnings.catch_warnings():
+            # Python >= 3.12 warns when there are other threads: none of them is needed in the child
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process = ForkProcess(target=_serve, args=(theirs, self._work), daemon=True)
+            process.start()
+        theirs.close()  # the worker's end is the worker's alone, so that its death closes the pipe
+        return _Worker(process, ours)
+
+    def _replace(self, worker: _Worker) -> _Worker:
+        _end(worker)
+        fresh = self._start()
+        self._workers[self._workers.index(worker)] = fresh
+        return fresh
+
+
+def _serve(pipe: Connection, work: Work) -> None:
+    """A worker's life: until its pipe closes, which is also what happens when the server dies."""
+    _close_all_but(pipe.fileno())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then ends its workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            job = _receive(pipe)
+            try:
+                answer: Parts = [b"done", *work(job)]
+            except Exception:
+                answer = [b"broken", traceback.format_exc().encode()]
+            _send(pipe, answer)
+
+
+def _close_all_but(kept: int) -> None:
+    """A worker holds no file of the server's: not its lock on the run folder, not another worker's pipe."""
+    os.closerange(3, kept)
+    os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
+
+
+def _end(worker: _Worker) -> None:
+    worker.process.kill()
+    worker.process.join()
+    worker.process.close()
+    worker.pipe.close()
+
+
+def _how(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        return f"its process was killed by {signal.Signals(-exit_code).name}"
+    return f"its process ended with exit code {exit_code}"
+
+
+def _send(pipe: Connection, parts: Parts) -> None:
+    pipe.send_bytes(len(parts).to_bytes(4, "little"))
+    for part in parts:
+        pipe.send_bytes(part)
+
+
+def _receive(pipe: Connection) -> list[bytes]:
+    count = int.from_bytes(pipe.recv_bytes(), "little")
+    return [pipe.recv_bytes() for _ in range(count)]
