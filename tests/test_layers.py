@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "methods": {"errors", "maths", "messages", "methods", "model", "seeds"},
     "evaluate": {"config", "data", "model"},
     "client": {"config", "data", "errors", "messages", "methods", "model", "seeds"},
-    "wire": {"config", "errors", "messages", "methods", "model", "seeds", "wire"},
+    "wire": {"config", "errors", "maths", "messages", "methods", "model", "seeds", "wire"},
     "engines": {
         "client",
         "config",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ubsmoe.config import TierSettings, TrainSettings
+from ubsmoe.config import TierSettings, TrainSettings, WireDtype
 from ubsmoe.data.tokens import IGNORED, Tokens, batches, collate
 from ubsmoe.errors import UserError
 from ubsmoe.messages import Task, Update
@@ -20,7 +20,7 @@ from ubsmoe.seeds import generator_for
 
 @dataclass(frozen=True)
 class Trainer:
-    """All that clients share: the base (one per process), the method, and how to train."""
+    """All that clients share: the base (one per process), the method, how to train, and how updates travel."""
 
     model: SparseModel
     method: Method
@@ -30,6 +30,7 @@ class Trainer:
     pad_id: int
     loss_on_prompt: bool = False
     base_sha256: str = ""
+    wire_dtype: WireDtype = "float32"
 
 
 class ClientFailure(UserError):

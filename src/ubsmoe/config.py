@@ -15,6 +15,7 @@ AnySettings = TypeVar("AnySettings", bound=BaseModel)
 
 Budget = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+WireDtype = Literal["float32", "bfloat16", "int8"]
 
 
 class ConfigError(UserError):
@@ -149,6 +150,15 @@ class RoundSettings(Settings):
     )
 
 
+class WireSettings(Settings):
+    """[wire]: how updates travel. A task goes down in float32, since every client starts from it."""
+
+    dtype: WireDtype = Field(
+        "float32",
+        description="precision of a client's change; only the experts it touched travel, float32 loses nothing",
+    )
+
+
 class SimulationSettings(Settings):
     """[simulation]: unequal clients on a virtual clock, in this process; a section that is left out simulates nothing."""
 
@@ -191,6 +201,7 @@ class RunSettings(Settings):
     method: MethodSettings = MethodSettings()
     train: TrainSettings = TrainSettings()
     rounds: RoundSettings = RoundSettings()
+    wire: WireSettings = WireSettings()
     simulation: SimulationSettings | None = None
     evaluate: EvaluateSettings = EvaluateSettings()
 

@@ -56,6 +56,7 @@ class Federation:
             pad_id(self.tokenizer),
             settings.data.loss_on_prompt,
             self.base_sha256,
+            settings.wire.dtype,
         )
 
 

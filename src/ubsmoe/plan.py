@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from ubsmoe.config import ConfigError, RunSettings
-from ubsmoe.maths.costs import TierCost, count_bytes, tier_costs
+from ubsmoe.maths.costs import TierCost, tier_costs
+from ubsmoe.maths.traffic import count_bytes
 from ubsmoe.methods import build
 from ubsmoe.methods.base import Base, Method
 from ubsmoe.model.load import checked_k_max
@@ -35,6 +36,8 @@ def run_costs(settings: RunSettings, sequence_length: int | None = None) -> list
         dtype_bytes=2 if settings.model.dtype == "bfloat16" else 4,
         router_trained=settings.adapter.router == "trained",
         pseudo_gradient_fraction=method.pair_fraction,
+        wire_dtype=settings.wire.dtype,
+        factors_up=method.factors_up,
         extra_upload_bytes=count_bytes(shape),
     )
     return [_with_extras(bill, *method.extra_elements(shape, bill.rank)) for bill in bills]

@@ -12,14 +12,14 @@ import torch
 from ubsmoe.client import Trainer, train
 from ubsmoe.config import TierSettings, TrainSettings
 from ubsmoe.data.tokens import Tokens
-from ubsmoe.maths.costs import payload_bytes
+from ubsmoe.maths.traffic import count_bytes, payload_bytes, update_bytes
 from ubsmoe.messages import Task, Tensors
 from ubsmoe.methods import METHODS, build, summary_line
 from ubsmoe.methods.base import Method, State
 from ubsmoe.model.load import weights_sha256
 from ubsmoe.storage.checkpoints import read_tensors, tensor_bytes
 from ubsmoe.wire.checks import check_update
-from ubsmoe.wire.codec import decode_task, decode_update, encode_task, encode_update
+from ubsmoe.wire.codec import Packed, decode_task, decode_update, encode_task, encode_update
 from ubsmoe.wire.gate import expected_form
 
 LAWS = {
@@ -178,7 +178,7 @@ def test_bytes_are_what_costs_predict(lab, method, begin):
     for tier in TIERS:
         profile = lab.profile(method, tier)
         down, up = method.extra_elements(lab.shape, profile.rank)
-        wire = payload_bytes(lab.shape, profile.rank, router_trained=True)
+        wire = payload_bytes(lab.shape, profile.rank, router_trained=True, factors_up=method.factors_up)
         update, _ = lab.update(method, state, tier)
         assert num_bytes(update.adapters) + num_bytes(update.extras) == wire.upload_bytes + 4 * up
         sent = num_bytes(method.dispatch(state, profile))
@@ -186,6 +186,46 @@ def test_bytes_are_what_costs_predict(lab, method, begin):
             assert sent <= wire.download_bytes + 4 * down
         else:
             assert sent == wire.download_bytes + 4 * down
+
+
+@pytest.mark.parametrize("untouched", [[], [2, 5]], ids=["all experts", "some experts"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_change_on_the_wire_is_as_long_as_costs_predict_and_as_exact_as_its_dtype(
+    lab, method, warm, dtype, untouched
+):
+    for tier in TIERS:
+        payload = method.dispatch(warm, lab.profile(method, tier))
+        update, _ = lab.update(method, warm, tier, untouched=untouched)
+        packed = encode_update(update, payload, dtype)
+        back = decode_update(packed, 1 << 20, payload)
+        equal(back.extras, update.extras)
+        assert back.adapters.keys() == update.adapters.keys()
+        for name, value in update.adapters.items():
+            before = payload.get(name, torch.zeros_like(value))
+            same = (value == before).flatten(1).all(1)
+            assert torch.equal(back.adapters[name][same], before[same])
+            change, axis = value - before, 1 if name.endswith(".B") else -1
+            step = {"float32": 0.0, "bfloat16": 2**-8, "int8": 1 / 254}[dtype] * change.abs()
+            bound = step.amax(axis, keepdim=True) if dtype == "int8" else step
+            assert ((back.adapters[name] - value).abs() <= bound * (1 + 1e-4) + (1e-6 if bound.any() else 0)).all()
+        if dtype == "float32":
+            equal(back.adapters, update.adapters)
+        rank, router = lab.profile(method, tier).rank, any(name.endswith(".router") for name in update.adapters)
+        # a router row and a client's own A change whoever was chosen, so only factors that were sent down can stay behind
+        if not untouched:
+            predicted = update_bytes(lab.shape, rank, dtype, factors=method.factors_up, router_trained=router)
+            assert blob_bytes(packed) == predicted + num_bytes(update.extras) + count_bytes(lab.shape) - 16
+        elif any(name in payload for name in update.adapters if name.endswith((".A", ".B", ".R"))):
+            touched = [EXPERTS - len(untouched)] * lab.shape.num_moe_layers
+            predicted = update_bytes(lab.shape, rank, dtype, factors=method.factors_up, touched=touched)
+            whole = update_bytes(lab.shape, rank, dtype, factors=method.factors_up, router_trained=router)
+            routers = whole - update_bytes(lab.shape, rank, dtype, factors=method.factors_up)
+            assert blob_bytes(packed) == predicted + routers + num_bytes(update.extras) + count_bytes(lab.shape) - 16
+
+
+def blob_bytes(packed: Packed) -> int:
+    """Bytes of the tensors of a message, without the blob's own header; tokens and slots are in the message's."""
+    return len(packed.tensors) - 8 - int.from_bytes(packed.tensors[:8], "little")
 
 
 def test_state_and_payload_survive_the_disk_bit_for_bit(lab, method, warm):

@@ -15,7 +15,7 @@ from ubsmoe.data.tokens import Tokens
 from ubsmoe.engines.workers import Died, Parts, Workers
 from ubsmoe.evaluate import Score
 from ubsmoe.federation import Federation
-from ubsmoe.messages import Dropped, Profile, Reply, Task
+from ubsmoe.messages import Dropped, Profile, Reply, Task, Update
 from ubsmoe.rounds import score
 from ubsmoe.wire.codec import Packed, decode_task, decode_update, encode_task, encode_update
 
@@ -24,6 +24,8 @@ Progress = Callable[[Task, int, int, float], None]
 
 class LocalEngine:
     """Runs tasks where they are asked for. Replies come back in the order of the tasks, few in memory at a time.
+
+    An update passes through the wire's codec wherever that could change it, so that a run is the same run on a network.
 
     Args:
         trainer: what the clients share.
@@ -47,7 +49,11 @@ class LocalEngine:
             yield from _exchange(self._workers, tasks)
             return
         for task in tasks:
-            yield reply_of(self._trainer, task, self._examples[task.profile.client], self._report(task.profile, task))
+            reply = reply_of(self._trainer, task, self._examples[task.profile.client], self._report(task.profile, task))
+            if isinstance(reply, Update) and self._trainer.wire_dtype != "float32":
+                packed = encode_update(reply, task.payload, self._trainer.wire_dtype)
+                reply = decode_update(packed, sys.maxsize, task.payload)
+            yield reply
 
     def _report(self, profile: Profile, task: Task) -> Callable[[int, int, float], None] | None:
         progress = self._progress
@@ -105,7 +111,7 @@ def federation_workers(federation: Federation, count: int) -> Iterator[Workers |
         reply = reply_of(federation.trainer, task, federation.examples[task.profile.client])
         if isinstance(reply, Dropped):
             return [reply.reason.encode()]
-        packed = encode_update(reply)
+        packed = encode_update(reply, task.payload, federation.trainer.wire_dtype)
         return [packed.header, packed.tensors]
 
     if count == 1:
@@ -142,7 +148,7 @@ def _exchange(workers: Workers, tasks: Iterable[Task]) -> Iterator[Reply]:
         elif len(answer) == 1:
             yield Dropped(task.profile.client, task.round, "training", answer[0].decode())
         else:
-            yield decode_update(Packed(*answer), sys.maxsize)
+            yield decode_update(Packed(*answer), sys.maxsize, task.payload)
 
 
 def _job(kind: bytes, task: Task) -> Parts:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from ubsmoe.maths.memory import peak_memory_bytes
 from ubsmoe.maths.routing import budget_top_k
 from ubsmoe.maths.shape import ModelShape
+from ubsmoe.maths.traffic import WireDtype, payload_bytes
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,6 @@ class Flops:
     def total(self) -> int:
         """The sum of the parts."""
         return sum(asdict(self).values())
-
-
-@dataclass(frozen=True)
-class Payload:
-    """Bytes of one client's tensors in one round, each way; headers and compression are not in it."""
-
-    upload_bytes: int
-    download_bytes: int
 
 
 @dataclass(frozen=True)
@@ -176,36 +169,6 @@ def pseudo_gradient_flops_per_token(
     return fraction * (shape.num_experts - top_k) * (forward + backward)
 
 
-def payload_bytes(
-    shape: ModelShape,
-    rank: int,
-    dtype_bytes: int = 4,
-    router_trained: bool = False,
-    extra_upload_bytes: int = 0,
-    extra_download_bytes: int = 0,
-) -> Payload:
-    """Bytes of one client's adapters, down and up, plus what a method adds (`phi_bytes` down, `count_bytes` up).
-
-    Per MoE layer, fused over experts: gate_up A [M, r, h] and B [M, u f, r], down A [M, r, f] and B [M, h, r]; linear
-    in r. All experts travel, whatever K is. gate and up share an A: 7168 r elements per expert of OLMoE, else 9216 r.
-
-    >>> payload_bytes(ModelShape(1, 1, 4, 3, 8, 2, 2, 2, 2, vocab=10), rank=1)  # 8 experts x (2 h + 3 f) x 4 bytes
-    Payload(upload_bytes=544, download_bytes=544)
-    """
-    adapters = shape.trained_elements(rank, router_trained) * dtype_bytes
-    return Payload(adapters + extra_upload_bytes, adapters + extra_download_bytes)
-
-
-def phi_bytes(shape: ModelShape, dtype_bytes: int = 4) -> int:
-    """Bytes of the modulation phi, one number per MoE layer and expert."""
-    return shape.num_moe_layers * shape.num_experts * dtype_bytes
-
-
-def count_bytes(shape: ModelShape) -> int:
-    """Bytes of the counts in an update, int64: `expert_tokens` per MoE layer and expert, `tokens` and `slots`."""
-    return 8 * (shape.num_moe_layers * shape.num_experts + 2)
-
-
 def tier_costs(
     shape: ModelShape,
     budgets: Sequence[float],
@@ -218,6 +181,8 @@ def tier_costs(
     dtype_bytes: int = 4,
     router_trained: bool = False,
     pseudo_gradient_fraction: float = 0.0,
+    wire_dtype: WireDtype = "float32",
+    factors_up: str = "AB",
     extra_upload_bytes: int = 0,
     extra_download_bytes: int = 0,
 ) -> list[TierCost]:
@@ -239,9 +204,11 @@ def tier_costs(
         sequence_length: tokens per sequence, padding included.
         ranks: LoRA rank of each tier; then every tier runs K_max.
         k_max: experts per token at budget 1, if not the model's own.
-        dtype_bytes: of the base and the activations; adapters travel in float32.
+        dtype_bytes: of the base and the activations.
         router_trained: whether the routers are trained, and travel, too.
         pseudo_gradient_fraction: as in `pseudo_gradient_flops_per_token`.
+        wire_dtype: of the updates; tasks travel in float32.
+        factors_up: as in `update_bytes`.
         extra_upload_bytes: what the method adds to each update.
         extra_download_bytes: what the method adds to each task.
 
@@ -261,7 +228,15 @@ def tier_costs(
         forward = forward_flops_per_token(shape, top_k, r, sequence_length, router_trained).total
         backward = backward_flops_per_token(shape, top_k, r, sequence_length, router_trained).total
         extra = pseudo_gradient_flops_per_token(shape, top_k, r, pseudo_gradient_fraction)
-        wire = payload_bytes(shape, r, 4, router_trained, extra_upload_bytes, extra_download_bytes)
+        wire = payload_bytes(
+            shape,
+            r,
+            router_trained,
+            wire_dtype=wire_dtype,
+            factors_up=factors_up,
+            extra_upload_bytes=extra_upload_bytes,
+            extra_download_bytes=extra_download_bytes,
+        )
         memory = peak_memory_bytes(shape, top_k, r, batch_size, sequence_length, dtype_bytes, router_trained)
         bills.append(
             TierCost(

@@ -75,8 +75,9 @@ class Method:
 
     `varies` says what a tier's budget sets: the experts per token or the LoRA rank. `unpromised` names laws of the
     battery that this method does not keep, each with the reason. `pair_fraction` is the share of missing (token, expert)
-    pairs that a client computes beside the routed ones; costs charge for it. `extra_down` and `extra_up` count what
-    travels beside the adapter, in float32 elements; below zero where less than the adapter travels.
+    pairs that a client computes beside the routed ones; costs charge for it. `factors_up` names the factors that clients
+    return, of A, B and a core R. `extra_down` and `extra_up` count what travels beside them, in float32 elements; down,
+    below zero where less than an adapter travels.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Method:
     varies: Literal["top_k", "rank"] = "top_k"
     unpromised: Mapping[str, str] = field(default_factory=dict)
     pair_fraction: float = 0.0
+    factors_up: str = "AB"
     extra_down: Elements = 0
     extra_up: Elements = 0
 
@@ -105,7 +107,7 @@ class Method:
         )
 
     def extra_elements(self, shape: ModelShape, rank: int) -> tuple[int, int]:
-        """(down, up): float32 elements beside the adapter of a client of this rank; a side factor at its largest."""
+        """(down, up): float32 elements beside the factors of a client of this rank; a side factor at its largest."""
         down, up = self.extra_down, self.extra_up
         return down(shape, rank) if callable(down) else down, up(shape, rank) if callable(up) else up
 

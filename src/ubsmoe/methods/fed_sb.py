@@ -62,7 +62,7 @@ def fed_sb(base: Base) -> Method:
             mean.add(update.adapters, update.num_examples)
         return State(mean.result(state.adapters))
 
-    return Method("fed_sb", start, dispatch, install, aggregate, extra_down=_core_instead, extra_up=_core_instead)
+    return Method("fed_sb", start, dispatch, install, aggregate, factors_up="R", extra_down=_core_instead)
 
 
 def basis(model: SparseModel, base: Base) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ def ffa_lora(base: Base) -> Method:
             mean.add(update.adapters, update.num_examples)
         return State(mean.result(state.adapters))
 
-    return Method("ffa_lora", start, dispatch, install, aggregate, extra_down=_without_a, extra_up=_without_a)
+    return Method("ffa_lora", start, dispatch, install, aggregate, factors_up="B", extra_down=_without_a)
 
 
 def _without_a(shape: ModelShape, rank: int) -> int:

@@ -1,14 +1,14 @@
 """A message as bytes: a JSON header and one safetensors blob, and nothing else; never a type's name, never code.
 
-Floats travel in the one dtype that the header names and come back as float32; counts are int64. Experts are fused, so an
-adapter is a handful of tensors per layer. Whoever reads has seen neither size nor content before: sizes and the number of
-tensors are checked against caps before anything is allocated, and whatever is wrong is one WireError. The hash in the header is for
-disks and networks that err; against people who lie there are TLS and the gate.
+A task goes down whole, in float32. An update comes up whole too, or as the change of what the task sent (`wire.change`), in
+the run's [wire] dtype; counts are int64. Experts are fused, so an adapter is a handful of tensors per layer. Whoever reads
+has seen neither size nor content before: sizes and the number of tensors are checked against caps before anything is
+allocated, and whatever is wrong is one WireError. The hash in the header is for disks and networks that err; against people
+who lie there are TLS and the gate.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -18,9 +18,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from ubsmoe.messages import Profile, Task, Update
-
-Dtype = Literal["float32", "bfloat16"]
+from ubsmoe.config import WireDtype
+from ubsmoe.messages import Profile, Task, Tensors, Update
+from ubsmoe.wire.change import ChangeError, pack_change, unpack_change
 
 MAX_TENSORS = 4096
 MAX_HEADER_BYTES = 1 << 20
@@ -70,6 +70,7 @@ class _TaskHeader(_Header):
 
 class _UpdateHeader(_Header):
     kind: Literal["update"] = "update"
+    form: Literal["whole", "change"]
     client: Text
     tier: Count
     round: Count
@@ -86,18 +87,19 @@ class _Entry(BaseModel):
     """One line of a safetensors header; offsets and sizes are for safetensors itself to check."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    dtype: Literal["F32", "BF16", "I64"]
+    dtype: Literal["F32", "BF16", "I8", "I64", "BOOL"]
     shape: Annotated[list[Count], Field(max_length=4)]
     data_offsets: Annotated[list[Count], Field(min_length=2, max_length=2)]
 
 
-_NOT_IN_UPDATE = {"kind", "sha256"}
+_NOT_IN_UPDATE = {"kind", "form", "sha256"}
+_PARTS = {"whole": {"adapters", "extras"}, "change": {"adapters", "scales", "experts", "extras"}}
 _ENTRIES = TypeAdapter(dict[Name, _Entry])
 
 
-def encode_task(task: Task, dtype: Dtype = "float32") -> Packed:
+def encode_task(task: Task) -> Packed:
     """A task as bytes."""
-    blob, profile = _blob(task.payload, dtype), _Profile(**asdict(task.profile))
+    blob, profile = _blob(task.payload), _Profile(**asdict(task.profile))
     header = _TaskHeader(sha256=_sha256(blob), round=task.round, run=task.run, base=task.base, profile=profile)
     return Packed(header.model_dump_json().encode(), blob)
 
@@ -108,46 +110,64 @@ def decode_task(packed: Packed, max_bytes: int) -> Task:
     return Task(header.round, Profile(**header.profile.model_dump()), tensors, header.run, header.base)
 
 
-def encode_update(update: Update, dtype: Dtype = "float32") -> Packed:
-    """An update as bytes."""
+def encode_update(update: Update, before: Tensors | None = None, dtype: WireDtype = "float32") -> Packed:
+    """An update as bytes.
+
+    Args:
+        update: what a client returns.
+        before: the payload of the task it answers: only what changed travels then. Whole and in float32 when left out.
+        dtype: precision of the change; "float32" loses nothing.
+    """
+    form: Literal["whole", "change"] = "whole" if before is None else "change"
     fields = {name: getattr(update, name) for name in _UpdateHeader.model_fields if name not in _NOT_IN_UPDATE}
+    whole = {f"adapters.{name}": value for name, value in update.adapters.items()}
     tensors = {
         "expert_tokens": update.expert_tokens,
-        **{f"adapters.{name}": value for name, value in update.adapters.items()},
+        **(whole if before is None else pack_change(update.adapters, before, dtype)),
         **{f"extras.{name}": value for name, value in update.extras.items()},
     }
-    blob = _blob(tensors, dtype)
-    return Packed(_UpdateHeader(sha256=_sha256(blob), **fields).model_dump_json().encode(), blob)
+    blob = _blob(tensors)
+    return Packed(_UpdateHeader(sha256=_sha256(blob), form=form, **fields).model_dump_json().encode(), blob)
 
 
-def decode_update(packed: Packed, max_bytes: int) -> Update:
+def decode_update(packed: Packed, max_bytes: int, before: Tensors | None = None) -> Update:
     """An update from bytes; whether it answers any task is for `wire.gate` to say.
 
+    Args:
+        packed: the bytes.
+        max_bytes: no more are taken.
+        before: the payload of the task it answers, as `encode_update` was given.
+
     Raises:
-        WireError: for anything that is not an update, or larger than `max_bytes`.
+        WireError: for anything that is not an update, is larger than `max_bytes`, or changes something else.
     """
     header, tensors = _read(packed, _UpdateHeader, max_bytes)
     expert_tokens = tensors.pop("expert_tokens", None)
-    adapters: dict[str, Tensor] = {}
-    extras: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition(".")
-        if part not in ("adapters", "extras") or not rest:
-            raise WireError(f"an update has no tensor {name!r}")
-        (adapters if part == "adapters" else extras)[rest] = tensor
+    if wrong := [name for name in tensors if name.partition(".")[0] not in _PARTS[header.form] or "." not in name]:
+        raise WireError(f"an update has no tensor {wrong[0]!r}")
     if expert_tokens is None:
         raise WireError("an update needs the tensor 'expert_tokens'")
+    extras = {name.partition(".")[2]: tensors.pop(name) for name in list(tensors) if name.startswith("extras.")}
+    if header.form == "whole":
+        adapters = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
+    elif before is None:
+        raise WireError("this update says what changed, and nothing was sent to this client")
+    else:
+        try:
+            adapters = unpack_change(tensors, before, max_bytes)
+        except ChangeError as error:
+            raise WireError(f"tensors: {error}") from None
     fields = header.model_dump(exclude=_NOT_IN_UPDATE)
     return Update(**fields, adapters=adapters, expert_tokens=expert_tokens, extras=extras)
 
 
-def _blob(tensors: Mapping[str, Tensor], dtype: Dtype) -> bytes:
-    def packed(tensor: Tensor) -> Tensor:
-        target = getattr(torch, dtype) if tensor.is_floating_point() else torch.int64
-        # a copy, because safetensors refuses tensors that share memory
-        return tensor.detach().to("cpu", target, copy=True, memory_format=torch.contiguous_format)
-
-    return safetensors.torch.save({name: packed(tensors[name]) for name in sorted(tensors)})
+def _blob(tensors: Tensors) -> bytes:
+    # copies, because safetensors refuses tensors that share memory
+    packed = {
+        name: tensors[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name in sorted(tensors)
+    }
+    return safetensors.torch.save(packed)
 
 
 def _read(packed: Packed, kind: type[AnyHeader], max_bytes: int) -> tuple[AnyHeader, dict[str, Tensor]]:
@@ -166,15 +186,11 @@ def _read(packed: Packed, kind: type[AnyHeader], max_bytes: int) -> tuple[AnyHea
         tensors = safetensors.torch.load(packed.tensors)
     except (safetensors.SafetensorError, ValueError, OverflowError) as error:
         raise WireError(f"tensors: {error}") from None
-    return header, {name: _wide(tensors[name]) for name in sorted(tensors)}
+    return header, dict(sorted(tensors.items()))
 
 
 def _sha256(blob: bytes) -> str:
     return hashlib.sha256(blob).hexdigest()
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _check_blob(data: bytes) -> None:

@@ -88,6 +88,18 @@ def test_one_two_and_four_workers_give_the_same_bits(
         assert told[0] == told[1] == told[2] and told[0]
 
 
+def test_a_run_over_an_int8_wire_is_the_same_here_and_in_workers_and_not_that_over_float32(
+    federation: Federation, tmp_path: Path
+) -> None:
+    def over(dtype: str, workers: int) -> str:
+        settings = parse_run({**federation.settings.model_dump(mode="json"), "wire": {"dtype": dtype}})
+        done = carry_out(replace(federation, settings=settings), tmp_path / f"{dtype}-{workers}", workers)
+        return str(done["adapter_sha256"])
+
+    assert over("int8", 1) == over("int8", 2)
+    assert len({over(dtype, 2) for dtype in ("float32", "bfloat16")} | {over("int8", 3)}) == 3
+
+
 def fails(trainer: Trainer, task: Task, *rest: Any) -> Update:
     """The second client's second round ends badly, each time in another way."""
     if (task.profile.client, task.round) == ("client-1", 2):

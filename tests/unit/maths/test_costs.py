@@ -17,18 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ubsmoe.maths.costs import (
-    Payload,
     backward_flops_per_token,
-    count_bytes,
     forward_flops_per_token,
-    payload_bytes,
     peak_memory_bytes,
-    phi_bytes,
     pseudo_gradient_flops_per_token,
     tier_costs,
 )
 from ubsmoe.maths.pseudo_gradient import PseudoGradient, Scope
 from ubsmoe.maths.shape import ModelShape
+from ubsmoe.maths.traffic import Payload, count_bytes, payload_bytes
 from ubsmoe.model.presets import FAMILIES, load_config, shape_from_config
 from ubsmoe.model.surgery import SparseModel
 
@@ -251,7 +248,6 @@ def test_payload_bytes_are_those_of_the_adapters_a_client_gets(router):
         torch.zeros(2, dtype=torch.int64),
     ]
     assert count_bytes(shape) == sum(tensor.numel() * tensor.element_size() for tensor in counts)
-    assert phi_bytes(shape) == 4 * shape.num_moe_layers * shape.num_experts
 
 
 @pytest.mark.parametrize(("family", "top_k"), [("olmoe", 8), ("olmoe", 2), ("qwen2_moe", 2), ("deepseek_v3", 8)])

@@ -8,9 +8,11 @@ from dataclasses import asdict, replace
 
 import hypothesis.strategies as st
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import example, given
 
+from ubsmoe.config import WireDtype
 from ubsmoe.wire.codec import (
     MAX_HEADER_BYTES,
     Packed,
@@ -20,7 +22,7 @@ from ubsmoe.wire.codec import (
     encode_task,
     encode_update,
 )
-from unit.wire.messages import TASK, UPDATE
+from unit.wire.messages import COUNTS, TASK, UPDATE
 
 ROOM = 1 << 16
 GOOD = encode_update(UPDATE)
@@ -60,14 +62,69 @@ def test_an_update_survives_the_wire_bit_for_bit() -> None:
     assert torch.equal(back.extras["phi"], UPDATE.extras["phi"]) and int(back.extras["rank"]) == 3
 
 
-def test_bfloat16_halves_the_floats_rounds_once_and_spares_the_counts() -> None:
-    packed = encode_update(UPDATE, "bfloat16")
-    back = decode_update(packed, ROOM)
-    sent, got = UPDATE.adapters["layers.0.up.A"], back.adapters["layers.0.up.A"]
-    assert len(GOOD.tensors) - len(packed.tensors) >= 2 * (60 + 10) - 16  # headers differ by a few characters
-    assert torch.equal(got, sent.bfloat16().float()) and got.dtype == torch.float32 and not torch.equal(got, sent)
-    assert torch.equal(back.expert_tokens, UPDATE.expert_tokens)
-    assert encode_update(back, "bfloat16") == packed
+CHANGED = encode_update(UPDATE, TASK.payload, "int8")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_change_travels_without_the_experts_it_left_alone(dtype: WireDtype) -> None:
+    before = TASK.payload["layers.0.up.A"]
+    after = before.clone()
+    after[[1, 4]] += torch.linspace(-0.5, 0.3, 24).reshape(2, 3, 4)
+    sent = replace(UPDATE, adapters={"layers.0.up.A": after})
+    packed = encode_update(sent, TASK.payload, dtype)
+    back = decode_update(packed, ROOM, TASK.payload)
+    got = back.adapters["layers.0.up.A"]
+    assert got.dtype == torch.float32 and torch.equal(got[[0, 2, 3]], before[[0, 2, 3]])
+    torch.testing.assert_close(
+        got, after, rtol=0, atol={"float32": 0.0, "bfloat16": 0.5 / 256, "int8": 0.5 / 254}[dtype]
+    )
+    assert torch.equal(back.extras["phi"], UPDATE.extras["phi"]) and torch.equal(back.expert_tokens, COUNTS)
+    data = len(packed.tensors) - 8 - int.from_bytes(packed.tensors[:8], "little")
+    numbers = {"float32": 4 * 24, "bfloat16": 2 * 24, "int8": 24 + 4 * 6}[dtype]
+    assert data == numbers + 5 + 4 * 10 + 8 + 8 * 10  # which experts, phi, rank, counts
+
+
+def test_what_was_not_sent_down_is_measured_from_zero() -> None:
+    fresh = torch.tensor([[[0.0, 0.0]], [[1.0, -0.5]], [[-0.0, 0.0]]])
+    sent = replace(UPDATE, adapters={"layers.1.up.B": fresh})
+    back = decode_update(encode_update(sent, TASK.payload), ROOM, TASK.payload)
+    assert torch.equal(back.adapters["layers.1.up.B"], fresh)
+    assert back.adapters["layers.1.up.B"][2].signbit().any()  # a zero's sign is a bit like others
+
+
+def test_a_change_needs_the_task_it_answers() -> None:
+    with pytest.raises(WireError, match="nothing was sent to this client"):
+        decode_update(CHANGED, ROOM)
+    with pytest.raises(WireError, match=r"layers.0.up.A has shape \[5, 3, 4\], sent was \[5, 2, 4\]"):
+        decode_update(CHANGED, ROOM, {"layers.0.up.A": torch.zeros(5, 2, 4)})
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({"adapters.x": torch.zeros(3)}, "no tensor of experts"),
+        ({"scales.x": torch.zeros(3, 1)}, "no tensor of experts"),
+        ({"adapters.x": torch.zeros(3, 2, dtype=torch.int64)}, "is torch.int64"),
+        ({"adapters.x": torch.zeros(3, 2, dtype=torch.bool)}, "is torch.bool"),
+        ({"adapters.x": torch.zeros(3, 2, dtype=torch.int8)}, "int8 and scales go together"),
+        ({"adapters.x": torch.zeros(3, 2), "scales.x": torch.zeros(3, 1)}, "int8 and scales go together"),
+        ({"adapters.x": torch.zeros(3, 2, dtype=torch.int8), "scales.x": torch.zeros(3, 2)}, "scales of shape [3, 2]"),
+        ({"adapters.x": torch.zeros(3, 2), "experts.x": torch.tensor([True, False, True])}, "says otherwise"),
+        ({"adapters.x": torch.zeros(1, 2), "experts.x": torch.tensor([[True]])}, "says otherwise"),
+        ({"adapters.x": torch.zeros(1, 2), "experts.x": torch.tensor([1])}, "says otherwise"),
+        (
+            {"adapters.x": torch.zeros(0, 900, 900), "experts.x": torch.zeros(9, dtype=torch.bool)},
+            "bytes that are taken",
+        ),
+        ({"side.x": torch.zeros(1, 2)}, "no tensor 'side.x'"),
+        ({"adapters": torch.zeros(1, 2)}, "no tensor 'adapters'"),
+    ],
+)
+def test_a_change_whose_parts_do_not_fit_is_refused(parts: dict[str, torch.Tensor], reason: str) -> None:
+    tensors = safetensors.torch.save({**parts, "expert_tokens": COUNTS})
+    with pytest.raises(WireError) as caught:
+        decode_update(sealed(CHANGED.header, tensors), ROOM, TASK.payload)
+    assert reason in str(caught.value)
 
 
 def test_a_task_survives_the_wire_and_equal_payloads_are_equal_bytes() -> None:
@@ -107,6 +164,7 @@ def test_a_task_is_no_update() -> None:
         (blob({f"adapters.{i}": entry("F32", [0], 0, 0) for i in range(5000)}), "at most 4096 tensors"),
         (blob({"../../etc/passwd": entry("F32", [1], 0, 4)}, b"0000"), "pattern"),
         (blob({"adapters.x": entry("F64", [1], 0, 8)}, b"0" * 8), "F32"),
+        (blob({"adapters.x": entry("U8", [4], 0, 4)}, b"0" * 4), "F32"),
         (blob({"adapters.x": entry("C64", [1], 0, 8)}, b"0" * 8), "F32"),
         (blob({"adapters.x": entry("F32", [1 << 50], 0, 4)}, b"0000"), "tensors: "),
         (blob({"adapters.x": entry("F32", [2**40, 2**40], 0, 4)}, b"0000"), "tensors: "),
@@ -155,7 +213,8 @@ def test_too_large_a_message_costs_no_memory() -> None:
 @given(st.binary(max_size=400), st.integers(0, len(GOOD.tensors) - 1), st.integers(0, 255), st.integers(0, 4))
 @example(b"", 8, 0, 2)
 def test_whatever_comes_is_an_update_or_a_wire_error(junk: bytes, place: int, value: int, kind: int) -> None:
-    tensors, header = GOOD.tensors, GOOD.header
+    tensors, header = (GOOD, CHANGED)[place % 2].tensors, (GOOD, CHANGED)[place % 2].header
+    place %= len(tensors)
     flipped = tensors[:place] + bytes([value]) + tensors[place + 1 :]
     spot = place % len(header)
     forms = [
@@ -166,6 +225,6 @@ def test_whatever_comes_is_an_update_or_a_wire_error(junk: bytes, place: int, va
         Packed(header[:spot] + bytes([value]) + header[spot + 1 :], tensors),
     ]
     try:
-        decode_update(sealed(forms[kind].header, forms[kind].tensors), ROOM)
+        decode_update(sealed(forms[kind].header, forms[kind].tensors), ROOM, TASK.payload)
     except WireError as error:
         assert str(error)
