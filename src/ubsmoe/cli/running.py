@@ -101,15 +101,30 @@ def eval_command(
     tier: Annotated[int | None, typer.Option(help="one tier, counted from 1; all when left out")] = None,
     set_: Set = None,
     json_: AsJson = False,
+    harness: Annotated[
+        str | None, typer.Option(help="tasks of lm-evaluation-harness instead, as in piqa,arc_easy")
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="for --harness: folder of task files of your own")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="for --harness: examples per task")] = None,
 ) -> None:
     """Score a finished run's adapter, each tier at its own budget; --set changes how (evaluate.*, data.test)."""
     from rich.console import Console
 
-    from ubsmoe.report.console import show, task_table
-    from ubsmoe.rounds import evaluate_run
+    from ubsmoe.report.console import harness_table, show, task_table
 
-    results = evaluate_run(run_folder, overrides(set_), tier)
+    if harness is not None:
+        from ubsmoe.config import ConfigError
+        from ubsmoe.harness import harness_scores
+
+        if set_:
+            raise ConfigError("--set changes our own evaluation, and --harness replaces it; leave one of them out")
+        results = harness_scores(run_folder, harness.split(","), tier, include, limit)
+    else:
+        from ubsmoe.rounds import evaluate_run
+
+        results = evaluate_run(run_folder, overrides(set_), tier)
     if json_:
         return print_json({"tiers": results})
     labels = [f"tier {result['tier'] + 1} K={result['top_k']}" for result in results]
-    show(Console(), task_table([result["scores"] for result in results], labels))
+    table = task_table if harness is None else harness_table
+    show(Console(), table([result["scores"] for result in results], labels))

@@ -175,6 +175,20 @@ def task_table(results: Sequence[dict[str, dict[str, Any]]], labels: Sequence[st
     return table
 
 
+def harness_table(results: Sequence[dict[str, dict[str, Any]]], labels: Sequence[str]) -> Table:
+    """The harness' metrics, a row for each of a task's, one column per tier."""
+    table = Table(title="lm-evaluation-harness", box=SIMPLE_HEAD, padding=0)
+    for label in ("task", "metric"):
+        table.add_column(label, no_wrap=True)
+    for label in labels:
+        table.add_column(label, justify="right", no_wrap=True)
+    for task, metrics in results[0].items():
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                table.add_row(task, name.removesuffix(",none"), *(f"{result[task][name]:.4f}" for result in results))
+    return table
+
+
 def alignment_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Cosine of every signal with the missing gradient, per round and tier, weighted over experts, mean over runs."""
     signals = list(dict.fromkeys(row["signal"] for row in rows))
