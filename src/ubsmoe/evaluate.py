@@ -78,13 +78,14 @@ def evaluate(
 
 
 def _question(example: Example, tokenizer: Any, data: DataSettings, settings: EvaluateSettings) -> Question:
-    # a candidate's completion is the right one with its label exchanged
-    head, label, tail = example.completion.rpartition(example.answer) if example.answer else ("", "", "")
-    ranked = settings.likelihood and len(example.candidates) > 1 and label
-    answers = example.candidates if ranked else (example.answer,)
-    variants = [replace(example, completion=head + answer + tail) for answer in answers] if ranked else [example]
+    completion, variants, gold = example.completion, [example], 0
+    spelt = [found.span() for found in _label(example.answer).finditer(completion)] if example.answer else []
+    if settings.likelihood and len(example.candidates) > 1 and spelt:
+        # a candidate's completion is the right one with its label exchanged
+        start, end = spelt[-1]
+        words = [completion[:start] + label + completion[end:] for label in example.candidates]
+        variants, gold = [replace(example, completion=text) for text in words], example.candidates.index(example.answer)
     tokens = tokenize(variants, tokenizer, data, "test")
-    gold = answers.index(example.answer)
     return Question(example, tokens[gold], [one.input_ids[one.prompt_length :] for one in tokens], gold)
 
 
@@ -193,14 +194,20 @@ def _answer(example: Example, text: str) -> str | None:
         return extract_answer(example.task, text)
     if not example.candidates:
         return text.strip()
-    found = re.search(rf"(?<!\w)(?:{'|'.join(map(re.escape, example.candidates))})(?!\w)", text)
+    found = _label(*example.candidates).search(text)
     return found.group(0) if found else None
+
+
+def _label(*labels: str) -> re.Pattern[str]:
+    """Any of these labels as a whole word, the longest first: "not-true" is not "true", nor "A" the start of "Apple"."""
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(labels, key=len, reverse=True)))})(?!\w)")
 
 
 def _right_answers(example: Example) -> tuple[str, ...]:
     """What counts as right: the label; in free text the completion, or the short answer that goes with it."""
     free = example.task not in TASKS and not example.candidates
-    return (example.completion.strip(), example.answer) if free else (example.answer,)
+    right = (example.completion.strip(), example.answer) if free else (example.answer,)
+    return tuple(text for text in right if text)  # saying nothing is never right
 
 
 def _macro(scores: Sequence[Score]) -> Score:

@@ -135,11 +135,21 @@ def test_ranking_is_left_out_where_it_means_nothing(federation: Federation, mode
         (Example("", "so it is 42", "free", "42"), "so it is 42", "so it is 42", True),
         (Example("", "so it is 42", "free", "42"), "42", "42", True),
         (Example("", "so it is 42", "free", "42"), "43", "43", False),
+        (Example("", "so it is 42", "free"), "", "", False),  # no label was given, so saying nothing is not it
+        # labels inside one another
+        (Example("", "x", "mine", "true-ish", ("true", "true-ish")), "true-ish", "true-ish", True),
     ],
 )
 def test_what_generated_text_says(example: Example, text: str, said: str | None, right: bool) -> None:
     assert _answer(example, text) == said
     assert (said in _right_answers(example)) == right
+
+
+def test_the_label_that_is_exchanged_is_a_whole_word(federation: Federation) -> None:
+    example = Example("Which? Answer format: A/B", "A. An Apple", "mine", "A", ("A", "B"))
+    (question,) = prepared(federation, example)["mine"]
+    texts = [federation.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in question.candidates]
+    assert texts == ["A. An Apple", "B. An Apple"]
 
 
 def test_macro_is_the_plain_mean_over_tasks() -> None:

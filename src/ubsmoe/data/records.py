@@ -180,7 +180,9 @@ def _candidates(prompt: str) -> tuple[str, ...]:
 def _answer(record: dict[str, Any], completion: str, candidates: tuple[str, ...], where: str) -> str:
     """The record's label; without one, the candidate that its completion ends with."""
     if record.get("answer") is None:
-        return next((label for label in candidates if completion.endswith(label)), "")
+        # the longest, as a whole word: "not-true" ends with "true" as well, and "incorrect" with "correct"
+        ends = [label for label in candidates if re.search(rf"(?<!\w){re.escape(label)}$", completion)]
+        return max(ends, key=len, default="")
     answer = str(record["answer"])
     if candidates and answer not in candidates:
         raise ConfigError(f"{where}: field 'answer' is {answer!r}, expected one of {', '.join(candidates)}")

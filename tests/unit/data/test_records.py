@@ -120,15 +120,22 @@ def test_the_last_answer_format_of_a_prompt_with_worked_examples_counts(write: W
 
 
 @pytest.mark.parametrize(
-    ("output", "answer", "candidates"),
-    [("it is false", "false", ("true", "false")), ("I do not know", "", ())],
+    ("output", "answer", "labels"),
+    [
+        ("it is false", "false", "true/false"),
+        ("I do not know", "", "true/false"),
+        ("it is incorrect", "incorrect", "correct/incorrect"),
+        ("it is not-true", "not-true", "true/not-true"),
+        ("it is untrue", "", "true/false"),
+        ("it is a11", "a11", "a1/a11"),
+    ],
 )
 def test_a_missing_answer_is_read_from_the_end_of_the_completion(
-    write: Write, tokenizer: Tokenizer, output: str, answer: str, candidates: tuple[str, ...]
+    write: Write, tokenizer: Tokenizer, output: str, answer: str, labels: str
 ) -> None:
-    record = {"instruction": "Is it?\n\nAnswer format: true/false", "output": output}
+    record = {"instruction": f"Is it?\n\nAnswer format: {labels}", "output": output}
     (example,) = read_file(write("a.jsonl", [record]), tokenizer)
-    assert (example.answer, example.candidates) == (answer, candidates)
+    assert (example.answer, example.candidates) == (answer, tuple(labels.split("/")) if answer else ())
 
 
 def test_line_separators_inside_a_string_do_not_cut_a_record(write: Write, tokenizer: Tokenizer) -> None:
