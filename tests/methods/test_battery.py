@@ -28,6 +28,7 @@ LAWS = {
     "client_order",
     "client_names",
     "example_scale",
+    "client_halves",
     "untouched_expert",
     "no_clients",
     "predicted_bytes",
@@ -127,6 +128,17 @@ def test_scale_of_example_counts_does_not_matter(lab, method, warm):
     updates = lab.round(method, warm)
     more = [replace(update, num_examples=7 * update.num_examples) for update in updates]
     close(lab.effective(method, method.aggregate(warm, updates)), lab.effective(method, method.aggregate(warm, more)))
+
+
+def test_a_client_weighs_what_its_two_halves_weigh(lab, method, warm):
+    """Catches what every other law lets pass: a mean that does not look at the number of examples."""
+    promised(method, "client_halves")
+    first, *others = lab.round(method, warm)
+    others = [replace(update, num_examples=2 * update.num_examples) for update in others]
+    halves = [replace(first, client=f"half-{i}") for i in range(2)]
+    whole = replace(first, num_examples=2 * first.num_examples)
+    one, two = (method.aggregate(warm, [*clients, *others]) for clients in ([whole], halves))
+    close(lab.effective(method, one), lab.effective(method, two))
 
 
 def test_an_expert_nobody_touched_is_bit_identical(lab, method, warm):

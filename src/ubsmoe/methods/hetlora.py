@@ -93,8 +93,16 @@ def hetlora(
         after = by_norm.result(by_examples.result(state.adapters))
         return State(keep_untouched(state.adapters, after, expert_tokens), state.extras | ranks)
 
-    # the new rank is one int64
-    return Method("hetlora", State, dispatch, install, aggregate, varies="rank", extra_up=2)
+    return Method(
+        "hetlora",
+        State,
+        dispatch,
+        install,
+        aggregate,
+        varies="rank",
+        extra_up=2,  # the new rank is one int64
+        unpromised={"client_halves": "clients weigh by the norm of their update, whatever their number of examples"},
+    )
 
 
 def pruned_rank(rank: int, decay: float) -> int:
