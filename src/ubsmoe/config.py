@@ -93,7 +93,7 @@ class DataSettings(Settings):
     """[data]: examples and how they are worded."""
 
     train: str = Field(
-        "world", description='"world", a file (.json, .jsonl, plain or .gz), or a Hugging Face data set id'
+        "world", description='"world", a file (.json, .jsonl, .csv, .parquet), or a Hugging Face data set id'
     )
     test: str | None = Field(
         None, description="a file or a folder with one file per task; a held-out part when left out"

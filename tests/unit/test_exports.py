@@ -137,6 +137,17 @@ def break_tensor(folder: Path) -> None:
     exports.exportfolder.write_tensors(folder / "adapter_model.safetensors", tensors)
 
 
+def drop_expert(folder: Path) -> None:
+    """The last of seven experts is missing, everywhere."""
+    tensors = exports.exportfolder.read_export_tensors(folder / "adapter_model.safetensors")
+    for name, value in tensors.items():
+        if "lora_A" in name:
+            tensors[name] = value[:-3].clone()
+        else:
+            tensors[name] = value.view(-1, 3, 7)[:, :, :-1].reshape(len(value), -1).clone()
+    exports.exportfolder.write_tensors(folder / "adapter_model.safetensors", tensors)
+
+
 def set_rank(folder: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 2}))
@@ -157,6 +168,11 @@ def set_dora(folder: Path) -> None:
         ),
         (break_tensor, True, "damaged: its SHA-256"),
         (break_tensor, False, "lacks base_model.model.model.layers.1.mlp.experts.lora_A.weight"),
+        (
+            drop_expert,
+            False,
+            r"factors \(18, 24\) and \(40, 18\); rank 3 on 7 experts .* needs \(21, 24\) and \(40, 21\)",
+        ),
         (set_rank, False, r"rank 2 on 7 experts .* needs \(14, 24\)"),
         (set_dora, False, "use_dora"),
         (lambda folder: (folder / "adapter_config.json").unlink(), False, "no PEFT adapter"),
@@ -218,3 +234,18 @@ def test_a_copy_that_lacks_its_sidecar_is_no_export(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "out", tmp_path / "copy", ignore=shutil.ignore_patterns("ubsmoe.json"))
     with pytest.raises(UserError, match="not a whole export"):
         exports.read(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("lost", "sentence"),
+    [
+        ("adapter.safetensors", "half an export: adapter.safetensors is missing"),
+        ("README.md", "half an export: README.md is missing"),
+        ("ubsmoe.json", "not a whole export: ubsmoe.json cannot be used"),
+    ],
+)
+def test_half_an_export_is_no_export(lost: str, sentence: str, tmp_path: Path) -> None:
+    exported(adapted("olmoe"), "native", tmp_path / "out")
+    (tmp_path / "out" / lost).unlink()
+    with pytest.raises(UserError, match=sentence):
+        exports.read(tmp_path / "out")

@@ -1,5 +1,7 @@
 """What a run is built from: clients and tiers, and the refusals that come before anything is written."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,15 @@ def test_client_i_belongs_to_tier_i_modulo_the_tiers(tiny_run: dict[str, Any]) -
     assert sizes == {name: len(tokens) for name, tokens in federation.examples.items()}
     assert sum(sizes.values()) == 40
     assert [profile.client for profile in federation.tiers] == ["tier-0", "tier-1", "tier-2", "tier-3"]
+
+
+def test_a_quantised_base_is_refused_before_it_is_loaded(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    config = json.loads((Path(tiny_run["model"]["base"]) / "config.json").read_text())
+    quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (tmp_path / "config.json").write_text(json.dumps(config | quantised))
+    settings = parse_run(with_overrides(tiny_run, {"model.base": str(tmp_path)}))
+    with pytest.raises(UserError, match=r"model\.base: .* holds quantised weights \(bitsandbytes\).* dequantised copy"):
+        build_federation(settings)
 
 
 def test_a_method_that_varies_the_rank_gives_every_tier_its_own(tiny_run: dict[str, Any]) -> None:

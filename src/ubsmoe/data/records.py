@@ -5,26 +5,21 @@
     {"messages": [{"role", "content"}, ...]}       a chat in the tokenizer's own template; the last message is learnt
 
 A record may name its `task`, its `answer` (the part of the completion that is scored) and the `candidates` that `answer` is one of;
-its other plain values become fields that a partition can group by. Files are a JSON array or one JSON object per line, plain
-or gzipped.
+its other plain values become fields that a partition can group by. Which files they come in: `ubsmoe.data.rows`.
 """
 
-import gzip
 import importlib
-import json
 import re
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ubsmoe.config import ConfigError
+from ubsmoe.data.rows import SUFFIXES, read_rows, stem
 from ubsmoe.data.tasks import TASKS, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 _KINDS = {"instruction": "output", "prompt": "completion"}
 _KNOWN = {"instruction", "input", "output", "prompt", "completion", "messages", "task", "answer", "candidates"}
@@ -42,13 +37,13 @@ def read_file(path: Path, tokenizer: "PreTrainedTokenizerBase") -> list[Example]
     its answer format, else the file's name is the task.
 
     Args:
-        path: a JSON array or JSON lines, plain or gzipped.
+        path: see `ubsmoe.data.rows`.
         tokenizer: only its chat template is used, and only for records with messages.
 
     Raises:
         ConfigError: naming the file and the line or record, the field at fault and what is expected.
     """
-    return _examples(_rows(path), str(path), _stem(path.name), tokenizer)
+    return _examples(read_rows(path), str(path), stem(path.name), tokenizer)
 
 
 def read_folder(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
@@ -67,7 +62,7 @@ def read_hub(name: str, split: str, tokenizer: "PreTrainedTokenizerBase") -> lis
     """
     rows = load_hub(name, split)
     where = f"hub data set {name} ({split})"
-    return _examples(((f"{where} record {n}", row) for n, row in enumerate(rows, 1)), where, _stem(name), tokenizer)
+    return _examples(((f"{where} record {n}", row) for n, row in enumerate(rows, 1)), where, stem(name), tokenizer)
 
 
 def load_hub(name: str, split: str, config: str | None = None, revision: str | None = None) -> Iterable[dict[str, Any]]:
@@ -87,15 +82,15 @@ def load_hub(name: str, split: str, config: str | None = None, revision: str | N
 
 
 def _examples(
-    rows: Iterable[tuple[str, Any]], source: str, stem: str, tokenizer: "PreTrainedTokenizerBase"
+    rows: Iterable[tuple[str, Any]], source: str, name: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> list[Example]:
-    examples = [_example(record, where, stem, tokenizer) for where, record in rows]
+    examples = [_example(record, where, name, tokenizer) for where, record in rows]
     if not examples:
         raise ConfigError(f"{source} holds no records; expected {_EXPECTED} in each")
     return examples
 
 
-def _example(record: Any, where: str, stem: str, tokenizer: "PreTrainedTokenizerBase") -> Example:
+def _example(record: Any, where: str, name: str, tokenizer: "PreTrainedTokenizerBase") -> Example:
     """One record, whichever its format."""
     if not isinstance(record, dict):
         raise ConfigError(f"{where}: expected an object with {_EXPECTED}, got {type(record).__name__}")
@@ -104,7 +99,7 @@ def _example(record: Any, where: str, stem: str, tokenizer: "PreTrainedTokenizer
     else:
         prompt, completion = _pair(record, where)
     candidates = _listed(record, where) or _candidates(prompt)
-    task = str(record.get("task") or "") or _infer_task(stem, candidates)
+    task = str(record.get("task") or "") or _infer_task(name, candidates)
     answer = _answer(record, completion, candidates, where)
     if not answer:
         candidates = ()  # nothing says which one is right, so the completion is free text
@@ -189,48 +184,13 @@ def _answer(record: dict[str, Any], completion: str, candidates: tuple[str, ...]
     return answer
 
 
-def _infer_task(stem: str, candidates: tuple[str, ...]) -> str:
-    if stem in TASKS:
-        return stem
+def _infer_task(name: str, candidates: tuple[str, ...]) -> str:
+    if name in TASKS:
+        return name
     if candidates and set(candidates) <= set(TASKS["ARC-Easy"].pattern.split("|")) and len(candidates) > 3:
         return SCIENCE
-    return next((task.name for task in TASKS.values() if task.labels == candidates), stem)
+    return next((task.name for task in TASKS.values() if task.labels == candidates), name)
 
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, str | int | float | bool)
-
-
-def _stem(name: str) -> str:
-    """The name without folder or record suffix: a/ARC-Easy.json.gz gives ARC-Easy."""
-    return re.sub(r"\.jsonl?(\.gz)?$", "", name.rsplit("/", 1)[-1])
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each record with the words that say where it stands."""
-    text = _read_text(path)
-    if text.lstrip().startswith("["):
-        for number, record in enumerate(_parse(text, str(path)), 1):
-            yield f"{path} record {number}", record
-        return
-    # Not splitlines(): it also cuts at U+2028 and its like, which JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"{path} line {number}", _parse(line, f"{path} line {number}")
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{where}: not JSON ({error}); expected one JSON object per line, or a JSON array") from None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise ConfigError(
-            f"{path} cannot be read as UTF-8 text{' in gzip' * (path.suffix == '.gz')}: {error}"
-        ) from None

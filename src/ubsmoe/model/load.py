@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.data.tokens import check_tokenizer
+from ubsmoe.model.conventions import UnsupportedModel
 from ubsmoe.model.layer import Rescale
 from ubsmoe.model.surgery import SparseModel
 
@@ -33,6 +34,7 @@ def load_base(settings: ModelSettings, rescale: Rescale = "none", k_max: int | N
     try:
         check_place(place)
         # trust_remote_code stays off: a base is data, never code
+        refuse_quantised(AutoConfig.from_pretrained(place), settings.base)
         tokenizer = AutoTokenizer.from_pretrained(place)
         model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, settings.dtype))
     except (OSError, ValueError) as error:
@@ -49,6 +51,17 @@ def load_base(settings: ModelSettings, rescale: Rescale = "none", k_max: int | N
     sparse = SparseModel(model, rescale)
     sparse.limit_k_max(checked_k_max(k_max, sparse.k_max, settings.base))
     return sparse, tokenizer
+
+
+def refuse_quantised(config: Any, base: str) -> None:
+    """Raise UnsupportedModel for a checkpoint of quantised weights: the kernel and every export read plain ones."""
+    found = getattr(config, "quantization_config", None)
+    if found:
+        kind = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+        raise UnsupportedModel(
+            f"model.base: {base} holds quantised weights ({kind or 'of unknown kind'}), and experts are computed from plain ones; "
+            'use the checkpoint it was made from, or a dequantised copy, with model.dtype = "bfloat16"'
+        )
 
 
 def checked_k_max(k_max: int | None, stock: int, base: str) -> int:

@@ -1,8 +1,10 @@
+import csv
 import gzip
 import json
 import re
 import sys
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,6 +145,48 @@ def test_line_separators_inside_a_string_do_not_cut_a_record(write: Write, token
     assert read_file(path, tokenizer)[0].prompt == "a\u2028b"
 
 
+ROWS = [
+    {"prompt": 'Say "a, b"\nnow:', "completion": " b", "answer": "b", "candidates": ["a", "b"], "page": "7"},
+    {"messages": CHAT, "task": "chat"},
+]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz"])
+def test_a_table_gives_the_examples_of_json_lines(write: Write, tokenizer: Tokenizer, suffix: str) -> None:
+    names = sorted({name for row in ROWS for name in row})
+    text = StringIO(newline="")
+    table = csv.DictWriter(text, names)
+    table.writeheader()
+    table.writerows([{k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in ROWS])
+    lines = read_file(write("mine.jsonl", ROWS), tokenizer)
+    assert read_file(write(f"mine.{suffix}", text.getvalue()), tokenizer) == lines
+
+
+def test_parquet_gives_the_examples_of_json_lines(write: Write, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    lines = read_file(write("mine.jsonl", ROWS), tokenizer)
+    parquet.write_table(
+        pyarrow.Table.from_pylist([{"page": None, **row} for row in ROWS[:1]]), tmp_path / "mine.parquet"
+    )
+    parquet.write_table(
+        pyarrow.Table.from_pylist([{"page": None, **row} for row in ROWS[1:]]), tmp_path / "chat.parquet"
+    )
+    assert read_file(tmp_path / "mine.parquet", tokenizer) == lines[:1]
+    assert read_file(tmp_path / "chat.parquet", tokenizer) == lines[1:]
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ConfigError, match=r"bad\.parquet cannot be read as Parquet"):
+        read_file(tmp_path / "bad.parquet", tokenizer)
+
+
+def test_parquet_without_its_library_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ConfigError, match=r"pip install ubsmoe\[datasets\]"):
+        read_file(tmp_path / "a.parquet", tokenizer)
+
+
 def test_a_folder_is_read_in_the_order_of_names(write: Write, tokenizer: Tokenizer) -> None:
     write("set/b.jsonl.gz", [QUESTION | {"task": "two"}])
     write("set/notes.txt", "not records")
@@ -203,6 +247,12 @@ def test_a_chat_needs_a_tokenizer_with_a_chat_template(write: Write, bos_tokeniz
         ("bad.json", '[{"prompt": 1}', r"bad\.json: not JSON"),
         ("bad.jsonl", "\n \n", r"bad\.jsonl holds no records; expected"),
         ("bad.json", "[]", r"bad\.json holds no records; expected"),
+        ("bad.csv", "prompt,completion\n", r"bad\.csv holds no records; expected"),
+        ("bad.csv", "prompt,completion\na,b\na\n", r"bad\.csv line 3: expected 2 cells, as the header has"),
+        ("bad.csv", "prompt,completion\na,b,c\n", r"line 2: expected 2 cells"),
+        ("bad.csv", 'prompt,completion\n"a" x,b\n', r"bad\.csv after line 1: not CSV"),
+        ("bad.csv", "prompt,completion\na,\n", r"line 2: missing field 'completion'"),
+        ("bad.csv", "prompt,completion,candidates\na,b,b or c\n", r"'candidates': not JSON .* a list written as JSON"),
     ],
 )
 def test_a_bad_file_is_named(write: Write, tokenizer: Tokenizer, name: str, text: str, message: str) -> None:
