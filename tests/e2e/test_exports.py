@@ -1,7 +1,6 @@
 """A run exported and used again, method by method, and the Python interface on top."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,15 +88,6 @@ def test_a_bare_base_generates_but_has_nothing_to_save(random_base: Path, tmp_pa
         model.save_pretrained(tmp_path / "out")
     with pytest.raises(UserError, match="is no run folder"):
         FederatedMoE.from_pretrained(random_base, tier=1)
-
-
-def test_the_lines_in_the_readme_run_as_printed(capsys: Any) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (lines,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(lines.splitlines()) <= 10
-    exec(compile(lines, "README.md", "exec"), {})
-    first, *text, last = capsys.readouterr().out.splitlines()
-    assert (first, last) == ("8", "2") and text
 
 
 def test_export_import_and_generate_from_the_command_line(
