@@ -143,7 +143,7 @@ class RoundSettings(Settings):
         0, description="clients asked beyond clients.per_round; the first to answer count"
     )
     deadline_seconds: PositiveFloat | None = Field(
-        None, description="later answers do not count, on the clock of [simulation]; no end when left out"
+        None, description="later answers do not count; no end when left out (in one process: the clock of [simulation])"
     )
     max_change: PositiveFloat = Field(
         1.0, description="root mean square by which a client may change its weights; an update with more is dropped"
@@ -216,11 +216,6 @@ class RunSettings(Settings):
             raise ValueError(
                 f"rounds.extra_clients is {self.rounds.extra_clients}, but every client is asked in every round; "
                 "set clients.per_round"
-            )
-        if self.simulation is None and (self.rounds.extra_clients or self.rounds.deadline_seconds):
-            raise ValueError(
-                "rounds.extra_clients and rounds.deadline_seconds need a clock, and clients in one process have none of "
-                "their own; add a [simulation] section"
             )
         return self
 

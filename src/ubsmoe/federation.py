@@ -1,16 +1,18 @@
 """Everything a run needs, built once from its settings: the base, the method, the clients with their data, the questions."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ubsmoe.client import Trainer
 from ubsmoe.config import ConfigError, RunSettings, to_json
 from ubsmoe.data.partition import PartitionReport, partition, partition_report
-from ubsmoe.data.sources import load_examples
+from ubsmoe.data.sources import load_examples, load_test
+from ubsmoe.data.tasks import Example
 from ubsmoe.data.tokens import Tokens, pad_id, tokenize
 from ubsmoe.evaluate import Question, prepare
-from ubsmoe.messages import Profile
+from ubsmoe.messages import Announcement, Profile
 from ubsmoe.methods import build
 from ubsmoe.methods.base import Base, Method
 from ubsmoe.model.load import load_base, weights_sha256
@@ -46,18 +48,7 @@ class Federation:
     @property
     def trainer(self) -> Trainer:
         """What the clients share."""
-        settings = self.settings
-        return Trainer(
-            self.model,
-            self.method,
-            settings.train,
-            settings.tiers,
-            settings.seed,
-            pad_id(self.tokenizer),
-            settings.data.loss_on_prompt,
-            self.base_sha256,
-            settings.wire.dtype,
-        )
+        return make_trainer(self.settings, self.model, self.method, self.tokenizer, self.base_sha256)
 
 
 def build_federation(settings: RunSettings) -> Federation:
@@ -66,28 +57,89 @@ def build_federation(settings: RunSettings) -> Federation:
     Raises:
         UserError: for any setting that cannot be met; nothing has been written by then.
     """
+    server = build_server(settings)
+    train = load_examples(settings.data, server.tokenizer, settings.seed).train
+    parts = deal(settings, train)
+    tokens = tokenize(train, server.tokenizer, settings.data, "train")
+    return replace(
+        server,
+        clients=[admit(server, Announcement(name, len(part))) for name, part in parts.items()],
+        examples={name: [tokens[i] for i in part] for name, part in parts.items()},
+        partition=_report(train, list(parts.values()), settings.data.partition.field),
+    )
+
+
+def build_server(settings: RunSettings) -> Federation:
+    """The same without clients and their data, which are elsewhere.
+
+    Raises:
+        UserError: as `build_federation`.
+    """
     model, tokenizer = load_base(settings.model, settings.tiers.rescale, settings.tiers.k_max)
     base, method, tiers = build_method(settings, model)
-    splits = load_examples(settings.data, tokenizer, settings.seed)
-    parts = partition(splits.train, settings.data.partition, settings.clients.count, settings.seed)
-    tokens = tokenize(splits.train, tokenizer, settings.data, "train")
-    names = [f"client-{i}" for i in range(settings.clients.count)]
-    sizes = [len(part) for part in parts]
+    test = load_test(settings.data, tokenizer, settings.seed)
     return Federation(
         settings=settings,
         model=model,
         tokenizer=tokenizer,
         method=method,
         base=base,
-        clients=[
-            _profile(settings, method, base, name, i % len(settings.tiers.budgets), size)
-            for i, (name, size) in enumerate(zip(names, sizes, strict=True))
-        ],
+        clients=[],
         tiers=tiers,
-        examples={name: [tokens[i] for i in part] for name, part in zip(names, parts, strict=True)},
-        questions=prepare(splits.test, tokenizer, settings.data, settings.evaluate),
-        partition=_report(splits.train, parts, settings.data.partition.field),
+        examples={},
+        questions=prepare(test, tokenizer, settings.data, settings.evaluate),
+        partition=None,
         base_sha256=weights_sha256(model.model),
+    )
+
+
+def client_names(settings: RunSettings) -> list[str]:
+    """The run file's own clients."""
+    return [f"client-{i}" for i in range(settings.clients.count)]
+
+
+def deal(settings: RunSettings, examples: Sequence[Example]) -> dict[str, list[int]]:
+    """Which of the run's training examples each of its own clients holds."""
+    parts = partition(examples, settings.data.partition, settings.clients.count, settings.seed)
+    return dict(zip(client_names(settings), parts, strict=True))
+
+
+def admit(federation: Federation, announced: Announcement) -> Profile:
+    """What a client is asked to do: the largest tier that its budget affords, or the run file's tier for it.
+
+    Raises:
+        ConfigError: if it affords no tier, or the run file has no such client and it names no budget.
+    """
+    settings, names = federation.settings, client_names(federation.settings)
+    if announced.budget is not None:
+        affordable = [(b, tier) for tier, b in enumerate(settings.tiers.budgets) if b <= announced.budget]
+        if not affordable:
+            raise ConfigError(
+                f"{announced.client} affords a budget of {announced.budget:g}, the smallest of tiers.budgets is "
+                f"{min(settings.tiers.budgets):g}"
+            )
+        tier = max(affordable)[1]
+    elif announced.client in names:
+        tier = names.index(announced.client) % len(settings.tiers.budgets)
+    else:
+        raise ConfigError(f"{announced.client} is none of the run file's clients and says no budget")
+    return _profile(settings, federation.method, federation.base, announced.client, tier, announced.num_examples)
+
+
+def make_trainer(
+    settings: RunSettings, model: SparseModel, method: Method, tokenizer: Any, base_sha256: str
+) -> Trainer:
+    """What clients of one process share."""
+    return Trainer(
+        model,
+        method,
+        settings.train,
+        settings.tiers,
+        settings.seed,
+        pad_id(tokenizer),
+        settings.data.loss_on_prompt,
+        base_sha256,
+        settings.wire.dtype,
     )
 
 

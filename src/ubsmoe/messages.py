@@ -1,4 +1,4 @@
-"""The nouns that cross the wire: a Profile says what a client can do, a Task goes down, an Update comes up, or nothing does.
+"""The nouns that cross the wire: an Announcement and a Profile say what a client can do, a Task goes down, an Update comes up.
 
 All tensors are fused over experts: `layers.{l}.{projection}.A` is [M, r, in] and `.B` is [M, out, r], M experts, rank r.
 """
@@ -11,6 +11,18 @@ from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
 Stage = Literal["training", "deadline", "wire", "validation"]
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """A client that a machine offers: how much data it holds and which fraction of K_max it can afford.
+
+    Without a `budget` it is one of the run file's own clients, which belongs to the tier that the file gives it.
+    """
+
+    client: str
+    num_examples: int
+    budget: float | None = None
 
 
 @dataclass(frozen=True)

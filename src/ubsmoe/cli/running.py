@@ -1,5 +1,6 @@
 """Verbs that train and score: run, import, compare, eval."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +11,28 @@ from ubsmoe.cli.app import AsJson, Out, RunFile, Set, app, overrides, print_json
 WorkerCount = Annotated[int, typer.Option("--workers", min=1, help="processes that train clients, one thread each")]
 
 
+class EngineName(StrEnum):
+    """Where clients run."""
+
+    local = "local"
+    simulation = "simulation"
+    superlink = "superlink"
+
+
 @app.command("run")
-def run_command(run_file: RunFile, out: Out = None, set_: Set = None, workers: WorkerCount = 1) -> None:
+def run_command(
+    run_file: RunFile,
+    out: Out = None,
+    set_: Set = None,
+    workers: WorkerCount = 1,
+    engine: Annotated[
+        EngineName,
+        typer.Option(help="this process; Flower's simulation; or a SuperLink with SuperNodes, all on this machine"),
+    ] = EngineName.local,
+) -> None:
     """Fine-tune across clients; on an existing folder, go on where it stopped."""
+    if engine is not EngineName.local:
+        return _run_on_flower(run_file, out, set_, engine is EngineName.simulation)
     settings = read_settings(run_file, set_)
     from functools import partial
 
@@ -39,12 +59,29 @@ def run_command(run_file: RunFile, out: Out = None, set_: Set = None, workers: W
         RunConsole(console) as shown,
     ):
         shown.plan(settings.train.rounds, settings.clients_per_round)
-        engine = LocalEngine(federation.trainer, federation.examples, shown.on_step, crew)
+        clients = LocalEngine(federation.trainer, federation.examples, shown.on_step, crew)
         score_all = partial(score_in, crew) if crew else None
-        summary = run(federation, folder, as_simulated(engine, federation), shown.on_event, score_all)
+        summary = run(federation, folder, as_simulated(clients, federation), shown.on_event, score_all)
     costs = [cost.as_dict() for cost in run_costs(settings)]
     show(console, result_table(summary, costs))
     console.print(f"adapter {place / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}", soft_wrap=True)
+
+
+def _run_on_flower(run_file: Path, out: Path | None, changes: list[str] | None, simulated: bool) -> None:
+    """The same on a federation that lives as long as the run."""
+    from tempfile import TemporaryDirectory
+
+    from ubsmoe.deploy.app import write_app
+    from ubsmoe.deploy.loopback import loopback
+    from ubsmoe.storage.runfolder import read_adapter
+
+    place = out or Path("out") / run_file.stem
+    with TemporaryDirectory() as folder:
+        settings = write_app(run_file, Path(folder) / "run", overrides(changes), place)
+        nodes = min(settings.clients.count, len(settings.tiers.budgets))
+        with loopback(Path(folder) / "run", nodes, simulated, typer.echo) as federation:
+            federation.run()
+    read_adapter(place)  # flwr run tells nobody that the server failed
 
 
 @app.command("import")

@@ -42,18 +42,27 @@ def load_examples(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", 
     Raises:
         ConfigError: naming the setting or the record at fault.
     """
-    world = _world(settings.world) if settings.train == "world" else None
-    if world:
-        train = world.examples("train", settings.world.train_examples, seed)
-    else:
-        train = _read(settings.train, "train", tokenizer)
-    if settings.test is not None:
-        test = _read(settings.test, "test", tokenizer)
-    elif world:
-        test = world.examples("test", settings.world.test_examples, seed)
-    else:
-        train, test = _hold_out(train, settings.test_fraction, seed)
+    train = load_training(settings, tokenizer, seed)
+    if settings.test is not None or settings.train == "world":
+        return Splits(train, load_test(settings, tokenizer, seed))
+    train, test = _hold_out(train, settings.test_fraction, seed)
     return Splits(train, by_task(test))
+
+
+def load_training(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> list[Example]:
+    """All that data.train names, nothing held out. Arguments and errors as for `load_examples`."""
+    if settings.train == "world":
+        return _world(settings.world).examples("train", settings.world.train_examples, seed)
+    return _read(settings.train, "train", tokenizer)
+
+
+def load_test(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> dict[str, list[Example]]:
+    """The test examples alone: a server that has data.test needs no training data. As for `load_examples`."""
+    if settings.test is not None:
+        return by_task(_read(settings.test, "test", tokenizer))
+    if settings.train == "world":
+        return by_task(_world(settings.world).examples("test", settings.world.test_examples, seed))
+    return load_examples(settings, tokenizer, seed).test
 
 
 def by_task(examples: Sequence[Example]) -> dict[str, list[Example]]:

@@ -17,7 +17,8 @@ from ubsmoe.evaluate import Score
 from ubsmoe.federation import Federation
 from ubsmoe.messages import Dropped, Profile, Reply, Task, Update
 from ubsmoe.rounds import score
-from ubsmoe.wire.codec import Packed, decode_task, decode_update, encode_task, encode_update
+from ubsmoe.wire.codec import decode_task, decode_update, encode_task, encode_update
+from ubsmoe.wire.packed import Packed
 
 Progress = Callable[[Task, int, int, float], None]
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from ubsmoe.client import steps_per_round
-from ubsmoe.config import RunSettings
+from ubsmoe.config import ConfigError, RunSettings
 from ubsmoe.federation import Federation
 from ubsmoe.messages import Dropped, Profile, Reply, Stage, Task, Update
 from ubsmoe.plan import run_costs
@@ -24,9 +24,20 @@ Seconds = Callable[[Profile], float]
 
 
 def as_simulated(engine: Engine, federation: Federation) -> Engine:
-    """The engine under the run file's [simulation]; the engine itself if there is no such section."""
+    """The engine under the run file's [simulation]; the engine itself if there is no such section.
+
+    Raises:
+        ConfigError: if the run file needs a clock and there is none.
+    """
     settings = federation.settings
-    return engine if settings.simulation is None else SimulatedEngine(engine, settings, client_seconds(federation))
+    if settings.simulation is not None:
+        return SimulatedEngine(engine, settings, client_seconds(federation))
+    if settings.rounds.extra_clients or settings.rounds.deadline_seconds:
+        raise ConfigError(
+            "rounds.extra_clients and rounds.deadline_seconds need a clock, and clients in one process have none of "
+            "their own; add a [simulation] section"
+        )
+    return engine
 
 
 def client_seconds(federation: Federation) -> Seconds:

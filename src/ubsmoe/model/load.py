@@ -3,6 +3,8 @@
 import hashlib
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +31,11 @@ def load_base(settings: ModelSettings, rescale: Rescale = "none", k_max: int | N
         ConfigError: if the base cannot be found, its tokenizer does not fit it, or k_max exceeds the base's own.
         UnsupportedModel: if it is dense or its routers ignore K.
     """
-    place = shipped_path(settings.base) or settings.base
-    quieten()
-    try:
-        check_place(place)
+    tokenizer = load_tokenizer(settings)
+    with _place_of(settings) as place:
         # trust_remote_code stays off: a base is data, never code
         refuse_quantised(AutoConfig.from_pretrained(place), settings.base)
-        tokenizer = AutoTokenizer.from_pretrained(place)
         model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, settings.dtype))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.base: cannot load {settings.base!r} ({reason}); expected ubsmoe-tiny, a folder with a transformers "
-            "model, or a model id that the Hugging Face hub can be asked for"
-        ) from None
     try:
         model = model.to(settings.device).eval()
     except (RuntimeError, AssertionError) as error:
@@ -62,6 +55,28 @@ def refuse_quantised(config: Any, base: str) -> None:
             f"model.base: {base} holds quantised weights ({kind or 'of unknown kind'}), and experts are computed from plain ones; "
             'use the checkpoint it was made from, or a dequantised copy, with model.dtype = "bfloat16"'
         )
+
+
+def load_tokenizer(settings: ModelSettings) -> Any:
+    """The base's tokenizer alone, for whoever looks at data before weights. Raises ConfigError as `load_base` does."""
+    with _place_of(settings) as place:
+        return AutoTokenizer.from_pretrained(place)
+
+
+@contextmanager
+def _place_of(settings: ModelSettings) -> Iterator[str | Path]:
+    """Where the base lies; whatever fails while it is read becomes one sentence."""
+    place = shipped_path(settings.base) or settings.base
+    quieten()
+    try:
+        check_place(place)
+        yield place
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.base: cannot load {settings.base!r} ({reason}); expected ubsmoe-tiny, a folder with a transformers "
+            "model, or a model id that the Hugging Face hub can be asked for"
+        ) from None
 
 
 def checked_k_max(k_max: int | None, stock: int, base: str) -> int:

@@ -39,10 +39,10 @@ def atomic_write(path: str | Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def write_new_file(path: Path, data: bytes) -> None:
+def write_new_file(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write and fsync a file; after a crash it may be there in part, so callers rename it into place afterwards."""
     with _naming(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         try:
             _write_all(descriptor, data)
             os.fsync(descriptor)

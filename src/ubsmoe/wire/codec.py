@@ -9,7 +9,8 @@ who lie there are TLS and the gate.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Annotated, Any, Literal, TypeVar
 
 import safetensors
@@ -19,28 +20,16 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from ubsmoe.config import WireDtype
-from ubsmoe.messages import Profile, Task, Tensors, Update
+from ubsmoe.messages import Announcement, Profile, Task, Tensors, Update
 from ubsmoe.wire.change import ChangeError, pack_change, unpack_change
+from ubsmoe.wire.packed import MAX_HEADER_BYTES, Packed, WireError
 
 MAX_TENSORS = 4096
-MAX_HEADER_BYTES = 1 << 20
 
 AnyHeader = TypeVar("AnyHeader", bound="_Header")
 Text = Annotated[str, Field(max_length=200)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Name = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$")]
-
-
-class WireError(ValueError):
-    """Bytes that are not the message they should be; the text says what is wrong."""
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A message ready to travel. Equal tensors give equal blobs, so a payload that many clients get is stored once."""
-
-    header: bytes
-    tensors: bytes
 
 
 class _Part(BaseModel):
@@ -83,6 +72,15 @@ class _UpdateHeader(_Header):
     seconds: Annotated[float, Field(ge=0)]
 
 
+class _Announcement(_Part):
+    client: Annotated[str, Field(min_length=1, max_length=200)]
+    num_examples: Annotated[int, Field(ge=1, lt=2**53)]
+    budget: Annotated[float, Field(gt=0, le=1)] | None
+
+
+_ANNOUNCEMENTS = TypeAdapter(list[_Announcement])
+
+
 class _Entry(BaseModel):
     """One line of a safetensors header; offsets and sizes are for safetensors itself to check."""
 
@@ -95,6 +93,21 @@ class _Entry(BaseModel):
 _NOT_IN_UPDATE = {"kind", "form", "sha256"}
 _PARTS = {"whole": {"adapters", "extras"}, "change": {"adapters", "scales", "experts", "extras"}}
 _ENTRIES = TypeAdapter(dict[Name, _Entry])
+
+
+def encode_announcements(announcements: Sequence[Announcement]) -> Packed:
+    """What one machine offers, as bytes."""
+    return Packed(_ANNOUNCEMENTS.dump_json([_Announcement(**asdict(one)) for one in announcements]), b"")
+
+
+def decode_announcements(packed: Packed) -> list[Announcement]:
+    """What a machine offers; whether any of it is wanted is for the server to say. Raises WireError."""
+    if len(packed.header) > MAX_HEADER_BYTES:
+        raise WireError(f"announcements of {len(packed.header)} bytes; at most {MAX_HEADER_BYTES} are taken")
+    try:
+        return [Announcement(**one.model_dump()) for one in _ANNOUNCEMENTS.validate_json(packed.header)]
+    except ValidationError as error:
+        raise WireError(f"announcement, {_first_fault(error)}") from None
 
 
 def encode_task(task: Task) -> Packed:
@@ -177,8 +190,7 @@ def _read(packed: Packed, kind: type[AnyHeader], max_bytes: int) -> tuple[AnyHea
     try:
         header = kind.model_validate_json(packed.header)
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_input=False)[0]
-        raise WireError(f"header, {'.'.join(map(str, fault['loc'])) or 'as a whole'}: {fault['msg']}") from None
+        raise WireError(f"header, {_first_fault(error)}") from None
     if header.sha256 != _sha256(packed.tensors):
         raise WireError("tensors: their SHA-256 is not the header's")
     _check_blob(packed.tensors)
@@ -207,8 +219,12 @@ def _check_blob(data: bytes) -> None:
     try:
         _ENTRIES.validate_python(entries)
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_input=False)[0]
-        raise WireError(f"tensors, {str(fault['loc'])[:200]}: {fault['msg']}") from None
+        raise WireError(f"tensors, {_first_fault(error)}") from None
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, fault['loc']))[:200] or 'as a whole'}: {fault['msg']}"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,6 +139,6 @@ def test_below_the_quorum_the_run_stops_with_its_last_checkpoint(quick: dict[str
 
 def test_a_deadline_without_a_clock_and_extra_clients_without_a_draw_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"add a \[simulation\] section"):
-        parse_run({"rounds": {"deadline_seconds": 3.0}})
+        as_simulated(Echo(), SimpleNamespace(settings=parse_run({"rounds": {"deadline_seconds": 3.0}})))
     with pytest.raises(ConfigError, match=r"set clients\.per_round"):
         parse_run({"rounds": {"extra_clients": 2}, "simulation": {}})

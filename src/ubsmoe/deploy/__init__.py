@@ -1,0 +1,1 @@
+"""What runs a federation on Flower: the app's folder, keys, and a federation on this machine to try it with."""

@@ -1,0 +1,153 @@
+"""The folder of a Flower app: a run file, what Flower wants to know about it, and two lines of code."""
+
+import json
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ubsmoe.config import ConfigError, RunSettings, load_run, parse_value
+
+# What Flower and Ray do unless they are told not to: report usage, ask for newer versions, install packages before a run.
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+RUN_FILE = "run.toml"
+FOR_SERVER = ("out", "join-seconds")  # what an app's configuration says beside the run file's own keys
+
+PYPROJECT = """\
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = {name}
+version = "0.1.0"
+description = "A run of ubsmoe on Flower"
+license = {{ file = "LICENSE" }}
+dependencies = ["ubsmoe[flower]=={version}", "flwr>=1.41,<1.42"]
+
+[tool.hatch.build.targets.wheel]
+packages = ["."]
+
+[tool.flwr.app]
+publisher = "ubsmoe"
+fab-format-version = 1
+flwr-version-target = "1.41.0"
+
+[tool.flwr.app.components]
+serverapp = "server:app"
+clientapp = "client:app"
+
+# For the server: its run folder, and how long it waits for the run file's number of clients.
+# Every other key is one of the run file's and replaces what it says. `flwr run -c` can change what stands here.
+[tool.flwr.app.config]
+{config}
+"""
+CODE = '''\
+"""What Flower runs on {where}."""
+
+from pathlib import Path
+
+from ubsmoe.engines.flower.{side} import {side}_app
+
+app = {side}_app(Path(__file__).with_name("{run_file}"))
+'''
+README = """\
+# {name}
+
+A Flower app that carries out `{run_file}` with ubsmoe, on as many nodes as there are.
+
+    set -a; . ./flower.env; set +a   # no telemetry, no update checks, no installing of packages at run time
+    flwr run . --stream              # simulated nodes on this machine, needs flwr[simulation]
+    ubsmoe flower up .               # or a SuperLink and SuperNodes on this machine, with TLS; it says how to go on
+
+The result is in `{out}`, a run folder like any other.
+"""
+
+
+def write_app(run_file: Path, app: Path, changes: Mapping[str, Any], out: Path | None = None) -> RunSettings:
+    """Write a Flower app that carries out a run file. The folder appears whole or not at all.
+
+    Args:
+        run_file: copied as it is.
+        app: a folder that does not exist yet; letters, digits and hyphens, because Flower asks for that.
+        changes: dotted settings that replace the file's.
+        out: the run folder on the server; `out` inside the app's folder when left out.
+
+    Returns:
+        The settings of the run.
+
+    Raises:
+        ConfigError: if the run file or the folder's name cannot be used.
+        ExportError: if there is something at `app`, or the disk refuses.
+    """
+    app = app.absolute()
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]{0,31}", app.name):
+        raise ConfigError(
+            f"{app.name!r} cannot be a Flower app's name: a letter, then up to 31 letters, digits, hyphens"
+        )
+    settings = load_run(run_file, dict(changes))
+    check_fits_flower(settings)
+    out = (out or app / "out").absolute()
+    config = {"out": str(out), "join-seconds": 120, **changes, **_found_paths(settings)}
+    words = {"name": app.name, "run_file": RUN_FILE, "out": out}
+    pyproject = PYPROJECT.format(
+        name=json.dumps(app.name),
+        version=metadata.version("ubsmoe"),
+        config="\n".join(f"{key} = {_toml(value)}" for key, value in config.items()),
+    )
+
+    from ubsmoe.storage.exportfolder import put_text, write_folder  # brings torch, which `read_app` on a node shall not
+
+    def fill(folder: Path) -> None:
+        put_text(folder / RUN_FILE, run_file.read_text(encoding="utf-8"))
+        put_text(folder / "pyproject.toml", pyproject)
+        put_text(folder / "server.py", CODE.format(side="server", where="the server", **words))
+        put_text(folder / "client.py", CODE.format(side="client", where="every node", **words))
+        put_text(folder / "README.md", README.format(**words))
+        put_text(folder / "LICENSE", metadata.distribution("ubsmoe").read_text("licenses/LICENSE") or "Apache-2.0\n")
+        put_text(folder / "flower.env", "".join(f"{key}={value}\n" for key, value in QUIET.items()))
+        put_text(folder / ".gitignore", "/out/\n/.flwr/\n")  # Flower ships what git would track
+
+    write_folder(app, fill)
+    return settings
+
+
+def read_app(run_file: Path, config: Mapping[str, Any]) -> RunSettings:
+    """The run file of a Flower app under the app's own configuration, whose dotted keys replace the file's.
+
+    Raises:
+        ConfigError: as `load_run`, and for a run that only one process can carry out.
+    """
+    changes = {key: value for key, value in config.items() if key not in FOR_SERVER}
+    texts = {key: parse_value(value) for key, value in changes.items() if isinstance(value, str)}
+    settings = load_run(run_file, {**changes, **texts})
+    check_fits_flower(settings)
+    return settings
+
+
+def check_fits_flower(settings: RunSettings) -> None:
+    """Raise ConfigError for a run that only one process can carry out."""
+    if settings.simulation is not None:
+        raise ConfigError("[simulation] is a virtual clock for clients in one process; with Flower leave it out")
+
+
+def _found_paths(settings: RunSettings) -> dict[str, str]:
+    """Files that the run file names beside itself are not beside its copy."""
+    named = {
+        "model.base": settings.model.base,
+        "adapter.start": settings.adapter.start,
+        "data.train": settings.data.train,
+        "data.test": settings.data.test,
+    }
+    return {key: str(Path(place).absolute()) for key, place in named.items() if place and Path(place).exists()}
+
+
+def _toml(value: Any) -> str:
+    """A value of the app's configuration; Flower takes no lists there, so they travel as text that is read again."""
+    return json.dumps(value if isinstance(value, str | int | float) else json.dumps(value))

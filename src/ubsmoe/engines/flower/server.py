@@ -1,0 +1,222 @@
+"""The server: `rounds.run` with clients that a Flower Grid reaches.
+
+Nodes are asked who they are before they are sent anything, and who answers a task is known from Flower's message, not from
+what the answer says.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.serverapp import Grid, ServerApp
+
+from ubsmoe.config import ConfigError, to_json
+from ubsmoe.deploy.app import read_app
+from ubsmoe.engines.flower.record import from_record, to_record
+from ubsmoe.errors import UserError
+from ubsmoe.federation import Federation, admit, build_server, client_names
+from ubsmoe.messages import Announcement, Dropped, Profile, Reply, Task, Update
+from ubsmoe.rounds import run
+from ubsmoe.storage.runfolder import RunFolder
+from ubsmoe.wire.codec import decode_announcements, decode_update, encode_task
+from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed, WireError
+
+ANNOUNCE = "query.announce"
+TRAIN = "train"
+POLL_SECONDS = 0.2
+LONGEST_REASON = 300  # characters of a node's error text that go into the events
+
+
+class FlowerEngine:
+    """Reaches clients over a Grid.
+
+    A client that fails, is silent or comes too late is a Dropped; its answer, should it come later, is never asked for.
+
+    Args:
+        grid: Flower's.
+        federation: the server's side of the run; clients are added to it, in client order, as they join.
+        say: told who comes and who is refused.
+        clock: seconds, for deadlines.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        federation: Federation,
+        say: Callable[[str], None] = print,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.clients: list[Profile] = federation.clients  # the same list: who joins here is drawn there
+        self._grid, self._federation, self._say, self._clock = grid, federation, say, clock
+        self._rounds, self._wanted = federation.settings.rounds, federation.settings.clients_per_round
+        self._nodes: dict[str, int] = {}
+        self._greeted: set[int] = set()
+        self._unanswered: dict[str, int] = {}
+
+    def join(self, seconds: float) -> None:
+        """Wait for the run file's number of clients, at most so long. Who comes later takes part from the next round.
+
+        Raises:
+            ConfigError: if fewer came than a round's quorum.
+        """
+        count, end = self._federation.settings.clients.count, self._clock() + seconds
+        self._look_around()
+        while len(self.clients) < count and self._clock() < end:
+            time.sleep(POLL_SECONDS)
+            self._look_around()
+        if len(self.clients) < max(1, self._rounds.quorum * self._wanted):
+            raise ConfigError(
+                f"{len(self.clients)} clients came within {seconds:g} s, clients.count is {count} and rounds.quorum "
+                f"{self._rounds.quorum:g}; start more nodes, or wait longer (join-seconds)"
+            )
+
+    def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
+        """Send every task, yield replies in the order of the tasks.
+
+        Answers that nobody has asked for yet stay with Flower, so the server holds one at a time, unless more clients are
+        asked than wanted: then the first to answer count and all must be looked at.
+        """
+        self._look_around()
+        began, limit = self._clock(), self._rounds.deadline_seconds
+        asked: dict[str, Task] = {}
+        waiting: dict[str, str] = {}
+        replies: dict[str, Reply] = {}
+        for task in tasks:
+            client = task.profile.client
+            asked[client] = task
+            message_id = self._push(TRAIN, self._nodes[client], encode_task(task), str(task.round), limit)
+            if message_id is None:
+                replies[client] = Dropped(client, task.round, "wire", "Flower did not take the task")
+            else:
+                waiting[message_id] = client
+        race, counted = len(asked) > self._wanted, 0
+        for client, task in asked.items():
+            while client not in replies:
+                late = limit is not None and self._clock() - began > limit
+                wanted = [ours for ours, whose in waiting.items() if race or late or whose == client]
+                came = [_reply_of(message, asked[whose]) for message, whose in self._pull(wanted, waiting)]
+                for reply in came:
+                    counted += isinstance(reply, Update)
+                    too_many = isinstance(reply, Update) and counted > self._wanted
+                    replies[reply.client] = self._lost(reply.client, task.round) if too_many else reply
+                if client not in replies and (late or counted >= self._wanted):
+                    replies[client] = self._lost(client, task.round, limit if late else None)
+                elif not came:
+                    time.sleep(POLL_SECONDS)
+            yield replies.pop(client)
+
+    def _lost(self, client: str, number: int, limit: float | None = None) -> Dropped:
+        reason = f"the round had its {self._wanted} updates before"
+        if limit is not None:
+            reason = f"no answer within rounds.deadline_seconds = {limit:g}"
+        return Dropped(client, number, "deadline", reason)
+
+    def _pull(self, ids: list[str], waiting: dict[str, Any]) -> list[tuple[Message, Any]]:
+        """The answers that are there, each with what `waiting` says of it; a second answer to the same message is nothing."""
+        messages = self._grid.pull_messages(ids) if ids else ()
+        found = [(message, waiting.pop(message.metadata.reply_to_message_id, None)) for message in messages]
+        return [(message, whose) for message, whose in found if whose is not None]
+
+    def _look_around(self) -> None:
+        """Greet nodes that are new, hear those that answer; nobody is waited for."""
+        online = set(self._grid.get_node_ids())
+        self._greeted &= online  # who comes back is asked again: it may have changed
+        for node in online - self._greeted:
+            message_id = self._push(ANNOUNCE, node, Packed(b"", b""), "announce", None)
+            if message_id is not None:
+                self._greeted.add(node)
+                self._unanswered[message_id] = node
+        for message, node in self._pull(list(self._unanswered), self._unanswered):
+            self._hear(message, node, online)
+
+    def _hear(self, message: Message, node: int, online: set[int]) -> None:
+        try:
+            announced = decode_announcements(_content(message))
+        except WireError as error:
+            return self._say(f"node {node} is refused: {error}")
+        for one in announced:
+            try:
+                self._admit(one, node, online)
+            except UserError as error:
+                self._say(f"node {node}: client {one.client!r} is refused: {error}")
+
+    def _admit(self, one: Announcement, node: int, online: set[int]) -> None:
+        profile = admit(self._federation, one)
+        holder = self._nodes.get(one.client)
+        if holder != node and holder in online:
+            raise ConfigError(f"node {holder} is that client already")
+        others = [other for other in self.clients if other.client != one.client]
+        if len(others) >= self._federation.settings.clients.count:
+            raise ConfigError(f"clients.count = {self._federation.settings.clients.count} are there")
+        self._nodes[one.client] = node
+        names = client_names(self._federation.settings)
+        self.clients[:] = sorted([*others, profile], key=lambda p: (_place(p.client, names), p.client))
+        self._say(f"{one.client} is node {node}: {one.num_examples} examples, tier {profile.tier + 1}")
+
+    def _push(self, kind: str, node: int, packed: Packed, group: str, seconds: float | None) -> str | None:
+        message = Message(to_record(packed), node, kind, ttl=seconds, group_id=group)
+        return next(iter(self._grid.push_messages([message])), None)
+
+
+def _place(client: str, names: list[str]) -> int:
+    return names.index(client) if client in names else len(names)
+
+
+def _content(message: Message) -> Packed:
+    if message.has_error():
+        raise WireError(_short(message.error.reason or "no reason given"))
+    return from_record(message.content)
+
+
+def _reply_of(message: Message, task: Task) -> Reply:
+    """What a message says. The client is who was asked, whatever the message claims."""
+    client = task.profile.client
+    if message.has_error():
+        return Dropped(client, task.round, "training", _short(message.error.reason or "no reason given"))
+    try:
+        update = decode_update(from_record(message.content), MAX_MESSAGE_BYTES, task.payload)
+    except WireError as error:
+        return Dropped(client, task.round, "wire", _short(str(error)))
+    if update.client != client:
+        return Dropped(client, task.round, "validation", _short(f"answered in the name of {update.client!r}"))
+    return update
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:LONGEST_REASON]
+
+
+def server_app(run_file: Path) -> ServerApp:
+    """The app that runs beside the SuperLink: the whole of `rounds.run`, its clients elsewhere."""
+    app = ServerApp()
+
+    def main(grid: Grid, context: Context) -> None:
+        import torch
+
+        settings = read_app(run_file, context.run_config)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        federation = build_server(settings)
+        engine = FlowerEngine(grid, federation, _print)
+        with RunFolder.open_or_create(str(context.run_config["out"]), to_json(settings)) as folder:
+            engine.join(float(context.run_config["join-seconds"]))
+            summary = run(federation, folder, engine, _tell)
+        _print(f"adapter {folder.path / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}")
+
+    app.main()(main)
+    return app
+
+
+def _tell(event: str, round: int, fields: dict[str, Any]) -> None:
+    if event == "dropped":
+        _print(f"round {round}: {fields['client']} dropped ({fields['stage']}): {fields['reason']}")
+    elif event == "round":
+        _print(f"round {round}: loss {fields['loss']:.4f} in {fields['seconds']:.1f} s")
+    elif event == "evaluated":
+        _print(f"round {round}: tier {fields['tier'] + 1} evaluated")
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
