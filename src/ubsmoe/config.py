@@ -130,7 +130,9 @@ class TrainSettings(Settings):
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="local optimiser; its state is reset every round")
     learning_rate: PositiveFloat = Field(2e-3, description="peak step size")
     momentum: Share = Field(0.9, description="for sgd")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled; moves experts nobody activated")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="decoupled (adamw) or L2 (sgd); shrinks unused experts too"
+    )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="linear warm-up of each round's local steps")
     clip_norm: PositiveFloat | None = Field(1.0, description="global norm of the local gradient")
 

@@ -13,23 +13,23 @@ adapter here; the paper has s = 1.
 
 Ranks are uniform, so a tier's budget sets its experts per token; with all budgets at 1 this is the published
 aggregation. An expert that a client did not activate comes back as it was sent and counts with full weight; one that
-nobody activated stays.
+nobody activated stays, weight decay apart.
 
 Source: Fed-SB (Singhal et al. 2025, arXiv 2502.15436).
 """
 
-from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ubsmoe.errors import UserError
-from ubsmoe.maths.means import WeightedMean
 from ubsmoe.maths.shape import ModelShape
-from ubsmoe.messages import Profile, Tensors, Update
+from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.base import Base, Hooks, Method, State
 from ubsmoe.methods.factors import routers
+from ubsmoe.methods.fedavg import fedavg
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
 
@@ -47,22 +47,15 @@ def fed_sb(base: Base) -> Method:
         cores = {f"{name[:-2]}.R": core.clone() for name in adapter if name.endswith(".A")}
         return State(cores | routers(adapter))
 
-    def dispatch(state: State, profile: Profile) -> dict[str, Tensor]:
-        return dict(state.adapters)
-
     def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
         fixed = basis(model, base)
         model.load_adapter({**fixed, **payload}, base.alpha, frozen=fixed)
         model.set_top_k(profile.top_k)
         return Hooks()
 
-    def aggregate(state: State, updates: Iterable[Update]) -> State:
-        mean = WeightedMean()
-        for update in updates:
-            mean.add(update.adapters, update.num_examples)
-        return State(mean.result(state.adapters))
-
-    return Method("fed_sb", start, dispatch, install, aggregate, factors_up="R", extra_down=_core_instead)
+    return replace(
+        fedavg(base), name="fed_sb", start=start, install=install, extra_down=_core_instead, extra_up=_core_instead
+    )
 
 
 def basis(model: SparseModel, base: Base) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ Ours: weights p_c where the paper has 1 / K; the residual stays in factors, as t
 does not, summed up in a side factor (side.py) that every payload carries. Ranks are uniform (the mean of factors
 needs that), so a tier's budget sets its experts per token; with all budgets at 1 this is the published method. An
 expert that a client did not activate comes back as it was sent and counts with full weight; one that nobody activated
-stays. All of a round's factors are held at once and the server needs each client's own, so this method cannot run
-under secure aggregation.
+stays, weight decay apart. All of a round's factors are held at once and the server needs each client's own, so this
+method cannot run under secure aggregation.
 
 Source: FedEx-LoRA (Singhal et al. 2025, arXiv 2410.09432).
 """

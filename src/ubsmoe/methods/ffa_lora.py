@@ -7,20 +7,20 @@ seed by whoever needs it, the same A that the server's adapter starts from.
 
 Ranks are uniform, so a tier's budget sets its experts per token, as in naive averaging; with all budgets at 1 this is
 the published method. A frozen A usually wants a larger train.learning_rate. An expert that a client did not activate
-comes back as it was sent and counts with full weight; one that nobody activated stays.
+comes back as it was sent and counts with full weight; one that nobody activated stays, weight decay apart.
 
 Source: FFA-LoRA (Sun et al. 2024, arXiv 2403.12313).
 """
 
-from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ubsmoe.maths.means import WeightedMean
 from ubsmoe.maths.shape import ModelShape
-from ubsmoe.messages import Profile, Tensors, Update
+from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.base import Base, Hooks, Method, State
+from ubsmoe.methods.fedavg import fedavg
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
 
@@ -31,9 +31,6 @@ def ffa_lora(base: Base) -> Method:
     def start(adapter: dict[str, Tensor]) -> State:
         return State({name: value for name, value in adapter.items() if not name.endswith(".A")})
 
-    def dispatch(state: State, profile: Profile) -> dict[str, Tensor]:
-        return dict(state.adapters)
-
     def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
         drawn = model.fresh_adapter(base.rank, generator_for(base.seed, "adapter"), shared_a=base.shared_a)
         frozen = {name for name in drawn if name.endswith(".A")}
@@ -41,13 +38,9 @@ def ffa_lora(base: Base) -> Method:
         model.set_top_k(profile.top_k)
         return Hooks()
 
-    def aggregate(state: State, updates: Iterable[Update]) -> State:
-        mean = WeightedMean()
-        for update in updates:
-            mean.add(update.adapters, update.num_examples)
-        return State(mean.result(state.adapters))
-
-    return Method("ffa_lora", start, dispatch, install, aggregate, factors_up="B", extra_down=_without_a)
+    return replace(
+        fedavg(base), name="ffa_lora", start=start, install=install, extra_down=_without_a, extra_up=_without_a
+    )
 
 
 def _without_a(shape: ModelShape, rank: int) -> int:
