@@ -7,6 +7,7 @@ from typing import Any
 
 from ubsmoe.client import Trainer
 from ubsmoe.config import ConfigError, RunSettings, to_json
+from ubsmoe.data.card import data_card
 from ubsmoe.data.partition import PartitionReport, partition, partition_report
 from ubsmoe.data.sources import load_examples, load_test
 from ubsmoe.data.tasks import Example
@@ -39,6 +40,7 @@ class Federation:
     questions: dict[str, list[Question]]
     partition: PartitionReport | None
     base_sha256: str
+    data_card: dict[str, Any] | None
 
     @property
     def run_id(self) -> str:
@@ -58,7 +60,8 @@ def build_federation(settings: RunSettings) -> Federation:
         UserError: for any setting that cannot be met; nothing has been written by then.
     """
     server = build_server(settings)
-    train = load_examples(settings.data, server.tokenizer, settings.seed).train
+    splits = load_examples(settings.data, server.tokenizer, settings.seed)
+    train = splits.train
     parts = deal(settings, train)
     tokens = tokenize(train, server.tokenizer, settings.data, "train")
     return replace(
@@ -66,6 +69,7 @@ def build_federation(settings: RunSettings) -> Federation:
         clients=[admit(server, Announcement(name, len(part))) for name, part in parts.items()],
         examples={name: [tokens[i] for i in part] for name, part in parts.items()},
         partition=_report(train, list(parts.values()), settings.data.partition.field),
+        data_card=data_card(settings.data, splits, tokens),
     )
 
 
@@ -90,6 +94,7 @@ def build_server(settings: RunSettings) -> Federation:
         questions=prepare(test, tokenizer, settings.data, settings.evaluate),
         partition=None,
         base_sha256=weights_sha256(model.model),
+        data_card=None,
     )
 
 

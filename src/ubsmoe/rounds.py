@@ -90,6 +90,8 @@ def run(
         part = federation.partition
         note("started", 0, rounds=settings.train.rounds, clients=len(federation.clients), method=method.name)
         note("partition", 0, report=part.to_json() if part else None)
+        if federation.data_card:
+            folder.write_data_card(federation.data_card)
         history.append(_evaluate_tiers(federation, state, 0, score_all, note))
         folder.save_checkpoint(0, _pack(state), {"history": history, "seconds": 0.0}, settings.keep_checkpoints)
         done = 0

@@ -41,6 +41,7 @@ def test_a_run_ends_with_a_table_and_an_adapter(
     assert re.search(r"tier +β +K +rank +MFLOPs", printed)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["adapter_sha256"] in printed
+    assert sum(json.loads((out / "data.json").read_text())["train"]["tasks"].values()) == 40
     assert [tier["top_k"] for tier in summary["tiers"]] == [1, 2, 3, 4]
     events = [json.loads(line)["event"] for line in (out / "events.jsonl").read_text().splitlines()]
     assert events.count("client") == 8 and events.count("round") == 2 and events.count("evaluated") == 8

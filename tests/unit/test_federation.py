@@ -1,5 +1,6 @@
 """What a run is built from: clients and tiers, and the refusals that come before anything is written."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,26 @@ def test_a_quantised_base_is_refused_before_it_is_loaded(tiny_run: dict[str, Any
     settings = parse_run(with_overrides(tiny_run, {"model.base": str(tmp_path)}))
     with pytest.raises(UserError, match=r"model\.base: .* holds quantised weights \(bitsandbytes\).* dequantised copy"):
         build_federation(settings)
+
+
+def test_the_data_card_counts_what_was_read(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    def row(question: str, task: str) -> str:
+        return json.dumps({"prompt": question, "completion": " yes", "task": task}) + "\n"
+
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train.write_text(row("a?", "one") + row("a?", "one") + row("b? " * 40, "two") + row("c?", "two"))
+    test.write_text(row("c?", "two") + row("d?", "three"))
+    changes = {"data": {"train": str(train), "test": str(test), "max_length": 30}, "clients.count": 4}
+    federation = build_federation(parse_run(with_overrides(tiny_run, changes)))
+    card = federation.data_card
+    assert card
+    lengths = [len(one.input_ids) for group in federation.examples.values() for one in group]
+    assert card["train"]["tasks"] == {"one": 2, "two": 2} and card["test"]["tasks"] == {"two": 1, "three": 1}
+    assert card["train"]["sha256"] == {"train.jsonl": hashlib.sha256(train.read_bytes()).hexdigest()}
+    assert (card["train"]["repeat"], card["train"]["at_max_length"], card["asked_in_both"]) == (1, 1, 1)
+    assert card["train"]["tokens"] == {"sum": sum(lengths), "mean": round(sum(lengths) / 4, 1), "longest": 30}
+    world = build_federation(parse_run(tiny_run)).data_card
+    assert world and (world["test"]["source"], world["test"]["sha256"]) == ("world", {})
 
 
 def test_a_method_that_varies_the_rank_gives_every_tier_its_own(tiny_run: dict[str, Any]) -> None:

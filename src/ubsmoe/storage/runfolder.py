@@ -1,6 +1,7 @@
 """The folder of one run: what was asked, with which versions, what happened, and the result.
 
     config.json          the resolved settings; written last, so a folder without it is no run yet
+    data.json            the data card: sources, hashes, sizes
     versions.json        python, torch, transformers, ubsmoe, platform
     events.jsonl         one line per event
     checkpoints/         the newest states
@@ -30,8 +31,8 @@ from ubsmoe.storage.disk import atomic_write as atomic_write
 from ubsmoe.storage.events import Event, EventLog, read_events
 
 CONFIG, VERSIONS, EVENTS, CHECKPOINTS = "config.json", "versions.json", "events.jsonl", "checkpoints"
-ADAPTER, SUMMARY, LOCK = "adapter.safetensors", "summary.json", ".lock"
-OURS = {CONFIG, VERSIONS, EVENTS, CHECKPOINTS, ADAPTER, SUMMARY, LOCK, f".{CONFIG}.draft", f".{VERSIONS}.draft"}
+ADAPTER, SUMMARY, DATA, LOCK = "adapter.safetensors", "summary.json", "data.json", ".lock"
+OURS = {CONFIG, DATA, VERSIONS, EVENTS, CHECKPOINTS, ADAPTER, SUMMARY, LOCK, f".{CONFIG}.draft", f".{VERSIONS}.draft"}
 
 
 class RunFolderError(UserError):
@@ -142,6 +143,10 @@ class RunFolder:
         """Write the final adapter; `facts`, such as alpha, go into its header. Returns its SHA-256."""
         atomic_write(self.path / ADAPTER, tensors.tensor_bytes(adapter, facts))
         return disk.file_sha256(self.path / ADAPTER)
+
+    def write_data_card(self, card: Mapping[str, Any]) -> None:
+        """Write what the run's data are."""
+        atomic_write(self.path / DATA, disk.encode_json(dict(card), indent=2))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the final figures; once this file is there the run has ended."""
