@@ -15,6 +15,7 @@ AnySettings = TypeVar("AnySettings", bound=BaseModel)
 
 Budget = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Rank = Annotated[int, Field(ge=1, le=4096)]  # far above any use: a slip of the hand must not eat the machine's memory
 WireDtype = Literal["float32", "bfloat16", "int8"]
 
 
@@ -39,7 +40,7 @@ class ModelSettings(Settings):
 class AdapterSettings(Settings):
     """[adapter]: what is trained on top of the base."""
 
-    rank: PositiveInt = Field(8, description="LoRA rank on every expert matrix")
+    rank: Rank = Field(8, description="LoRA rank on every expert matrix")
     alpha: PositiveFloat = Field(16.0, description="LoRA numerator: the update is alpha / rank * B A")
     shared_a: bool = Field(True, description="start all experts of a layer from one A (pseudo-gradients need it)")
     router: Literal["frozen", "trained"] = Field("frozen", description="whether the routers' weights are trained too")
@@ -52,7 +53,7 @@ class TierSettings(Settings):
     budgets: tuple[Budget, ...] = Field(
         (0.25, 0.5, 0.75, 1.0), min_length=1, description="beta of each tier, in (0, 1]"
     )
-    ranks: tuple[PositiveInt, ...] = Field(
+    ranks: tuple[Rank, ...] = Field(
         (4, 8, 16, 32), min_length=1, description="LoRA rank of each tier, for methods that vary the rank instead of K"
     )
     k_max: PositiveInt | None = Field(None, description="experts per token at budget 1; the base's own when left out")

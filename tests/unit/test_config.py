@@ -25,6 +25,7 @@ def test_settings_survive_a_round_trip_through_json() -> None:
         ({"train": {"rounds": "many"}}, "train.rounds: Input should be a valid integer"),
         ({"train": {"learning_rate": float("inf")}}, "train.learning_rate: Input should be a finite number (got inf)"),
         ({"tiers": {"budgets": [float("nan")]}}, "tiers.budgets.0: Input should be"),
+        ({"adapter": {"rank": 10**8}}, "adapter.rank: Input should be less than or equal to 4096 (got 100000000)"),
         ({"clients": {"count": 2, "per_round": 3}}, "clients.per_round is 3 but there are only 2 clients"),
     ],
 )

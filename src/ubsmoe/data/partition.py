@@ -61,8 +61,13 @@ def partition(examples: Sequence[Example], settings: PartitionSettings, num_clie
         Per client, the positions of its examples in ascending order.
 
     Raises:
-        ConfigError: for an unknown field, fewer values than clients, or a client below `min_examples`.
+        ConfigError: for an unknown field, fewer examples or values than clients, or a client below `min_examples`.
     """
+    if num_clients > len(examples):
+        raise ConfigError(
+            f"clients.count is {num_clients}, but there are {len(examples)} examples to train on; "
+            f"expected at most {len(examples)}"
+        )
     rng = np.random.default_rng(seed_for(seed, "partition"))
     if settings.kind == "iid":
         parts = _cut(rng.permutation(len(examples)), np.full(num_clients, 1 / num_clients))
