@@ -5,7 +5,7 @@ import difflib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
@@ -70,6 +70,10 @@ class ClientSettings(Settings):
 
     count: PositiveInt = Field(8, description="number of clients")
     per_round: PositiveInt | None = Field(None, description="clients drawn each round; all when left out")
+    sampling: Literal["fixed", "poisson"] = Field(
+        "fixed",
+        description="exactly per_round clients, or each with probability per_round / count (better for [privacy])",
+    )
 
 
 class WorldSettings(Settings):
@@ -162,6 +166,50 @@ class WireSettings(Settings):
     )
 
 
+class RobustSettings(Settings):
+    """[robust]: what holds against clients that pass the gate and lie (docs/robustness.md)."""
+
+    rule: Literal["mean", "trimmed_mean", "median", "multi_krum"] = Field(
+        "mean", description="how updates are averaged; all but mean hold every update of a round at once"
+    )
+    attackers: Annotated[int, Field(ge=0)] = Field(
+        0, description="clients of a round that may lie, for trimmed_mean and multi_krum"
+    )
+    clip_norm: PositiveFloat | None = Field(
+        None, description="longest change (Euclidean) of a client's weights; a longer one is shortened, not dropped"
+    )
+    utilization_cap: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="factor by which a client's share of an expert may differ from the clients' median"
+    )
+
+    @model_validator(mode="after")
+    def _rule_has_its_number(self) -> "RobustSettings":
+        if (self.rule in ("trimmed_mean", "multi_krum")) != (self.attackers > 0):
+            raise ValueError(
+                f"attackers is {self.attackers} with rule {self.rule!r}; trimmed_mean and multi_krum need at least 1, "
+                "mean and median take none"
+            )
+        return self
+
+    @property
+    def fewest_clients(self) -> int:
+        """How many updates the rule needs at least."""
+        return {"trimmed_mean": 2 * self.attackers + 1, "multi_krum": 2 * self.attackers + 3}.get(self.rule, 1)
+
+
+class PrivacySettings(Settings):
+    """[privacy]: client-level differential privacy (docs/robustness.md); a section that is left out protects nothing."""
+
+    noise_multiplier: PositiveFloat = Field(
+        description="standard deviation of the noise on a round's sum, in units of clip_norm"
+    )
+    clip_norm: PositiveFloat = Field(description="longest contribution of a client, weights and counts together")
+    delta: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="of (epsilon, delta); below 1 / clients.count")
+    seed: int | None = Field(
+        None, description="fixes the noise, for studies: who knows it can take the noise off; secret when left out"
+    )
+
+
 class SimulationSettings(Settings):
     """[simulation]: unequal clients on a virtual clock, in this process; a section that is left out simulates nothing."""
 
@@ -205,6 +253,8 @@ class RunSettings(Settings):
     train: TrainSettings = TrainSettings()
     rounds: RoundSettings = RoundSettings()
     wire: WireSettings = WireSettings()
+    robust: RobustSettings = RobustSettings()
+    privacy: PrivacySettings | None = None
     simulation: SimulationSettings | None = None
     evaluate: EvaluateSettings = EvaluateSettings()
 
@@ -219,6 +269,20 @@ class RunSettings(Settings):
             raise ValueError(
                 f"rounds.extra_clients is {self.rounds.extra_clients}, but every client is asked in every round; "
                 "set clients.per_round"
+            )
+        if self.clients.sampling == "poisson" and (not self.clients.per_round or self.rounds.extra_clients):
+            raise ValueError(
+                'clients.sampling "poisson" draws clients.per_round clients on average; set that, and rounds.extra_clients = 0'
+            )
+        if self.privacy and (self.robust != RobustSettings() or self.rounds.extra_clients):
+            raise ValueError(
+                "[privacy] bounds what one client can do to a mean, which [robust] and rounds.extra_clients do not average; "
+                "leave them out"
+            )
+        if self.clients_per_round < self.robust.fewest_clients:
+            raise ValueError(
+                f"robust.rule {self.robust.rule!r} against {self.robust.attackers} attackers needs "
+                f"{self.robust.fewest_clients} clients in a round, there are {self.clients_per_round}; lower robust.attackers"
             )
         return self
 
@@ -331,6 +395,7 @@ def _explain(fault: Any, root: type[BaseModel]) -> str:
 def _section(model: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel]:
     for name in path:
         annotation = model.model_fields[name].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        model = annotation
+        # a section that may be left out is annotated "Settings | None"
+        sections = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type)]
+        model = next(part for part in sections if issubclass(part, BaseModel))
     return model

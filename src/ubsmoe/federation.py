@@ -19,6 +19,8 @@ from ubsmoe.methods.base import Base, Method
 from ubsmoe.model.load import load_base, weights_sha256
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.plan import tier_ranks
+from ubsmoe.privacy import check_privacy
+from ubsmoe.protection import check_protection, mean_of
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def build_method(settings: RunSettings, model: SparseModel) -> tuple[Base, Metho
     """The method of a run on a base that is loaded, and one profile per tier; needs no data.
 
     Raises:
-        UserError: for a method or a setting of it that does not exist.
+        UserError: for a method or a setting of it that does not exist, or a protection that the method refuses.
     """
     adapter = settings.adapter
     base = Base(
@@ -163,8 +165,11 @@ def build_method(settings: RunSettings, model: SparseModel) -> tuple[Base, Metho
         alpha=adapter.alpha,
         seed=settings.seed,
         shared_a=adapter.shared_a,
+        mean=mean_of(settings.robust),
     )
     method = build(settings.method.name, base, settings.method.settings)
+    check_protection(settings, method)
+    check_privacy(settings, method)
     tiers = range(len(settings.tiers.budgets))
     return base, method, [_profile(settings, method, base, f"tier-{tier}", tier) for tier in tiers]
 

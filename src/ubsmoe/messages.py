@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
-Stage = Literal["training", "deadline", "wire", "validation"]
+Stage = Literal["training", "deadline", "wire", "validation", "robust"]
 
 
 @dataclass(frozen=True)

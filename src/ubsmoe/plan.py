@@ -9,6 +9,8 @@ from ubsmoe.methods import build
 from ubsmoe.methods.base import Base, Method
 from ubsmoe.model.load import checked_k_max
 from ubsmoe.model.presets import load_config, shape_from_config
+from ubsmoe.privacy import check_privacy
+from ubsmoe.protection import check_protection
 
 
 def run_costs(settings: RunSettings, sequence_length: int | None = None) -> list[TierCost]:
@@ -25,6 +27,8 @@ def run_costs(settings: RunSettings, sequence_length: int | None = None) -> list
     k_max = checked_k_max(settings.tiers.k_max, shape.k_max, settings.model.base)
     base = Base(shape.num_moe_layers, shape.num_experts, k_max, settings.adapter.rank, settings.adapter.alpha)
     method = build(settings.method.name, base, settings.method.settings)
+    check_protection(settings, method)
+    check_privacy(settings, method)
     bills = tier_costs(
         shape,
         settings.tiers.budgets,

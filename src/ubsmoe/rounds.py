@@ -1,5 +1,6 @@
 """A run: dispatch -> exchange -> aggregate -> evaluate, once a round, and nothing else."""
 
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -9,13 +10,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ubsmoe.config import ConfigError, parse_run, with_overrides
+from ubsmoe.config import ConfigError, RunSettings, parse_run, with_overrides
 from ubsmoe.evaluate import Score, evaluate
 from ubsmoe.exports import read_peft
 from ubsmoe.federation import Federation, build_federation
 from ubsmoe.maths import balance, routing
 from ubsmoe.messages import Dropped, Profile, Reply, Task, Update
 from ubsmoe.methods.base import State
+from ubsmoe.privacy import noisy_mean, spent
+from ubsmoe.protection import protected
 from ubsmoe.seeds import generator_for
 from ubsmoe.storage.runfolder import RunFolder, read_adapter, read_run
 from ubsmoe.wire.gate import Gate, expected_form
@@ -41,13 +44,18 @@ class Watch:
     examples: int = 0
     loss: float = 0.0
 
+    def heard(self, updates: Iterable[Update]) -> Iterator[Update]:
+        """The same updates, each told of."""
+        for update in updates:
+            self.report(update)
+            yield update
+
     def over(self, updates: Iterable[Update]) -> Iterator[Update]:
         """The same updates, looked at."""
         for update in updates:
             self.used += update.num_examples * routing.utilization(update.expert_tokens, update.tokens)
             self.loss += update.num_examples * update.loss
             self.examples += update.num_examples
-            self.report(update)
             yield update
 
     def figures(self) -> dict[str, Any]:
@@ -93,20 +101,23 @@ def run(
         if federation.data_card:
             folder.write_data_card(federation.data_card)
         history.append(_evaluate_tiers(federation, state, 0, score_all, note))
-        folder.save_checkpoint(0, _pack(state), {"history": history, "seconds": 0.0}, settings.keep_checkpoints)
+        noise = noise_key(settings)
+        so_far = {"history": history, "seconds": 0.0, "noise": noise}
+        folder.save_checkpoint(0, _pack(state), so_far, settings.keep_checkpoints)
         done = 0
     else:
         state, done = unpack(checkpoint.tensors), checkpoint.round
         history, seconds_before = checkpoint.facts["history"], checkpoint.facts["seconds"]
+        noise = checkpoint.facts["noise"]
         report("resumed", done, {"round": done})
 
     for number in range(done + 1, settings.train.rounds + 1):
-        state = one_round(federation, engine, state, number, note)
+        state = one_round(federation, engine, state, number, note, noise)
         every = settings.evaluate.every
         if number == settings.train.rounds or (every and number % every == 0):
             history.append(_evaluate_tiers(federation, state, number, score_all, note))
         seconds = seconds_before + time.perf_counter() - started
-        so_far = {"history": history, "seconds": seconds}
+        so_far = {"history": history, "seconds": seconds, "noise": noise}
         folder.save_checkpoint(number, _pack(state), so_far, settings.keep_checkpoints)
 
     facts = {
@@ -125,13 +136,26 @@ def run(
         "before": history[0],
         "after": history[-1],
     }
+    if settings.privacy:
+        summary["privacy"] = {**settings.privacy.model_dump(exclude={"seed"}), **spent(settings, settings.train.rounds)}
     folder.write_summary(summary)
     return summary
 
 
+def noise_key(settings: RunSettings) -> str:
+    """What a private run's noise follows from: a secret of the server's, kept with its checkpoints, unless a seed is set."""
+    if settings.privacy is None:
+        return ""
+    return secrets.token_hex(32) if settings.privacy.seed is None else str(settings.privacy.seed)
+
+
 def sample_clients(federation: Federation, round: int) -> list[Profile]:
-    """The clients asked in a round: all, or a seeded draw without replacement, in client order."""
+    """The clients asked in a round, in client order: all, a seeded draw of so many, or each with the same probability."""
     clients, settings = federation.clients, federation.settings
+    if settings.clients.sampling == "poisson":
+        draws = torch.rand(len(clients), generator=generator_for(settings.seed, round, "sampling"))
+        share = settings.clients_per_round / len(clients)
+        return [client for client, draw in zip(clients, draws.tolist(), strict=True) if draw < share]
     asked = settings.clients_per_round + settings.rounds.extra_clients
     if asked >= len(clients):
         return clients
@@ -177,17 +201,23 @@ def _start_from(federation: Federation, folder: str) -> State:
     return state
 
 
-def one_round(federation: Federation, engine: Engine, state: State, number: int, note: Callable[..., None]) -> State:
+def one_round(
+    federation: Federation, engine: Engine, state: State, number: int, note: Callable[..., None], noise: str = ""
+) -> State:
     """Dispatch to the round's clients, take what passes the gate as it comes, aggregate; `note` gets the events.
+
+    `noise` is the `noise_key` of a private run, whose events tell nothing of what a client has but its size.
 
     Raises:
         RoundError: if too few updates count; the state before is what there is then.
     """
     began = time.perf_counter()
+    settings = federation.settings
     profiles = {profile.client: profile for profile in sample_clients(federation, number)}
 
     def seen(update: Update) -> None:
         profile = profiles[update.client]
+        told = {"tokens": update.tokens, "slots": update.slots, "loss": update.loss}
         note(
             "client",
             number,
@@ -196,34 +226,53 @@ def one_round(federation: Federation, engine: Engine, state: State, number: int,
             top_k=profile.top_k,
             rank=profile.rank,
             examples=update.num_examples,
-            tokens=update.tokens,
-            slots=update.slots,
-            loss=update.loss,
             seconds=update.seconds,
+            **({} if settings.privacy else told),
         )
 
     def lost(reply: Dropped) -> None:
         note("dropped", number, client=reply.client, stage=reply.stage, reason=reply.reason)
 
     watch = Watch(seen, torch.zeros(federation.base.num_layers, federation.base.num_experts, dtype=torch.float64))
-    gate = gate_of(federation, lost)
-    replies = engine.exchange(gate.ask(_tasks(federation, state, number, profiles.values())))
-    state = federation.method.aggregate(state, watch.over(gate.passed(replies)))
-    extras = {"phi": state.extras["phi"].tolist()} if "phi" in state.extras else {}
+    gate = gate_of(federation, len(profiles), lost)
+    passed = gate.passed(engine.exchange(gate.ask(_tasks(federation, state, number, profiles.values()))))
+    if settings.privacy:
+        counted: Iterable[Update] = [_noisy_mean(federation, watch.heard(passed), state, number, noise)]
+    else:
+        counted = watch.heard(protected(passed, state, settings.robust, lost))
+    state = federation.method.aggregate(state, watch.over(counted))
+    extras: dict[str, Any] = {"phi": state.extras["phi"].tolist()} if "phi" in state.extras else {}
+    if settings.privacy:
+        extras |= spent(settings, number)
     utilization = (watch.used / max(watch.examples, 1)).tolist()
     seconds = time.perf_counter() - began
     note("round", number, seconds=seconds, **watch.figures(), utilization=utilization, **extras)
     return state
 
 
-def gate_of(federation: Federation, drop: Callable[[Dropped], None]) -> Gate:
-    """A gate for one round of this run."""
+def _noisy_mean(federation: Federation, updates: Iterable[Update], state: State, number: int, noise: str) -> Update:
+    """One update that stands for a private round; its shape and K follow from what is public."""
+    settings, clients, tier = federation.settings, federation.clients, federation.tiers[0]
+    assert settings.privacy is not None
+    return noisy_mean(
+        updates,
+        state,
+        expected_form(federation.model, federation.method, Task(number, tier, federation.method.dispatch(state, tier))),
+        settings.privacy,
+        settings.clients_per_round,
+        sum(client.top_k for client in clients) / len(clients),
+        generator_for(noise, number, "noise"),
+    )
+
+
+def gate_of(federation: Federation, asked: int, drop: Callable[[Dropped], None]) -> Gate:
+    """A gate for one round of this run, for which so many clients were drawn."""
     settings = federation.settings
     return Gate(
         lambda task: expected_form(federation.model, federation.method, task),
         settings.rounds,
         elastic=settings.tiers.elastic_share > 0,
-        wanted=settings.clients_per_round,
+        wanted=asked if settings.clients.sampling == "poisson" else settings.clients_per_round,
         drop=drop,
     )
 

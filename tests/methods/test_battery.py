@@ -5,6 +5,7 @@ A method that does not keep a law says so in `unpromised`, with the reason, and 
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from ubsmoe.client import Trainer, train
 from ubsmoe.config import TierSettings, TrainSettings
 from ubsmoe.data.tokens import Tokens
+from ubsmoe.maths.robust import TrimmedMean
 from ubsmoe.maths.traffic import count_bytes, payload_bytes, update_bytes
 from ubsmoe.messages import Task, Tensors
 from ubsmoe.methods import METHODS, build, summary_line
@@ -162,6 +164,22 @@ def directions(adapters: Tensors, expert: int) -> Tensors:
         elif not name.endswith(".router"):
             found[name] = value[expert]
     return found
+
+
+@pytest.mark.parametrize("median", [True, False])
+def test_a_method_stands_liars_or_refuses_with_a_reason(lab, method, median):
+    """One of five sends anything: every tensor stays within what the other four sent."""
+    assert set(method.refuses) <= {"robust", "privacy"} and all(method.refuses.values())
+    if "robust" in method.refuses:
+        pytest.skip(f"{method.name} refuses [robust]: {method.refuses['robust']}")
+    method = build(method.name, replace(lab.base, mean=partial(TrimmedMean, 0 if median else 1, median=median)))
+    state = lab.warm(method)
+    honest = [replace(lab.update(method, state, TOP, seed=i)[0], client=f"client-{i}") for i in range(4)]
+    wild = {name: 1e6 * value - 7 for name, value in honest[0].adapters.items()}
+    after = method.aggregate(state, [*honest[:2], replace(honest[0], client="liar", adapters=wild), *honest[2:]])
+    for name in honest[0].adapters:
+        sent = torch.stack([state.adapters[name], *(update.adapters[name] for update in honest)])
+        assert (after.adapters[name] >= sent.amin(0)).all() and (after.adapters[name] <= sent.amax(0)).all()
 
 
 def test_no_clients_leave_the_state_as_it_was(method, warm):

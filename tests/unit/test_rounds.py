@@ -51,7 +51,7 @@ def test_the_watch_weighs_clients_by_their_examples() -> None:
     seen: list[str] = []
     watch = Watch(lambda one: seen.append(one.client), torch.zeros(1, 3, dtype=torch.float64))
     updates = [update("a", 1, [[4, 4, 0]], 1.0), update("b", 3, [[4, 4, 0]], 2.0)]
-    assert list(watch.over(updates)) == updates and seen == ["a", "b"]
+    assert list(watch.over(watch.heard(updates))) == updates and seen == ["a", "b"]
     figures = watch.figures()
     # each token used experts 0 and 1: u = (1, 1, 0), sum u = K = 2
     assert (watch.used / watch.examples).tolist() == [[1.0, 1.0, 0.0]]

@@ -102,13 +102,14 @@ class SimulatedEngine:
         assert settings.simulation is not None
         self._inner, self._seconds = inner, seconds
         self._dropout, self._seed = settings.simulation.dropout, settings.seed
-        self._wanted, self._deadline = settings.clients_per_round, settings.rounds.deadline_seconds
+        self._wanted = None if settings.clients.sampling == "poisson" else settings.clients_per_round
+        self._deadline = settings.rounds.deadline_seconds
 
     def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
         """Train those who count; an update's `seconds` are virtual."""
         asked = list(tasks)
         answers = {task.profile.client: self._answer(task) for task in asked}
-        lost = losses(answers, self._wanted, self._deadline)
+        lost = losses(answers, len(asked) if self._wanted is None else self._wanted, self._deadline)
         replies = self._inner.exchange(task for task in asked if task.profile.client not in lost)
         for task in asked:
             client, seconds = task.profile.client, answers[task.profile.client]

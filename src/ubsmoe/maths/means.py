@@ -9,12 +9,25 @@ step is 2⁻²⁵), so a tensor nobody changed comes back unchanged, and what no
 
 from collections.abc import Mapping
 from math import isfinite
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 Weight = int | float | Tensor
 """One number, or one per expert: [M], along the first axis of the tensor it weighs."""
+
+
+class Mean(Protocol):
+    """What a method averages with: the plain `WeightedMean`, or a rule of maths/robust.py."""
+
+    def add(self, tensors: Mapping[str, Tensor], weight: Weight | Mapping[str, Weight]) -> None:
+        """Count one client's tensors."""
+        ...
+
+    def result(self, fallback: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The mean under each name of `fallback`."""
+        ...
 
 
 class WeightedMean:
@@ -88,17 +101,25 @@ class WeightedMean:
         return torch.where(weight > 0, (total / weight).to(fallback.dtype), fallback)
 
     def _checked(self, name: str, tensor: Tensor, weights: Mapping[str, Weight]) -> Tensor:
-        """The tensor's weight as float64 [M], or [] for a scalar tensor."""
-        if name not in weights:
-            raise ValueError(f"no weight was given for tensor {name!r}")
         if name in self._sums and tensor.shape != self._sums[name].shape:
             raise ValueError(f"{name}: got {[*tensor.shape]}, but earlier clients sent {[*self._sums[name].shape]}")
-        weight = torch.as_tensor(weights[name], dtype=torch.float64)
-        if not isfinite(weight.sum()) or (weight < 0).any():
-            raise ValueError(f"{name}: weights must be finite and not negative, got {weights[name]}")
-        if weight.ndim and weight.shape != tensor.shape[:1]:
-            raise ValueError(f"{name}: {[*weight.shape]} weights for {[*tensor.shape]}; expected one per expert")
-        return weight.expand(tensor.shape[:1])
+        return checked_weight(name, tensor, weights)
+
+
+def checked_weight(name: str, tensor: Tensor, weights: Mapping[str, Weight]) -> Tensor:
+    """A tensor's weight as float64 [M], or [] for a scalar tensor.
+
+    Raises:
+        ValueError: if there is none, or it is negative, not finite, or of another length than the first axis.
+    """
+    if name not in weights:
+        raise ValueError(f"no weight was given for tensor {name!r}")
+    weight = torch.as_tensor(weights[name], dtype=torch.float64)
+    if not isfinite(weight.sum()) or (weight < 0).any():
+        raise ValueError(f"{name}: weights must be finite and not negative, got {weights[name]}")
+    if weight.ndim and weight.shape != tensor.shape[:1]:
+        raise ValueError(f"{name}: {[*weight.shape]} weights for {[*tensor.shape]}; expected one per expert")
+    return weight.expand(tensor.shape[:1])
 
 
 def _along_first_axis(weight: Tensor, tensor: Tensor) -> Tensor:

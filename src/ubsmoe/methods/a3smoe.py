@@ -16,9 +16,8 @@ Source: A3SMoE (Tran, Le, Pham; MCDC workshop at ICLR 2025); the weights: FLAME 
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ubsmoe.maths.means import WeightedMean
 from ubsmoe.messages import Update
-from ubsmoe.methods.base import Base, Method, State, activation_weights
+from ubsmoe.methods.base import USE_WEIGHS, Base, Method, State, activation_weights
 from ubsmoe.methods.fedavg import fedavg
 
 
@@ -26,9 +25,9 @@ def a3smoe(base: Base) -> Method:
     """Build the method; it has no settings."""
 
     def aggregate(state: State, updates: Iterable[Update]) -> State:
-        mean = WeightedMean()
+        mean = base.mean()
         for update in updates:
             mean.add(update.adapters, activation_weights(update, 1.0, update.tokens))
         return State(mean.result(state.adapters))
 
-    return replace(fedavg(base), name="a3smoe", aggregate=aggregate)
+    return replace(fedavg(base), name="a3smoe", aggregate=aggregate, refuses=USE_WEIGHS)

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ubsmoe.maths.means import Weight
+from ubsmoe.maths.means import Mean, Weight, WeightedMean
 from ubsmoe.maths.routing import budget_top_k
 from ubsmoe.maths.shape import ModelShape
 from ubsmoe.messages import Profile, Tensors, Update
@@ -28,7 +28,7 @@ class Base:
     """What a method may know about the run: sizes of the base and of the adapter.
 
     `seed` is the run's, for draws that server and clients make alike; `shared_a` says that all experts of a layer start
-    from one A.
+    from one A. `mean` makes the running mean that methods average with: plain, or a rule that stands liars.
     """
 
     num_layers: int
@@ -38,6 +38,7 @@ class Base:
     alpha: float
     seed: int = 0
     shared_a: bool = True
+    mean: Callable[[], Mean] = WeightedMean
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,20 @@ class Hooks:
     extras: Callable[[], dict[str, Tensor]] = dict
 
 
+Protection = Literal["robust", "privacy"]
+"""[robust] and [privacy] of a run file: rules that stand lying clients, and differential privacy."""
+
+FACTORS_APART: Mapping[Protection, str] = dict.fromkeys(
+    ("robust", "privacy"),
+    "it needs each client's own factors, and no rule or noise on their mean is one on the updates'",
+)
+"""Why a method that works on single clients' factors refuses both."""
+
+USE_WEIGHS: Mapping[Protection, str] = {
+    "privacy": "it weighs each client by its own use of an expert, which noise on the clients' mean does not cover"
+}
+"""Why an activation-aware method refuses noise."""
+
 Elements = int | Callable[[ModelShape, int], int]
 """A number of float32 elements, or how to count them from the base's shape and the client's rank."""
 
@@ -74,10 +89,10 @@ class Method:
     """A federated method.
 
     `varies` says what a tier's budget sets: the experts per token or the LoRA rank. `unpromised` names laws of the
-    battery that this method does not keep, each with the reason. `pair_fraction` is the share of missing (token, expert)
-    pairs that a client computes beside the routed ones; costs charge for it. `factors_up` names the factors that clients
-    return, of A, B and a core R. `extra_down` and `extra_up` count what travels beside them, in float32 elements; down,
-    below zero where less than an adapter travels.
+    battery that this method does not keep, each with the reason, `refuses` the protections it cannot run under, likewise.
+    `pair_fraction` is the share of missing (token, expert) pairs that a client computes beside the routed ones; costs
+    charge for it. `factors_up` names the factors that clients return, of A, B and a core R. `extra_down` and `extra_up`
+    count what travels beside them, in float32 elements; down, below zero where less than an adapter travels.
     """
 
     name: str
@@ -87,6 +102,7 @@ class Method:
     aggregate: Callable[[State, Iterable[Update]], State]
     varies: Literal["top_k", "rank"] = "top_k"
     unpromised: Mapping[str, str] = field(default_factory=dict)
+    refuses: Mapping[Protection, str] = field(default_factory=dict)
     pair_fraction: float = 0.0
     factors_up: str = "AB"
     extra_down: Elements = 0

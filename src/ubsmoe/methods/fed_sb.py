@@ -53,9 +53,7 @@ def fed_sb(base: Base) -> Method:
         model.set_top_k(profile.top_k)
         return Hooks()
 
-    return replace(
-        fedavg(base), name="fed_sb", start=start, install=install, extra_down=_core_instead, extra_up=_core_instead
-    )
+    return replace(fedavg(base), name="fed_sb", start=start, install=install, factors_up="R", extra_down=_core_instead)
 
 
 def basis(model: SparseModel, base: Base) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ubsmoe.maths.means import WeightedMean
 from ubsmoe.messages import Profile, Tensors, Update
 from ubsmoe.methods.base import Base, Hooks, Method, State, install_adapter
 from ubsmoe.model.surgery import SparseModel
@@ -30,7 +29,7 @@ def fedavg(base: Base) -> Method:
         return Hooks()
 
     def aggregate(state: State, updates: Iterable[Update]) -> State:
-        mean = WeightedMean()
+        mean = base.mean()
         for update in updates:
             mean.add(update.adapters, update.num_examples)
         return State(mean.result(state.adapters))

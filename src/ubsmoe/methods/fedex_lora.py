@@ -26,7 +26,7 @@ from ubsmoe.maths.lora import LoraPair, stack
 from ubsmoe.maths.means import WeightedMean
 from ubsmoe.maths.shape import ModelShape
 from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.base import Base, Hooks, Method, State, adapter_part, install_adapter
+from ubsmoe.methods.base import FACTORS_APART, Base, Hooks, Method, State, adapter_part, install_adapter
 from ubsmoe.methods.factors import pairs, shares
 from ubsmoe.methods.side import empty_side, fold, full_side
 from ubsmoe.model.surgery import SparseModel
@@ -65,6 +65,7 @@ def fedex_lora(base: Base) -> Method:
         dispatch,
         install,
         aggregate,
+        refuses=FACTORS_APART,
         extra_down=_side,
         unpromised={"predicted_bytes": "the side factor grows from rank 0; what is predicted is its largest size"},
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ubsmoe.maths.means import WeightedMean
 from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.base import Base, Hooks, Method, State, install_adapter
+from ubsmoe.methods.base import FACTORS_APART, Base, Hooks, Method, State, install_adapter
 from ubsmoe.methods.factors import at_rank, keep_untouched, rank_of
 from ubsmoe.model.surgery import SparseModel
 
@@ -43,4 +43,4 @@ def fedit(base: Base) -> Method:
             expert_tokens += update.expert_tokens
         return State(keep_untouched(state.adapters, mean.result(state.adapters), expert_tokens))
 
-    return Method("fedit", State, dispatch, install, aggregate, varies="rank")
+    return Method("fedit", State, dispatch, install, aggregate, varies="rank", refuses=FACTORS_APART)

@@ -38,9 +38,7 @@ def ffa_lora(base: Base) -> Method:
         model.set_top_k(profile.top_k)
         return Hooks()
 
-    return replace(
-        fedavg(base), name="ffa_lora", start=start, install=install, extra_down=_without_a, extra_up=_without_a
-    )
+    return replace(fedavg(base), name="ffa_lora", start=start, install=install, factors_up="B", extra_down=_without_a)
 
 
 def _without_a(shape: ModelShape, rank: int) -> int:

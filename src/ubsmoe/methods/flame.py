@@ -24,9 +24,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ubsmoe.maths.means import WeightedMean
 from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.base import Base, Hooks, Method, State, activation_weights, install_adapter
+from ubsmoe.methods.base import USE_WEIGHS, Base, Hooks, Method, State, activation_weights, install_adapter
 from ubsmoe.model.surgery import SparseModel
 
 
@@ -62,14 +61,16 @@ def flame(base: Base, *, exponent: float = 1.0, learn_scale: bool = True) -> Met
         return Hooks(parameters=[scale], extras=lambda: {name: scale.detach().cpu().clone()})
 
     def aggregate(state: State, updates: Iterable[Update]) -> State:
-        mean, scales = WeightedMean(), WeightedMean()
+        mean, scales = base.mean(), base.mean()
         for update in updates:
             mean.add(update.adapters, activation_weights(update, exponent, update.tokens))
             scales.add(update.extras, update.num_examples)
         return State(mean.result(state.adapters), scales.result(state.extras))
 
     scalars = base.num_layers if learn_scale else 0
-    return Method("flame", start, dispatch, install, aggregate, extra_down=scalars, extra_up=scalars)
+    return Method(
+        "flame", start, dispatch, install, aggregate, refuses=USE_WEIGHS, extra_down=scalars, extra_up=scalars
+    )
 
 
 def _scale_of(top_k: int) -> str:

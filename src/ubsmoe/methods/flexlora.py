@@ -23,7 +23,7 @@ from torch import Tensor
 from ubsmoe.maths.lora import LoraPair, refill
 from ubsmoe.maths.spectra import Split, truncated_svd
 from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.base import Base, Hooks, Method, State, install_adapter
+from ubsmoe.methods.base import FACTORS_APART, Base, Hooks, Method, State, install_adapter
 from ubsmoe.methods.factors import at_rank, keep_untouched, mean_routers, pairs, rank_of, shares, tensors
 from ubsmoe.model.surgery import SparseModel
 
@@ -57,4 +57,4 @@ def flexlora(base: Base, *, split: Split = "b") -> Method:
         mean = mean_routers(state.adapters, updates)
         return State(keep_untouched(state.adapters, mean | tensors(after), expert_tokens))
 
-    return Method("flexlora", State, dispatch, install, aggregate, varies="rank")
+    return Method("flexlora", State, dispatch, install, aggregate, varies="rank", refuses=FACTORS_APART)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ubsmoe.maths.lora import LoraPair, stack
 from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.base import Base, Hooks, Method, State
+from ubsmoe.methods.base import FACTORS_APART, Base, Hooks, Method, State
 from ubsmoe.methods.factors import mean_routers, pairs, routers, shares
 from ubsmoe.methods.side import empty_side, fold, install_fresh, side_for_adapter
 from ubsmoe.model.surgery import SparseModel
@@ -64,6 +64,7 @@ def folding(name: str, base: Base, summed: Summed) -> Method:
         install,
         aggregate,
         varies="rank",
+        refuses=FACTORS_APART,
         extra_down=side_for_adapter,
         unpromised={"predicted_bytes": "the side factor grows from rank 0; what is predicted is its largest size"},
     )

@@ -29,7 +29,7 @@ from torch import Tensor
 from ubsmoe.maths.lora import frobenius
 from ubsmoe.maths.means import Weight, WeightedMean
 from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.base import Base, Hooks, Method, State, install_adapter
+from ubsmoe.methods.base import FACTORS_APART, Base, Hooks, Method, State, install_adapter
 from ubsmoe.methods.factors import at_rank, keep_untouched, pairs, rank_of
 from ubsmoe.model.surgery import SparseModel
 
@@ -100,6 +100,7 @@ def hetlora(
         install,
         aggregate,
         varies="rank",
+        refuses=FACTORS_APART,
         extra_up=2,  # the new rank is one int64
         unpromised={"client_halves": "clients weigh by the norm of their update, whatever their number of examples"},
     )

@@ -28,9 +28,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ubsmoe.maths.means import WeightedMean
 from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.base import Base, Hooks, Method, State, install_adapter
+from ubsmoe.methods.base import USE_WEIGHS, Base, Hooks, Method, State, install_adapter
 from ubsmoe.model.surgery import SparseModel
 
 
@@ -63,7 +62,7 @@ def hfedmoe(base: Base, *, mean_share: float = 0.5, bottleneck: float = 0.1, thr
         return Hooks(extras=lambda: {name: torch.stack([layer.report()[name] for layer in layers]) for name in REPORT})
 
     def aggregate(state: State, updates: Iterable[Update]) -> State:
-        mean = WeightedMean()
+        mean = base.mean()
         for update in updates:
             mean.add(update.adapters, usage_weights(update, tau))
         return State(mean.result(state.adapters))
@@ -74,6 +73,7 @@ def hfedmoe(base: Base, *, mean_share: float = 0.5, bottleneck: float = 0.1, thr
         dispatch,
         install,
         aggregate,
+        refuses=USE_WEIGHS,
         extra_up=len(REPORT) * base.num_layers * base.num_experts,
         unpromised={
             "lone_client": "a client's experts below the usage threshold are not taken over",

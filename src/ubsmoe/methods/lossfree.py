@@ -19,7 +19,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ubsmoe.maths.means import WeightedMean
 from ubsmoe.messages import Profile, Tensors, Update
 from ubsmoe.methods.base import Base, Hooks, Method, State, install_adapter
 from ubsmoe.model.surgery import SparseModel
@@ -51,7 +50,7 @@ def lossfree(base: Base, *, step: float = 1e-3, steps_per_round: int = 1) -> Met
         return Hooks()
 
     def aggregate(state: State, updates: Iterable[Update]) -> State:
-        mean = WeightedMean()
+        mean = base.mean()
         load = torch.zeros(base.num_layers, base.num_experts, dtype=torch.float64)
         for update in updates:
             mean.add(update.adapters, update.num_examples)

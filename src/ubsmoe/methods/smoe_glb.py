@@ -18,7 +18,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ubsmoe.maths.means import WeightedMean
 from ubsmoe.messages import Profile, Tensors, Update
 from ubsmoe.methods.base import Base, Hooks, Method, State, install_adapter
 from ubsmoe.methods.smoe_llb import balance_penalty, check_coefficient
@@ -50,7 +49,7 @@ def smoe_glb(base: Base, *, coefficient: float = 0.01) -> Method:
         return Hooks(penalty=lambda: coefficient * balance_penalty(model, payload["share"]))
 
     def aggregate(state: State, updates: Iterable[Update]) -> State:
-        mean, load = WeightedMean(), WeightedMean()
+        mean, load = base.mean(), base.mean()
         for update in updates:
             mean.add(update.adapters, update.num_examples)
             load.add({"share": update.expert_tokens / max(update.slots, 1)}, update.num_examples)

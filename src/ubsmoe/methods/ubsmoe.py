@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 from ubsmoe.maths import routing
-from ubsmoe.maths.means import WeightedMean
 from ubsmoe.maths.pseudo_gradient import Mode, PseudoGradient, Scope, Sparsity, parameter_signal
 from ubsmoe.maths.shape import ModelShape
 from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.base import Base, Hooks, Method, State, activation_weights, install_adapter
+from ubsmoe.methods.base import USE_WEIGHS, Base, Hooks, Method, State, activation_weights, install_adapter
 from ubsmoe.model.surgery import SparseModel
 
 
@@ -119,25 +118,26 @@ def ubsmoe(
         return hooks
 
     def aggregate(state: State, updates: Iterable[Update]) -> State:
-        mean = WeightedMean()
-        by_use = WeightedMean() if pseudo.mode == "server" else None
-        used = torch.zeros(base.num_layers, base.num_experts, dtype=torch.float64)
-        phis, examples = torch.zeros_like(used), 0
+        mean, counted = base.mean(), base.mean()
+        by_use = base.mean() if pseudo.mode == "server" else None
+        examples = 0
         for update in updates:
             n = update.num_examples
             mean.add(update.adapters, activation_weights(update, activation_power, update.slots))
             if by_use:
                 by_use.add(update.adapters, activation_weights(update, 1.0, update.slots))
-            used += n * routing.utilization(update.expert_tokens, update.tokens)
-            phis += n * update.extras["phi"].double() if trained_phi else 0
+            counted.add({"used": routing.utilization(update.expert_tokens, update.tokens)}, n)
+            if trained_phi:
+                counted.add({"phi": update.extras["phi"]}, n)
             examples += n
         if not examples:
             return state
-        used /= examples
-        extras = {"utilization": used.float()}
+        nothing = torch.zeros(base.num_layers, base.num_experts, dtype=torch.float64)
+        means = counted.result({"used": nothing, "phi": state.extras.get("phi", nothing).double()})
+        extras = {"utilization": means["used"].float()}
         if dmr:
-            old = phis / examples if trained_phi else state.extras["phi"].double()
-            extras["phi"] = routing.phi_update(old, routing.phi_target(used, epsilon), momentum).float()
+            target = routing.phi_target(means["used"], epsilon)
+            extras["phi"] = routing.phi_update(means["phi"], target, momentum).float()
         if by_use:
             after = by_use.result(state.adapters)
             extras |= {f"update.{name}": after[name] - state.adapters[name] for name in _expert_names(after)}
@@ -154,6 +154,7 @@ def ubsmoe(
         dispatch,
         install,
         aggregate,
+        refuses=USE_WEIGHS if activation_power else {},
         pair_fraction=pseudo.pair_fraction,
         extra_down=extra_down,
         extra_up=modulation if trained_phi else 0,

@@ -38,7 +38,8 @@ class Chart:
 def loss_over_rounds(runs: Sequence[Series]) -> Chart:
     """Training loss over rounds: per tier of a single run, else per run, mean over its tiers."""
     clients = [(run, run.events("client")) for run in runs]
-    points = [(run, [(c["round"], c["tier"], c["loss"]) for c in events]) for run, events in clients]
+    # a private run tells no client's loss
+    points = [(run, [(c["round"], c["tier"], c["loss"]) for c in events if "loss" in c]) for run, events in clients]
     caption = f"Mean loss of the clients{_each(runs)} while they trained, nats per token."
     return _over_rounds("loss", "Training loss", caption, "loss, nats per token", _learning(points))
 

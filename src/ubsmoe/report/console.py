@@ -63,8 +63,9 @@ class RunConsole:
             self._done = 0
             entropy = sum(fields["entropy"]) / len(fields["entropy"])
             self._line(
-                f"round {round}/{self._rounds}  loss {fields['loss']:.4f}  expert entropy {entropy:.3f}  "
+                f"round {round}/{self._rounds}  loss {float(fields['loss']):.4f}  expert entropy {entropy:.3f}  "
                 f"dead experts {fields['dead_experts']}  {fields['seconds']:.1f} s"
+                + (f"  epsilon {fields['epsilon']:.3g} at delta {fields['delta']:g}" if "epsilon" in fields else "")
             )
         elif event == "evaluated":
             macro = fields["scores"]["macro"]

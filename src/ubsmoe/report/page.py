@@ -194,9 +194,9 @@ def _client_table(runs: Sequence[Series]) -> str:
                     _number(own[0]["rank"], "d"),
                     _number(own[0]["examples"], "d"),
                     (f"{len(own)} of {len(run.rounds)}", len(own)),
-                    _number(sum(event["tokens"] for event in own), ",d"),
+                    _number(sum(event["tokens"] for event in own), ",d") if "tokens" in own[0] else "–",
                     _number(sum(event["seconds"] for event in own), ".1f"),
-                    _number(own[-1]["loss"], ".4f"),
+                    _number(own[-1]["loss"], ".4f") if "loss" in own[-1] else "–",
                 ]
             )
     head = ["client", "run", "tier", "K", "rank", "examples", "rounds taken part", "tokens", "seconds", "last loss"]

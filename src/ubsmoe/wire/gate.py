@@ -37,7 +37,7 @@ class Gate:
         form: what an update to a task looks like; asked only when one is there, so that no client is training then.
         settings: [rounds].
         elastic: whether clients train some steps at a smaller K.
-        wanted: how many updates the round is for; a `quorum` of them must pass.
+        wanted: how many updates the round is for; a `quorum` of them must pass, at least one if any is wanted.
         drop: hears of every client that does not count.
     """
 
@@ -50,7 +50,7 @@ class Gate:
         drop: Callable[[Dropped], None],
     ) -> None:
         self._form, self._settings, self._elastic, self._drop = form, settings, elastic, drop
-        self._quorum = max(1, math.ceil(settings.quorum * wanted - 1e-9))
+        self._quorum = max(min(1, wanted), math.ceil(settings.quorum * wanted - 1e-9))
         self._asked: dict[str, Task] = {}
         self._round = 0
 

@@ -1,0 +1,110 @@
+"""kill -9 at random points of a run, resumed each time: the final adapter must have the uninterrupted run's SHA-256.
+
+    python bench/kill.py [--kills 200] [--quick] [--out FILE]
+
+A small run of real training is prepared once; every attempt is a forked process that carries it out in a folder of its own and is
+killed at a random moment, then another that goes on in that folder. One that ended before its kill does not count. Exit code 1 if
+any resumed run ends in another hash, or fails.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from fault_cases.small_run import small_settings, write_base
+
+from ubsmoe.config import to_json
+from ubsmoe.engines.local import LocalEngine
+from ubsmoe.federation import Federation, build_federation
+from ubsmoe.rounds import run
+from ubsmoe.storage.disk import encode_json
+from ubsmoe.storage.runfolder import RunFolder, atomic_write
+
+
+def carry_out(federation: Federation, folder: Path) -> None:
+    with RunFolder.open_or_create(folder, to_json(federation.settings)) as opened:
+        run(federation, opened, LocalEngine(federation.trainer, federation.examples), lambda *_: None)
+
+
+def forked(work: Callable[[], None]) -> int:
+    """The pid of a child that does this and exits, 0 if it went well."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def hash_of(folder: Path) -> str | None:
+    summary = folder / "summary.json"
+    return json.loads(summary.read_text())["adapter_sha256"] if summary.exists() else None
+
+
+def where(folder: Path) -> str:
+    """How far a killed run had come."""
+    if not (folder / "config.json").exists():
+        return "before the folder was a run"
+    lines = (folder / "events.jsonl").read_bytes().splitlines() if (folder / "events.jsonl").exists() else []
+    if not lines:
+        return "before the first event"
+    if list((folder / "checkpoints").glob(".draft-*")):
+        return "in a save"
+    try:
+        return f"after event {json.loads(lines[-1])['event']!r}"
+    except ValueError:
+        return "in an event"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--quick", action="store_true", help="10 kills")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    chosen = parser.parse_args()
+    kills = 10 if chosen.quick else chosen.kills
+    torch.set_num_threads(1)
+    draw, places, same, tried = random.Random(0), Counter[str](), 0, 0
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        federation = build_federation(small_settings(write_base(root / "base")))
+        began = time.monotonic()
+        os.waitpid(forked(lambda: carry_out(federation, root / "whole")), 0)
+        length, expected = time.monotonic() - began, hash_of(root / "whole")
+        assert expected is not None, "the uninterrupted run failed"
+        done = 0
+        while done < kills:
+            folder, tried = root / f"run-{tried}", tried + 1
+            pid = forked(lambda folder=folder: carry_out(federation, folder))
+            time.sleep(draw.uniform(0, length))
+            os.kill(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)
+            if not os.WIFSIGNALED(status):
+                continue  # it had ended
+            done += 1
+            places[where(folder)] += 1
+            os.waitpid(forked(lambda folder=folder: carry_out(federation, folder)), 0)
+            same += hash_of(folder) == expected
+    for place, count in places.most_common():
+        print(f"{count:5d}  killed {place}")
+    print(f"{same}/{kills} resumed to the same hash, {expected}")
+    if chosen.out:
+        found = {"kills": kills, "same_hash": same, "killed": dict(places), "adapter_sha256": expected}
+        atomic_write(chosen.out, encode_json(found, indent=1))
+    sys.exit(same != kills)
+
+
+if __name__ == "__main__":
+    main()
