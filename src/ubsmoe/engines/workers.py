@@ -103,7 +103,7 @@ class Workers:
         """What a worker says, and who takes the next job."""
         try:
             state, *parts = _receive(worker.pipe)
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # in mid-answer too
             worker.process.join()
             return Died(_how(worker.process.exitcode)), self._replace(worker)
         if state != b"done":

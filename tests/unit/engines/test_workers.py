@@ -1,5 +1,6 @@
 """Worker processes: answers in order, a bound on what exists at once, and a death that is an answer like any other."""
 
+import contextlib
 import os
 import signal
 import time
@@ -22,6 +23,12 @@ def square(job: Parts) -> list[bytes]:
 
 def fragile(job: Parts) -> list[bytes]:
     if job[0] == b"die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if job[0] == b"half":  # an answer of 100 bytes is announced, and 10 are sent
+        announced = (4).to_bytes(4, "big") + (1).to_bytes(4, "little") + (100).to_bytes(4, "big")
+        for descriptor in range(3, 1024):  # the pipe is the one file that a worker has open
+            with contextlib.suppress(OSError):
+                os.write(descriptor, announced + b"ten bytes!")
         os.kill(os.getpid(), signal.SIGKILL)
     if job[0] == b"exit":
         os._exit(7)
@@ -54,7 +61,7 @@ def test_no_more_than_one_job_beyond_the_workers_is_ever_ahead(count: int) -> No
 
 def test_a_worker_that_dies_is_an_answer_and_is_replaced() -> None:
     with Workers(2, fragile) as workers:
-        jobs = [[b"a"], [b"die"], [b"b"], [b"exit"], [b"die"], [b"c"]]
+        jobs = [[b"a"], [b"die"], [b"b"], [b"exit"], [b"half"], [b"c"]]
         answers = list(workers.map(jobs))
         assert [answers[i] for i in (1, 3, 4)] == [
             Died("its process was killed by SIGKILL"),

@@ -1,0 +1,194 @@
+"""One round of five clients on a random two-layer mixture, and the tools of whoever sends what was not asked for."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import safetensors.torch
+import torch
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+from ubsmoe.config import RoundSettings, parse_run
+from ubsmoe.engines.simulated import SimulatedEngine
+from ubsmoe.maths.means import Mean, WeightedMean
+from ubsmoe.messages import Dropped, Reply, Task, Update
+from ubsmoe.methods import build
+from ubsmoe.methods.base import Base, State
+from ubsmoe.model.surgery import SparseModel
+from ubsmoe.rounds import Engine
+from ubsmoe.seeds import generator_for
+from ubsmoe.wire.checks import Form
+from ubsmoe.wire.codec import Packed, WireError, decode_update, encode_update
+from ubsmoe.wire.gate import Gate, expected_form
+
+A, ROOM = "adapters.layers.0.up.A", 1 << 20
+Fields, Tensors = dict[str, Any], dict[str, torch.Tensor]
+
+
+class Round:
+    """One round of five clients: what they were asked, and what honest ones answer."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        config = OlmoeConfig(
+            vocab_size=32, hidden_size=12, intermediate_size=10, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, num_experts=6, num_experts_per_tok=4, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+        )  # fmt: skip
+        self.model = SparseModel(OlmoeForCausalLM(config).eval())
+        self.base = base = Base(num_layers=2, num_experts=6, k_max=4, rank=3, alpha=6.0)
+        self.method = build("fedavg", base)
+        self.state = self.method.start(self.model.fresh_adapter(3, generator_for(0), shared_a=True))
+        profiles = [self.method.profile(base, f"client-{i}", 1, 0.5, 3, 10 + i) for i in range(5)]
+        self.tasks = [Task(1, p, self.method.dispatch(self.state, p), "run", "base") for p in profiles]
+        self.honest = [self._answer(task) for task in self.tasks]
+        self.others = self.method.aggregate(self.state, iter(self.honest[:-1]))
+        self.packed = [(update.client, encode_update(update)) for update in self.honest]
+
+    def _answer(self, task: Task) -> Update:
+        draw, profile = generator_for(task.profile.client), task.profile
+        moved = {name: v + 0.1 * torch.randn(v.shape, generator=draw) for name, v in task.payload.items()}
+        counts = torch.tensor([[4, 4, 4, 4, 2, 2], [10, 10, 0, 0, 0, 0]])  # ten tokens, K = 2
+        return Update(
+            profile.client, 1, profile.num_examples, moved, counts, 10, 20, 1.0, 1.0, {}, profile.tier, "run", "base"
+        )
+
+    def form(self, task: Task) -> Form:
+        """What an answer to this task looks like."""
+        return expected_form(self.model, self.method, task)
+
+    def is_mean_of_others(self, state: State) -> bool:
+        """Whether a state is, bit for bit, what the first four clients alone give."""
+        return all(torch.equal(value, self.others.adapters[name]) for name, value in state.adapters.items())
+
+    def gate(self, drop: Callable[[Dropped], None], settings: RoundSettings | None = None, wanted: int = 5) -> Gate:
+        """This round's gate."""
+        return Gate(self.form, settings or RoundSettings(), elastic=False, wanted=wanted, drop=drop)
+
+    def aggregate(self, updates: Iterable[Reply], mean: Callable[[], Mean] = WeightedMean) -> State:
+        """The next state, by the plain mean or another rule."""
+        return build("fedavg", replace(self.base, mean=mean)).aggregate(self.state, updates)
+
+    def receive(
+        self, replies: Iterable[tuple[str, Packed | None]], mean: Callable[[], Mean] = WeightedMean
+    ) -> tuple[State, list[Dropped]]:
+        """The server's whole way from bytes to the next state."""
+        dropped: list[Dropped] = []
+        gate = self.gate(dropped.append)
+        list(gate.ask(self.tasks))
+        return self.aggregate(gate.passed(_decoded(replies)), mean), dropped
+
+    def through(self, engine: Engine) -> tuple[State, list[Dropped]]:
+        """The same by way of an engine."""
+        dropped: list[Dropped] = []
+        gate = self.gate(dropped.append)
+        return self.aggregate(gate.passed(engine.exchange(gate.ask(self.tasks)))), dropped
+
+    def late(self, client: str, seconds: float, deadline: float) -> tuple[State, list[Dropped]]:
+        """The round on the virtual clock, one client answering after so many seconds, the others after one."""
+        table = {"clients": {"count": 5}, "simulation": {}, "rounds": {"deadline_seconds": deadline}}
+        engine = SimulatedEngine(Honest(self), parse_run(table), lambda p: seconds if p.client == client else 1.0)
+        return self.through(engine)
+
+
+class Honest:
+    """An engine whose clients all answer honestly, each as one of the five."""
+
+    def __init__(self, world: Round) -> None:
+        self._answers = world.honest
+
+    def exchange(self, tasks: Iterable[Task]) -> Iterator[Update]:
+        """One honest update per task."""
+        for task in tasks:
+            client = task.profile.client
+            yield replace(self._answers[int(client[7:]) % 5], client=client, round=task.round)
+
+
+def within(state: State, honest: Iterable[Update]) -> bool:
+    """Whether every weight lies between two honest ones."""
+    sent = list(honest)
+    return all(
+        bool((value >= torch.stack([one.adapters[name] for one in sent]).amin(0)).all())
+        and bool((value <= torch.stack([one.adapters[name] for one in sent]).amax(0)).all())
+        for name, value in state.adapters.items()
+    )
+
+
+def _decoded(replies: Iterable[tuple[str, Packed | None]]) -> Iterator[Reply]:
+    for client, packed in replies:
+        try:
+            yield Dropped(client, 1, "training", "no answer") if packed is None else decode_update(packed, ROOM)
+        except WireError as error:
+            yield Dropped(client, 1, "wire", str(error))
+
+
+def opened(packed: Packed) -> tuple[Fields, Tensors]:
+    return json.loads(packed.header), safetensors.torch.load(packed.tensors)
+
+
+def closed(fields: Fields, tensors: Tensors) -> Packed:
+    """As an attacker packs: whatever dtype, whatever field, and the hash that fits."""
+    own = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    return sealed(json.dumps(fields).encode(), safetensors.torch.save(own))
+
+
+def sealed(header: bytes, blob: bytes) -> Packed:
+    """With the hash that fits, if the header can hold one."""
+    try:
+        return Packed(json.dumps({**json.loads(header), "sha256": hashlib.sha256(blob).hexdigest()}).encode(), blob)
+    except (ValueError, TypeError):
+        return Packed(header, blob)
+
+
+def tensor(change: Callable[[torch.Tensor], torch.Tensor], name: str = A) -> Callable[[Packed], Packed]:
+    def bad(packed: Packed) -> Packed:
+        fields, tensors = opened(packed)
+        return closed(fields, tensors | {name: change(tensors[name])})
+
+    return bad
+
+
+def one(value: float) -> Callable[[Packed], Packed]:
+    def poison(t: torch.Tensor) -> torch.Tensor:
+        t = t.clone()
+        t[1, 2, 3] = value
+        return t
+
+    return tensor(poison)
+
+
+def field(name: str, value: Any) -> Callable[[Packed], Packed]:
+    return lambda packed: replace(packed, header=json.dumps({**json.loads(packed.header), name: value}).encode())
+
+
+def tensors(change: Callable[[Tensors], Tensors]) -> Callable[[Packed], Packed]:
+    return lambda packed: closed(opened(packed)[0], change(opened(packed)[1]))
+
+
+def blob(change: Callable[[bytes], bytes]) -> Callable[[Packed], Packed]:
+    return lambda packed: sealed(packed.header, change(packed.tensors))
+
+
+def twice(data: bytes) -> bytes:
+    """The header's first tensor named a second time."""
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].rstrip()
+    header = header[:-1] + b"," + header[1:]
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+def swapped(found: Tensors) -> Tensors:
+    b = A.replace(".A", ".B")
+    return found | {A: found[b], b: found[A]}
+
+
+def many(data: bytes) -> bytes:
+    header = json.dumps(
+        {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_000)}
+    ).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+def counts(row: list[int]) -> Callable[[Packed], Packed]:
+    return tensor(lambda t: torch.cat([t[:1], torch.tensor([row])]), "expert_tokens")
