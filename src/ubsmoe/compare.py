@@ -6,6 +6,7 @@ Every cell of the grid is an ordinary run folder, so an interrupted comparison g
 import csv
 import io
 import re
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -87,7 +88,10 @@ def compare(
     for variant in variants:
         run_costs(grid[variant.label, seeds[0]])  # builds the method: a misspelt setting fails here, not in an hour
     folders = {key: out / "runs" / f"{_file_name(key[0])}-seed{key[1]}" for key in grid}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    # Ctrl-C reaches the workers too: they end at once, as if killed, rather than each with a traceback
+    with ProcessPoolExecutor(
+        jobs, get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
+    ) as pool:
         futures = {pool.submit(run_cell, cell, folders[key]): key for key, cell in grid.items()}
         try:
             for done, future in enumerate(as_completed(futures), 1):
