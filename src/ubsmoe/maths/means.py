@@ -89,6 +89,9 @@ class WeightedMean:
             self._sums[name] += weight * tensor.double() if weight > 0 else -0.0
             return
         rows = weight > 0
+        if rows.all():  # the same sum, without picking rows out and putting them back
+            self._sums[name] += _along_first_axis(weight, tensor) * tensor
+            return
         column = _along_first_axis(weight[rows], tensor)
         self._sums[name][rows] += column * tensor[rows]
 

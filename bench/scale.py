@@ -1,0 +1,138 @@
+"""Many clients a round on one machine: memory that stays flat, a cost that is linear in clients, a frame that costs little.
+
+Each row is a process of its own: the shipped base, one round of N clients (one local step of eight examples, K = 2, 4, 6, 8 in
+turn), after a warm-up round of eight. All rows hold the same 8,000 examples, so that they differ in clients alone.
+
+    frame       (the round's seconds - the sum of its clients' training) / that sum, in this process
+    memory      peak resident set of the process after the round; with workers, the server's own
+    fit         CPU seconds of a round = constant + slope N, by least squares over the rows with one worker
+    speed-up    seconds of the round with one worker over two, side by side
+
+    python bench/scale.py [--quick] [--out FILE]     about five minutes on two idle cores; --quick under half a minute
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "scale.json"
+MEMORY_CLAIM, FRAME_CLAIM = 1.1, 0.05
+
+
+def one_round_of(clients: int, workers: int, examples: int) -> dict[str, Any]:
+    """One row: a round in this process."""
+    import torch
+
+    from ubsmoe.allocator import keep_freed_memory
+    from ubsmoe.config import parse_run
+    from ubsmoe.engines.local import LocalEngine, federation_workers
+    from ubsmoe.federation import build_federation
+    from ubsmoe.rounds import one_round, start_state
+
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    settings = {
+        "threads": 1,
+        "clients": {"count": clients},
+        "rounds": {"quorum": 0.0},  # the warm-up asks fewer
+        "data": {"world": {"train_examples": examples, "test_examples": 8, "entities": 16}},
+        "train": {"local_steps": 1, "batch_size": 8},
+    }
+    federation = build_federation(parse_run(settings))
+    few = replace(federation, clients=federation.clients[:8])
+    state, took, round_seconds = start_state(federation), [], 0.0
+
+    def note(event: str, number: int, **fields: Any) -> None:
+        nonlocal round_seconds
+        if (event, number) == ("client", 2):
+            took.append(fields["seconds"])
+        if event == "round":
+            round_seconds = fields["seconds"]
+
+    with federation_workers(federation, workers) as crew:
+        engine = LocalEngine(federation.trainer, federation.examples, workers=crew)
+        state = one_round(few, engine, state, 1, note)
+        cpu = time.process_time()
+        one_round(federation, engine, state, 2, note)
+        cpu = time.process_time() - cpu
+    return {
+        "clients": clients,
+        "workers": workers,
+        "round_seconds": round_seconds,
+        "clients_seconds": sum(took),
+        "frame": (round_seconds - sum(took)) / sum(took) if workers == 1 else None,
+        "cpu_seconds": cpu,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "counted": len(took),
+    }
+
+
+def in_processes(rows: Sequence[tuple[int, int]], examples: int) -> list[dict[str, Any]]:
+    """The rows, each in a fresh process, one after another."""
+    found = []
+    for clients, workers in rows:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            found.append(process.submit(one_round_of, clients, workers, examples).result())
+        row = found[-1]
+        print(
+            f"{clients:>6} clients  {workers} worker(s)  round {row['round_seconds']:8.2f} s  "
+            f"per client {1e3 * row['round_seconds'] / clients:7.1f} ms  peak {row['peak_mib']:7.1f} MiB"
+            + (f"  frame {row['frame']:.1%}" if workers == 1 else ""),
+            flush=True,
+        )
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="4 and 24 clients; claims are not judged")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the record goes (default: %(default)s)")
+    options = parser.parse_args()
+    counts, pair, examples = ((4, 24), 12, 200) if options.quick else ((10, 100, 1000), 100, 8000)
+    rows = in_processes([(count, 1) for count in counts], examples)
+    beside = in_processes([(pair, 1), (pair, 2)] * (1 if options.quick else 2), examples)
+    line = statistics.linear_regression([row["clients"] for row in rows], [row["cpu_seconds"] for row in rows])
+    speed_ups = [
+        one["round_seconds"] / two["round_seconds"] for one, two in zip(beside[::2], beside[1::2], strict=True)
+    ]
+    memory = rows[-1]["peak_mib"] / rows[0]["peak_mib"]
+    frame = rows[-1]["frame"]
+    record = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "mode": "quick" if options.quick else "full",
+        "machine": {"platform": platform.platform(), "python": platform.python_version()},
+        "rows": rows,
+        "beside": beside,
+        "cpu_seconds_per_client": line.slope,
+        "cpu_seconds_per_round": line.intercept,
+        "memory_ratio": memory,
+        "frame": frame,
+        "speed_up_of_two_workers": speed_ups,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(
+        f"a round: {line.intercept:.2f} + {1e3 * line.slope:.1f} ms CPU per client; memory {memory:.3f} x; frame {frame:.1%}; "
+        f"2 workers {statistics.median(speed_ups):.2f} x ({min(speed_ups):.2f} to {max(speed_ups):.2f})"
+    )
+    broken = (
+        []
+        if options.quick
+        else [f"memory {memory:.2f}"] * (memory > MEMORY_CLAIM) + [f"frame {frame:.1%}"] * (frame > FRAME_CLAIM)
+    )
+    print("claims hold" if not broken else "claims broken: " + "; ".join(broken))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
