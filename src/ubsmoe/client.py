@@ -174,7 +174,7 @@ def _optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) ->
         return torch.optim.SGD(
             parameters, settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
-    return torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, settings: TrainSettings, step: int) -> None:
