@@ -13,6 +13,7 @@ turn), after a warm-up round of eight. All rows hold the same 8,000 examples, so
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -98,7 +99,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="4 and 24 clients; claims are not judged")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the record goes (default: %(default)s)")
     options = parser.parse_args()
-    counts, pair, examples = ((4, 24), 12, 200) if options.quick else ((10, 100, 1000), 100, 8000)
+    counts, pair, examples = ((4, 24), 12, 200) if options.quick else ((10, 100, 1000), 40, 8000)
+    load = os.getloadavg()[0]
     rows = in_processes([(count, 1) for count in counts], examples)
     beside = in_processes([(pair, 1), (pair, 2)] * (1 if options.quick else 2), examples)
     line = statistics.linear_regression([row["clients"] for row in rows], [row["cpu_seconds"] for row in rows])
@@ -110,7 +112,7 @@ def main() -> int:
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "mode": "quick" if options.quick else "full",
-        "machine": {"platform": platform.platform(), "python": platform.python_version()},
+        "machine": {"platform": platform.platform(), "python": platform.python_version(), "load_before": load},
         "rows": rows,
         "beside": beside,
         "cpu_seconds_per_client": line.slope,

@@ -71,7 +71,7 @@ class Workers:
             while True:
                 while idle and started < turn + ahead and (job := next(waiting, None)) is not None:
                     busy[idle[-1]] = started
-                    with contextlib.suppress(BrokenPipeError):  # it died idle: `_answer` finds out
+                    with contextlib.suppress(ConnectionError):  # it died idle: `_answer` finds out
                         _send(idle.pop().pipe, job)
                     started += 1
                 if turn in answers:
