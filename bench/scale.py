@@ -1,14 +1,14 @@
 """Many clients a round on one machine: memory that stays flat, a cost that is linear in clients, a frame that costs little.
 
-Each row is a process of its own: the shipped base, one round of N clients (one local step of eight examples, K = 2, 4, 6, 8 in
-turn), after a warm-up round of eight. All rows hold the same 8,000 examples, so that they differ in clients alone.
+Each row is a process of its own: the shipped base, one round of N clients (one local step, K = 2, 4, 6, 8 in turn), after a
+warm-up round of eight. All rows hold the same 8,000 examples, so that they differ in clients alone.
 
-    frame       (the round's seconds - the sum of its clients' training) / that sum, in this process
-    memory      peak resident set of the process after the round; with workers, the server's own
-    fit         CPU seconds of a round = constant + slope N, by least squares over the rows with one worker
-    speed-up    seconds of the round with one worker over two, side by side
+    memory      peak resident set of the process after the round; a step is one example, so that many clients are soon done
+    fit         CPU seconds of a round = constant + slope N, by least squares over the same rows
+    frame       (the round's seconds - the sum of its clients' training) / that sum; a step is eight examples
+    speed-up    seconds of the round with one worker over two, side by side; a step is eight examples
 
-    python bench/scale.py [--quick] [--out FILE]     about five minutes on two idle cores; --quick under half a minute
+    python bench/scale.py [--quick] [--out FILE]     about two minutes on two idle cores; --quick under half a minute
 """
 
 import argparse
@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results" / "scale.json"
 MEMORY_CLAIM, FRAME_CLAIM = 1.1, 0.05
 
 
-def one_round_of(clients: int, workers: int, examples: int) -> dict[str, Any]:
+def one_round_of(clients: int, workers: int, batch_size: int, examples: int) -> dict[str, Any]:
     """One row: a round in this process."""
     import torch
 
@@ -47,7 +47,7 @@ def one_round_of(clients: int, workers: int, examples: int) -> dict[str, Any]:
         "clients": {"count": clients},
         "rounds": {"quorum": 0.0},  # the warm-up asks fewer
         "data": {"world": {"train_examples": examples, "test_examples": 8, "entities": 16}},
-        "train": {"local_steps": 1, "batch_size": 8},
+        "train": {"local_steps": 1, "batch_size": batch_size},
     }
     federation = build_federation(parse_run(settings))
     few = replace(federation, clients=federation.clients[:8])
@@ -69,6 +69,7 @@ def one_round_of(clients: int, workers: int, examples: int) -> dict[str, Any]:
     return {
         "clients": clients,
         "workers": workers,
+        "batch_size": batch_size,
         "round_seconds": round_seconds,
         "clients_seconds": sum(took),
         "frame": (round_seconds - sum(took)) / sum(took) if workers == 1 else None,
@@ -78,15 +79,15 @@ def one_round_of(clients: int, workers: int, examples: int) -> dict[str, Any]:
     }
 
 
-def in_processes(rows: Sequence[tuple[int, int]], examples: int) -> list[dict[str, Any]]:
+def in_processes(rows: Sequence[tuple[int, int, int]], examples: int) -> list[dict[str, Any]]:
     """The rows, each in a fresh process, one after another."""
     found = []
-    for clients, workers in rows:
+    for clients, workers, batch_size in rows:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            found.append(process.submit(one_round_of, clients, workers, examples).result())
+            found.append(process.submit(one_round_of, clients, workers, batch_size, examples).result())
         row = found[-1]
         print(
-            f"{clients:>6} clients  {workers} worker(s)  round {row['round_seconds']:8.2f} s  "
+            f"{clients:>6} clients  {workers} worker(s)  batch {batch_size}  round {row['round_seconds']:8.2f} s  "
             f"per client {1e3 * row['round_seconds'] / clients:7.1f} ms  peak {row['peak_mib']:7.1f} MiB"
             + (f"  frame {row['frame']:.1%}" if workers == 1 else ""),
             flush=True,
@@ -101,14 +102,15 @@ def main() -> int:
     options = parser.parse_args()
     counts, pair, examples = ((4, 24), 12, 200) if options.quick else ((10, 100, 1000), 40, 8000)
     load = os.getloadavg()[0]
-    rows = in_processes([(count, 1) for count in counts], examples)
-    beside = in_processes([(pair, 1), (pair, 2)] * (1 if options.quick else 2), examples)
+    rows = in_processes([(count, 1, 1) for count in counts], examples)
+    beside = in_processes([(pair, 1, 8), (pair, 2, 8)] * (1 if options.quick else 3), examples)
     line = statistics.linear_regression([row["clients"] for row in rows], [row["cpu_seconds"] for row in rows])
     speed_ups = [
         one["round_seconds"] / two["round_seconds"] for one, two in zip(beside[::2], beside[1::2], strict=True)
     ]
     memory = rows[-1]["peak_mib"] / rows[0]["peak_mib"]
-    frame = rows[-1]["frame"]
+    frames = [one["frame"] for one in beside[::2]]
+    frame = statistics.median(frames)
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "mode": "quick" if options.quick else "full",
@@ -118,7 +120,7 @@ def main() -> int:
         "cpu_seconds_per_client": line.slope,
         "cpu_seconds_per_round": line.intercept,
         "memory_ratio": memory,
-        "frame": frame,
+        "frames": frames,
         "speed_up_of_two_workers": speed_ups,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
