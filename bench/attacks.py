@@ -3,9 +3,9 @@
     python bench/attacks.py [--attacks "sign flip, ALIE"] [--rules "mean, median"] [--jobs 2] [--quick] [--out FILE.csv]
 
 The quickstart's base, world and optimiser with ten clients, of whom two lie: a wrapper around the engine, nothing of it is in
-the product. Honest rounds first, the same for all cells; then rounds under attack, the first with the same honest updates for all.
-phi has no memory here (momentum 0), so that a lie about use has its full effect at once. Every lie passes the gate, or is dropped
-by it, as it would in a run. Rows are written as cells end; cells that the file has already are not run again.
+the product. Three honest rounds, then one under attack, for which the honest updates are the same in all cells. phi has no memory
+here (momentum 0), so that a lie about use has its full effect at once. Every lie passes the gate, or is dropped by it, as it would
+in a run. Rows are written as cells end; cells that the file has already are not run again.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from ubsmoe.seeds import generator_for
 
 LIARS = ("client-3", "client-7")  # of client-0 to client-9; both in the top tier, and all of it
 TESTBED = Path(__file__).parents[1] / "runs" / "quickstart.toml"
-HONEST, ATTACKED = 4, 2
+HONEST, ATTACKED = 3, 1
 CHANGES = {
     "clients.count": 10,
     "train.local_steps": 8,
     "train.batch_size": 8,
-    "data.world.test_examples": 80,
+    "data.world.test_examples": 60,
     "evaluate.likelihood": False,
     "method.momentum": 0.0,
 }

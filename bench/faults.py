@@ -10,7 +10,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -58,7 +58,8 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
-        rows = sorted(matrix(chosen.only, chosen.quick, Path(root)), key=lambda row: row.family)
+        found = matrix(chosen.only, chosen.quick, Path(root))
+        rows = sorted((replace(row, reason=row.reason.replace(root, "")) for row in found), key=lambda row: row.family)
     stock = in_flower(Round()) if "B" in chosen.only else None
     undeclared = [row for row in rows if not row.holds]
 

@@ -29,6 +29,8 @@ from ubsmoe.rounds import run
 from ubsmoe.storage.disk import encode_json
 from ubsmoe.storage.runfolder import RunFolder, atomic_write
 
+FEWER = {"clients.count": 2, "tiers.budgets": [0.5], "tiers.ranks": [2]}  # what is killed here is the server
+
 
 def carry_out(federation: Federation, folder: Path) -> None:
     with RunFolder.open_or_create(folder, to_json(federation.settings)) as opened:
@@ -79,7 +81,7 @@ def main() -> None:
     draw, places, same, tried = random.Random(0), Counter[str](), 0, 0
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        federation = build_federation(small_settings(write_base(root / "base")))
+        federation = build_federation(small_settings(write_base(root / "base"), FEWER))
         began = time.monotonic()
         os.waitpid(forked(lambda: carry_out(federation, root / "whole")), 0)
         length, expected = time.monotonic() - began, hash_of(root / "whole")
@@ -97,6 +99,8 @@ def main() -> None:
             places[where(folder)] += 1
             os.waitpid(forked(lambda folder=folder: carry_out(federation, folder)), 0)
             same += hash_of(folder) == expected
+            if done % 20 == 0:
+                print(f"{same}/{done} resumed to the same hash", flush=True)
     for place, count in places.most_common():
         print(f"{count:5d}  killed {place}")
     print(f"{same}/{kills} resumed to the same hash, {expected}")

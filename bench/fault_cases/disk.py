@@ -109,20 +109,16 @@ def hash_of(folder: Path) -> str | None:
     return json.loads(summary.read_text())["adapter_sha256"] if summary.exists() else None
 
 
-def killed_at(name: str, count: int, renames: int) -> Broken:
-    """Dies in the place of the count-th call of this name after so many renames.
-
-    A run renames its versions, its settings, a checkpoint for each of the rounds 0 to 3, its adapter and its summary.
-    """
-    seen, renamed = itertools.count(1), itertools.count(1)
-    started = False
+def killed_at(name: str, after: str) -> Broken:
+    """Dies in the place of the first call of this name after something called `after` was made or renamed into place."""
+    reached = False
 
     def broken(called: str, _: int, real: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        nonlocal started
-        if called == name and started and next(seen) == count:
+        nonlocal reached
+        if reached and called == name:
             die()
         result = real(*args)
-        started = started or (called == "replace" and next(renamed) == renames)
+        reached = reached or (called in ("mkdir", "replace") and Path(args[-1]).name == after)
         return result
 
     return broken
@@ -131,8 +127,8 @@ def killed_at(name: str, count: int, renames: int) -> Broken:
 def server_kills(federation: Federation, root: Path) -> Iterator[Row]:
     """A process with real training is killed at a point of its run; another goes on in its folder."""
 
-    def on_disk(folder: Path, name: str, count: int, renames: int) -> None:
-        with on(killed_at(name, count, renames)):
+    def on_disk(folder: Path, name: str, after: str) -> None:
+        with on(killed_at(name, after)):
             carry_out(federation, folder)
 
     in_child(lambda: carry_out(federation, root / "whole"))
@@ -141,10 +137,9 @@ def server_kills(federation: Federation, root: Path) -> Iterator[Row]:
         "killed before dispatch": lambda folder: carry_out(federation, folder, reply=0),
         "killed in mid-collect": lambda folder: carry_out(federation, folder, reply=2),
         "killed in mid-aggregate": lambda folder: carry_out(federation, folder, reply=4),
-        # round 1 is there; its folder and the events of round 2 are synced, the third is of round 2's first file
-        "killed before fsync": lambda folder: on_disk(folder, "fsync", count=3, renames=4),
-        "killed between renames": lambda folder: on_disk(folder, "replace", count=1, renames=7),
-        "killed after": lambda folder: on_disk(folder, "fsync", count=1, renames=8),
+        "killed before fsync": lambda folder: on_disk(folder, "fsync", after=".draft-00002"),
+        "killed between renames": lambda folder: on_disk(folder, "replace", after="adapter.safetensors"),
+        "killed after": lambda folder: on_disk(folder, "fsync", after="summary.json"),
     }
     for name, work in points.items():
         folder = root / name.replace(" ", "-")
