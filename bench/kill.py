@@ -90,11 +90,19 @@ def main() -> None:
         while done < kills:
             folder, tried = root / f"run-{tried}", tried + 1
             pid = forked(lambda folder=folder: carry_out(federation, folder))
-            time.sleep(draw.uniform(0, length))
+            began = time.monotonic()
+            end = began + draw.uniform(0, length)
+            ended = 0
+            while not ended and time.monotonic() < end:
+                time.sleep(0.001)
+                ended, _ = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                length = time.monotonic() - began  # the machine has become faster than it was
+                continue
             os.kill(pid, signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
             if not os.WIFSIGNALED(status):
-                continue  # it had ended
+                continue  # it had just ended
             done += 1
             places[where(folder)] += 1
             os.waitpid(forked(lambda folder=folder: carry_out(federation, folder)), 0)
