@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 JOBS ?= 2
 
-.PHONY: quickstart test bench format clean
+.PHONY: quickstart test docs bench format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/ubsmoe run runs/quickstart.toml --out out/quickstart
@@ -18,6 +18,9 @@ test: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/pytest -n $(JOBS)
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs site
+
 bench: $(VENV)/.installed-dev
 	set -e; for script in bench/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
@@ -26,7 +29,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist site docs/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The stamps say that an install has ended; they age when the requirements change.
 $(VENV)/.installed: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
@@ -36,6 +39,10 @@ $(VENV)/.installed: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
 
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)

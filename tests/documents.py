@@ -2,12 +2,16 @@
 
 import re
 import shlex
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WRITTEN = [page for page in sorted((ROOT / "docs").rglob("*.md")) if "generated" not in page.parts]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *WRITTEN]
 SHELL = {"sh", "bash", "shell", "console"}
 
 MARK = re.compile(r"<!--\s*not run(?: `(?P<start>[^`]+)`)?: (?P<reason>.+?)\s*-->", re.DOTALL)
@@ -30,6 +34,11 @@ class Block:
     def unrun(self, command: str = "") -> str | None:
         """Why the block, or a command of it, is not run; None if it is."""
         return next((reason for start, reason in self.marks if command.startswith(start)), None)
+
+    @property
+    def is_method(self) -> bool:
+        """Whether the block is a file that the reader is to put among the methods."""
+        return self.title.startswith("src/ubsmoe/methods/")
 
     @property
     def place(self) -> str:
@@ -73,8 +82,18 @@ def commands(block: Block) -> Iterator[list[str]]:
                 command = []
 
 
+def method_of(block: Block) -> Callable[..., Any]:
+    """The builder in a block titled as a file of methods/, its module known to Python as if it were installed."""
+    name = Path(block.title).stem
+    module = ModuleType(f"documented.{name}")
+    sys.modules[module.__name__] = module
+    exec(compile(block.text, block.place, "exec"), module.__dict__)
+    builder: Callable[..., Any] = getattr(module, name)
+    return builder
+
+
 def inline_commands(page: Path) -> Iterator[list[str]]:
     """What stands in prose as `ubsmoe ...`."""
-    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    prose = re.sub(r"<!--.*?-->", "", FENCE.sub("", page.read_text(encoding="utf-8")), flags=re.DOTALL)
     for code in re.findall(r"`(ubsmoe [^`]+)`", prose):
         yield shlex.split(" ".join(code.split()))

@@ -159,7 +159,7 @@ def elastic_top_ks(
 
     `first` counts the steps of earlier rounds, so that a share below one step a round is kept over several.
 
-    Ours (method.md section 8): a client that also trains at smaller budgets teaches the low tiers, for less compute.
+    Ours, elastic budgets: a client that also trains at smaller budgets teaches the low tiers, for less compute.
     """
     share = tiers.elastic_share
     low = [int((step + 1) * share + 1e-9) > int(step * share + 1e-9) for step in range(first, first + num_steps)]

@@ -61,7 +61,7 @@ class TierSettings(Settings):
         "mass",  # measured: docs/decisions/0002-output-scale.md
         description="layer output at K < K_max: as it is, times K_max / K, or with the routing mass of K_max",
     )
-    elastic_share: Share = Field(0.0, description="share of local steps run at a smaller K (method.md section 8)")
+    elastic_share: Share = Field(0.0, description="share of local steps run at a smaller K: elastic budgets")
     elastic_draw: Literal["one", "uniform"] = Field("one", description="the smaller K: always 1, or uniform on 1..K_c")
 
 

@@ -107,7 +107,7 @@ def optimum(problem: Problem, top_k: int | None = None, forward: Forward = "dens
 
 
 def bias(problem: Problem, top_k: int) -> Float[Tensor, "M d"]:
-    """B(Theta*) of method.md section 6, from its definition."""
+    """B(Theta*), the bias of top-K, from its definition."""
     chosen, theta = problem.chosen(top_k), optimum(problem)
     error = torch.einsum("nmd,md->n", problem.features(), theta) - problem.t
     gradients = problem.features() * error[:, None, None]

@@ -32,6 +32,11 @@ def test_help_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_help_says_what_an_argument_is(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert ubsmoe(monkeypatch, "run", "--help") == 0
+    assert re.search(r"RUN_FILE +run file \(TOML\)", capsys.readouterr().out)
+
+
 def test_a_run_ends_with_a_table_and_an_adapter(
     monkeypatch: pytest.MonkeyPatch, capsys: Any, tiny_run: dict, write_toml: WriteToml, tmp_path: Path
 ) -> None:

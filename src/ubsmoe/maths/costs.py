@@ -159,7 +159,7 @@ def pseudo_gradient_flops_per_token(
     Raises:
         ValueError: as `backward_flops_per_token`; and if `fraction` is outside [0, 1].
 
-    Source: ours (method.md, section 3).
+    Source: ours.
     """
     shape.check(top_k, rank, sequence_length=1, least_rank=1)
     if not 0 <= fraction <= 1:

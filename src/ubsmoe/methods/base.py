@@ -80,6 +80,19 @@ USE_WEIGHS: Mapping[Protection, str] = {
 }
 """Why an activation-aware method refuses noise."""
 
+LAWS: dict[str, str] = {
+    "identical_clients": "clients that all return the same update leave exactly that update, whatever their weights",
+    "lone_client": "one client of the largest budget, alone in a round, comes back as it was",
+    "client_order": "the order in which replies arrive does not matter",
+    "client_names": "what clients are called does not matter",
+    "example_scale": "every number of examples times seven changes nothing",
+    "client_halves": "a client weighs as much as two that return the same update from half its examples each",
+    "untouched_expert": "an expert whose weights nobody changed stays bit for bit",
+    "no_clients": "a round without replies leaves the state as it was",
+    "predicted_bytes": "what is sent has exactly the bytes that costs predict; without this law, at most that many",
+}
+"""The laws of the test battery that a method may decline in `Method.unpromised`."""
+
 Elements = int | Callable[[ModelShape, int], int]
 """A number of float32 elements, or how to count them from the base's shape and the client's rank."""
 

@@ -34,7 +34,7 @@ def flame(base: Base, *, exponent: float = 1.0, learn_scale: bool = True) -> Met
 
     Args:
         base: sizes of the run.
-        exponent: t.
+        exponent: t, how much use counts; 0 is FedAvg.
         learn_scale: whether s is learned; without it, s = 1.
 
     Raises:

@@ -4,7 +4,7 @@ A round, r the rank of the server, r_c the client's, Delta_c = s_c B_c A_c:
 
     (1) the client gets the first r_c rows of A and columns of B
     (2) it trains on   loss + lambda sum_matrices ||B[:, g r_c:]|| ||A[g r_c:, :]||,    g r_c rounded down
-    (3) if that sum is smaller afterwards than before, the tail is cut and the client's rank stays floor(g r_c)
+    (3) if that is smaller afterwards than before, the tail is cut and the client's rank stays floor(g r_c)
     (4) A <- sum_c w_c pad(A_c),  B <- sum_c w_c pad(B_c),    w_c = ||Delta_c||_F / sum_j ||Delta_j||_F
 
 The amount of data does not enter the weights. Where all norms are zero (the first round, before B moves) they fall
@@ -47,7 +47,7 @@ def hetlora(
     Args:
         base: sizes of the run.
         decay: g, the share of its rank that a client keeps when it prunes.
-        penalty: lambda.
+        penalty: lambda, how strongly tails are pressed towards zero.
         min_rank: no client is pruned below it.
         scope: whose norm weighs a client: each expert matrix's own, or one over all of the client's.
 

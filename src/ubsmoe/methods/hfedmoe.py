@@ -39,7 +39,7 @@ def hfedmoe(base: Base, *, mean_share: float = 0.5, bottleneck: float = 0.1, thr
     Args:
         base: sizes of the run.
         mean_share: lambda, weight of the mean score against the largest one.
-        bottleneck: beta.
+        bottleneck: beta, how much telling tokens apart costs an expert.
         threshold: tau times M: an expert counts from this share of an even use on.
 
     Raises:

@@ -29,7 +29,7 @@ def smoe_glb(base: Base, *, coefficient: float = 0.01) -> Method:
 
     Args:
         base: sizes of the run.
-        coefficient: lambda.
+        coefficient: lambda, the weight of the balancing loss.
 
     Raises:
         ValueError: for a negative coefficient.

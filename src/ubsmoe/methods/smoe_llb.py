@@ -33,7 +33,7 @@ def smoe_llb(base: Base, *, coefficient: float = 0.01) -> Method:
 
     Args:
         base: sizes of the run.
-        coefficient: lambda.
+        coefficient: lambda, the weight of the balancing loss.
 
     Raises:
         ValueError: for a negative coefficient.

@@ -56,13 +56,13 @@ def ubsmoe(
         base: sizes of the run.
         dmr: modulate the routers.
         num_candidates: N_p, experts per token that phi may move; 2 K_max when left out.
-        momentum: zeta.
+        momentum: zeta, the share of the old phi that stays.
         epsilon: keeps u* / u finite.
         phi: "server": only utilization moves it; "trained": clients train it too, kept in range by a penalty.
         phi_penalty: lambda of that penalty, outside [phi_min, phi_max].
         phi_min: lower end of the range.
         phi_max: upper end of the range.
-        pg_mode: which pseudo-gradient.
+        pg_mode: which pseudo-gradient; the modes stand in maths/pseudo_gradient.py.
         pg_strength: factor on it.
         pg_scope: where it acts: "experts", "router", "hidden".
         pg_sparsity: rho_c, "experts" 1 - K/M, "k_max" 1 - K/K_max, "inverse" M/K.

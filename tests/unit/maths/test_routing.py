@@ -1,4 +1,4 @@
-"""Budgets, candidates, phi and utilization: the identities of method.md section 2 as properties."""
+"""Budgets, candidates, phi and utilization: the identities of docs/equations.md as properties."""
 
 import math
 

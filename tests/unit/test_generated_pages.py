@@ -1,0 +1,71 @@
+"""The pages that documentation reads off the code: nothing is left out, and formulas keep their meaning."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from documents import ROOT
+from ubsmoe.config import RunSettings, TierSettings
+from ubsmoe.methods import METHODS
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_run_file_page_has_every_key_with_its_default(generate: ModuleType) -> None:
+    page = generate.run_file_page()
+    assert '| `rescale` | `"none"`, `"ratio"`, `"mass"` | `"mass"` | ' in page
+    assert "| `budgets` | list: number > 0 ≤ 1 | `[0.25, 0.5, 0.75, 1.0]` | " in page
+    assert "| `k_max` | whole number > 0 | left out | " in page and "## [data.partition]" in page
+    for key in [*TierSettings.model_fields, *(name for name in RunSettings.model_fields)]:
+        assert f"`{key}`" in page or f"## [{key}]" in page
+
+
+def test_every_setting_has_a_description(generate: ModuleType) -> None:
+    for prefix, section in [("", RunSettings), *generate._sections(RunSettings, "")]:
+        for name, field in section.model_fields.items():
+            known = field.description or generate._section_of(field) or (prefix, name) == ("method", "name")
+            assert known, f"{prefix}.{name} has no description: Field(..., description=...) in config.py"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_page_has_its_formula_source_settings_and_laws(generate: ModuleType, name: str) -> None:
+    page = generate.method_page(name, METHODS[name])
+    assert page.startswith(f"# {name}\n") and '<pre class="formula">' in page and "\nSource: " in page
+    for parameter in list(generate.inspect.signature(METHODS[name]).parameters)[1:]:
+        assert f"| `{parameter}` |" in page
+    assert all(f"`{law}`" in page for law in generate.LAWS)
+
+
+@pytest.mark.parametrize(
+    ("plain", "shown"),
+    [
+        ("    a_{c,i}^2 / n_c", "a<sub>c,i</sub><sup>2</sup> / n<sub>c</sub>"),
+        ("    lambda sum_l x >= K_max", "λ ∑<sub>l</sub> x ≥ K<sub>max</sub>"),
+        ("    maths/pseudo_gradient.py", "maths/pseudo_gradient.py"),
+        ("    a < b\n      c & d", "a &lt; b\n  c &amp; d"),
+    ],
+)
+def test_a_formula_in_plain_text_gets_letters_and_indices(generate: ModuleType, plain: str, shown: str) -> None:
+    assert generate.formula(plain) == f'<pre class="formula">{shown}</pre>'
+
+
+def test_the_command_line_page_has_every_verb_and_the_exit_codes(generate: ModuleType) -> None:
+    page = generate.command_line_page()
+    assert "| 2 | something to change in the input" in page and "| `RUN_FILE` | run file (TOML)" in page
+    assert all(f"\n## ubsmoe {verb}\n" in page for verb in ("run", "eval", "data commonsense", "lab bias-floor"))
+
+
+def test_pages_of_methods_that_are_gone_are_removed(generate: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "gone.md").write_text("old")
+    generate.write_pages(tmp_path)
+    assert {path.stem for path in (tmp_path / "methods").iterdir()} == set(METHODS)
