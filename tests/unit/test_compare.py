@@ -70,10 +70,18 @@ def test_the_table_shows_means_and_differences_paired_by_seed() -> None:
     rows = [row("a", 0, 1, 0.2), row("a", 1, 1, 0.4), row("b", 0, 1, 0.3), row("b", 1, 1, 0.7)]
     text = comparison_markdown(rows, reference="a")
     assert "over 2 seeds" in text and "Chance: 50.0 %" in text
-    assert "| before training | 10.0 ± 0.0 |" in text and "| before training | 2.0000 ± 0.0000 |" in text
+    assert "| before training, K = 2 | 10.0 ± 0.0 |" in text and "| before training, K = 2 | 2.0000 ± 0.0000 |" in text
     assert "| a | 30.0 ± 127.1 |" in text and "| a | 25.0 ± 0.0 |" in text
     assert "| b | +20.0 ± 127.1 |" in text and "| a | +" not in text
     assert "| b | 2, 8 / 2.00 / 3.00, 4.00 / – |" in text
+
+
+def test_a_row_before_training_for_each_k_that_methods_run() -> None:
+    rows = [row("a", 0, 1, 0.2), row("b", 0, 1, 0.3), row("c", 0, 1, 0.3, top_k=8, accuracy_before=0.6)]
+    text = comparison_markdown(rows, reference="a")
+    assert (
+        "| before training, K = 2 | 10.0 |\n| before training, K = 8 | 60.0 |\n| a |" in text and "over 1 seed;" in text
+    )
 
 
 def test_what_was_not_measured_is_a_dash() -> None:

@@ -56,14 +56,18 @@ def comparison_markdown(rows: Sequence[dict[str, Any]], reference: str) -> str:
     if reference not in methods:
         raise ValueError(f"the reference {reference!r} is not among the methods: {', '.join(methods)}")
     head = ["method", *(f"tier {tier}" for tier in tiers)]
+    plural = "s" if len(seeds) > 1 else ""
     lines = [
-        f"Mean over tasks ± 95 % interval over {len(seeds)} seeds; tiers at their own budgets (last table). "
+        f"Mean over tasks ± 95 % interval over {len(seeds)} seed{plural}; tiers at their own budgets (last table). "
         f"Chance: {_percent(macro, 'chance')} %.",
     ]
     for metric in METRICS:
         by_seed = {(row["method"], row["tier"], row["seed"]): row[metric.name] for row in macro}
-        before = {(tier, seed): _first(macro, tier, seed)[f"{metric.name}_before"] for tier in tiers for seed in seeds}
-        body = [["before training", *(_cell(metric, [before[tier, seed] for seed in seeds]) for tier in tiers)]]
+        before = {(row["method"], row["tier"], row["seed"]): row[f"{metric.name}_before"] for row in macro}
+        body = [
+            [f"before training, K = {ks}", *(_cell(metric, [before[m, t, s] for s in seeds]) for t in tiers)]
+            for ks, m in _first_of_each_k(macro).items()
+        ]
         body += [[m, *(_cell(metric, [by_seed[m, t, s] for s in seeds]) for t in tiers)] for m in methods]
         lines += ["", f"### {metric.heading}", "", *_table(head, body)]
         differences = [
@@ -79,9 +83,13 @@ def comparison_markdown(rows: Sequence[dict[str, Any]], reference: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _first(macro: Sequence[dict[str, Any]], tier: int, seed: int) -> dict[str, Any]:
-    """The row of the first method: before training all methods of one K are alike."""
-    return next(row for row in macro if row["tier"] == tier and row["seed"] == seed)
+def _first_of_each_k(macro: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The Ks of the tiers, as text, and the first method that runs them: before training all methods of one K are alike."""
+    methods: dict[str, str] = {}
+    for method in _distinct(macro, "method"):
+        top_ks = _distinct([row for row in macro if row["method"] == method], "top_k")
+        methods.setdefault(", ".join(map(str, top_ks)), method)
+    return methods
 
 
 def _paired(
