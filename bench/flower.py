@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -250,10 +249,7 @@ def refusals(folder: Path, wait: float) -> list[dict[str, Any]]:
                 rows.append(refused("server certificate expired", running, TLS, wait, federation))
         anywhere = ["--host", "0.0.0.0", "--port", str(free_port()), "--insecure", "--enable-supernode-auth"]
         with process("flower-superlink", anywhere, expired) as running:
-            words = ("requires", "TLS", "secure", "authentication")
-            rows.append(
-                refused("plaintext server off loopback, node keys asked for", running, words, wait, federation, 1)
-            )
+            rows.append(refused("plaintext server off loopback", running, ("ssl-certfile",), wait, federation))
     return rows
 
 
@@ -279,7 +275,6 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="three rounds instead of ten")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the record goes (default: %(default)s)")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     parts = options.parts or ["overhead", "large", "refusals"]
     record = json.loads(options.out.read_text()) if options.out.exists() else {}
     with tempfile.TemporaryDirectory() as name:

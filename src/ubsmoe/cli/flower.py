@@ -37,7 +37,6 @@ def up_command(
 
     from ubsmoe.deploy.loopback import loopback
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with loopback(app, nodes, simulate, typer.echo) as found:
             if run:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ubsmoe.cli.app import AsJson, Out, RunFile, Set, app, overrides, print_json, read_settings
+from ubsmoe.errors import UserError
 
 WorkerCount = Annotated[int, typer.Option("--workers", min=1, help="processes that train clients, one thread each")]
 
@@ -32,6 +33,10 @@ def run_command(
 ) -> None:
     """Fine-tune across clients; on an existing folder, go on where it stopped."""
     if engine is not EngineName.local:
+        if workers != 1:
+            raise UserError(
+                f"--workers is {workers}, but with --engine {engine.value} nodes train, each its own; leave it out"
+            )
         return _run_on_flower(run_file, out, set_, engine is EngineName.simulation)
     settings = read_settings(run_file, set_)
     from functools import partial

@@ -9,6 +9,7 @@ Two kinds, behind the same address book (`config.toml` in Flower's home folder):
 import json
 import os
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -103,6 +104,7 @@ def loopback(
     trust = "insecure = true" if simulated else f"root-certificates = {json.dumps(str(home / CA))}"
     disk.atomic_write(home / "config.toml", f'[superlink.loopback]\naddress = "127.0.0.1:{port}"\n{trust}\n'.encode())
     with ExitStack() as stack:
+        stack.enter_context(_ends_on_sigterm())
         workers = stack.enter_context(_workers())
 
         def start(program: str, options: Sequence[str], name: str) -> subprocess.Popen[bytes]:
@@ -141,6 +143,16 @@ def supernode_options(keys: Path, key: Path, port: int, config: Mapping[str, Any
     options = ["--superlink", f"127.0.0.1:{port}", "--root-certificates", str(keys / CA), "--port", str(free_port())]
     words = " ".join(f"{name}={json.dumps(value)}" for name, value in config.items())
     return [*options, "--auth-supernode-private-key", str(key), "--node-config", words]
+
+
+@contextmanager
+def _ends_on_sigterm() -> Iterator[None]:
+    """Being told to end is a reason to stop what was started, as Ctrl-C is."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
