@@ -1,15 +1,20 @@
-"""One client step against PEFT's and against the frozen stock model: time, by K and batch, and peak memory.
+"""One client step against PEFT's and against the frozen stock model: time by K and batch, and peak memory.
 
-    ours     SparseModel with LoRA on all experts and counting, as a client trains
-    peft     transformers + PEFT `target_parameters` on the fused experts, experts by grouped_mm (its fastest way)
-    frozen   stock transformers, nothing trained, gradient by the inputs alone: what one pays without any adapter
+    ours      SparseModel with LoRA on all experts and counting, as a client trains; freed memory is kept, as the program does
+    peft      transformers + PEFT `target_parameters` on the fused experts, experts by grouped_mm (its fastest way), as it comes
+    frozen    stock transformers, nothing trained, gradient by the inputs alone: what one pays without any adapter
+    ... kept  the last two with our allocator setting, which they do not have of their own: what the kernel alone is worth
 
-A step is zero_grad, forward, loss on every position, backward, and AdamW (but for `frozen`, which has nothing to step). All see
-the same weights, the same fresh batches, and take turns within a step, so that a busy machine slows them alike.
+A step is zero_grad, forward, loss on every position, backward, and fused AdamW (but for `frozen`, which has nothing to step).
+Each way has a process of its own, one thread; all see the same weights and the same fresh batches, and take turns step by step.
+Times are the process's CPU time, so that other work on the machine counts as little as possible; wall time is in the JSON.
 
-python bench/client_step.py [--quick]    prints tables, writes bench/results/client_step.json
+Beside it, in the same run: the expert part's FLOP/s over those of bare matrix products of its shapes.
+
+python bench/client_step.py [--quick] [--out FILE]    prints tables, writes bench/results/client_step.json
 """
 
+import argparse
 import json
 import resource
 import statistics
@@ -21,18 +26,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from torch.nn.functional import silu
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from ubsmoe.allocator import keep_freed_memory
 from ubsmoe.client import language_loss
 from ubsmoe.maths.costs import backward_flops_per_token, forward_flops_per_token
+from ubsmoe.model.kernel import ExpertWeights, Lora, run_pairs
 from ubsmoe.model.presets import shape_from_config
 from ubsmoe.model.surgery import SparseModel
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULT = Path(__file__).resolve().parent / "results" / "client_step.json"
 SEED, RANK, LENGTH, VOCAB = 0, 8, 128, 1024
-TOP_KS, BATCHES = (8, 2, 1), (8, 1)
+LAYERS, HIDDEN, WIDTH, EXPERTS = 4, 256, 256, 32
+WARM_UP = 2  # steps that are not counted
+ROWS = [(8, 8), (8, 2), (8, 1), (1, 8), (1, 2), (1, 1)]  # batch, K
 Batch = dict[str, torch.Tensor]
 Step = Callable[[Batch], None]
 
@@ -42,12 +50,12 @@ def olmoe_shaped() -> OlmoeForCausalLM:
     torch.manual_seed(SEED)
     config = OlmoeConfig(
         vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=4,
+        hidden_size=HIDDEN,
+        intermediate_size=WIDTH,
+        num_hidden_layers=LAYERS,
         num_attention_heads=8,
         num_key_value_heads=8,
-        num_experts=32,
+        num_experts=EXPERTS,
         num_experts_per_tok=8,
         max_position_embeddings=LENGTH,
         pad_token_id=0,
@@ -67,7 +75,7 @@ def ours(top_k: int) -> Step:
     model = SparseModel(olmoe_shaped())
     model.load_adapter(model.fresh_adapter(RANK, torch.Generator().manual_seed(SEED), shared_a=True), alpha=16.0)
     model.set_top_k(top_k)
-    optimizer = torch.optim.AdamW(model.adapter.values(), 1e-3)
+    optimizer = torch.optim.AdamW(model.adapter.values(), 1e-3, fused=True)
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()
@@ -79,12 +87,14 @@ def ours(top_k: int) -> Step:
 
 
 def peft(top_k: int) -> Step:
+    from peft import LoraConfig, get_peft_model
+
     model = olmoe_shaped()
     model.set_experts_implementation("grouped_mm")
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     tuned = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=16, target_modules=[], target_parameters=targets))
     _set_top_k(model, top_k)
-    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], 1e-3)
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], 1e-3, fused=True)
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()
@@ -112,56 +122,62 @@ def _set_top_k(model: Any, top_k: int) -> None:
         layer.mlp.gate.top_k = top_k
 
 
-WAYS: dict[str, Callable[[int], Step]] = {"ours": ours, "peft": peft, "frozen": frozen}
+WAYS: dict[str, tuple[Callable[[int], Step], bool]] = {  # how to step, and whether freed memory is kept
+    "ours": (ours, True),
+    "peft": (peft, False),
+    "peft kept": (peft, True),
+    "frozen": (frozen, False),
+    "frozen kept": (frozen, True),
+}
 
 
-def interleaved(steps: dict[str, Step], size: int, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each step on the same fresh batches, in turns, after two rounds of warming up."""
-    generator = torch.Generator().manual_seed(SEED)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 2):
-        batch = fresh_batch(size, generator)
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step(batch)
-            if repeat >= 2:
-                times[name].append((time.perf_counter() - began) * 1e3)
-    return times
+class Worker:
+    """A process of its own that steps one way whenever it is asked to, and answers in JSON."""
+
+    def __init__(self, way: str) -> None:
+        command = [sys.executable, "-W", "ignore", __file__, "--worker", way]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, *words: object) -> Any:
+        """Send one line, and read the answer to it."""
+        assert self.process.stdin and self.process.stdout
+        print(*words, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"a worker ended with {self.process.wait()}")
+        return json.loads(answer)
+
+    def end(self) -> None:
+        """Let it finish."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
 
 
-def summary(times: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(times, n=4)
-    return {"median": round(middle, 2), "q1": round(low, 2), "q3": round(high, 2)}
-
-
-def step_times(repeats: int) -> list[dict[str, Any]]:
-    """One row per batch size and K."""
-    shape, rows = shape_from_config(olmoe_shaped().config), []
-    for size in BATCHES:
-        for top_k in TOP_KS:
-            steps = {name: way(top_k) for name, way in WAYS.items()}
-            times = interleaved(steps, size, repeats if size > 1 else 3 * repeats)
-            flops = forward_flops_per_token(shape, top_k, RANK, LENGTH).total
-            flops += backward_flops_per_token(shape, top_k, RANK, LENGTH).total
-            rows.append({"batch": size, "top_k": top_k, "mflops_per_token": flops / 1e6})
-            rows[-1] |= {name: summary(values) for name, values in times.items()}
-    return rows
-
-
-def peak_memory(way: str, top_k: int) -> float:
-    """MiB that three steps at batch 8 add to what the loaded model already takes, in a process of its own."""
-    command = [sys.executable, __file__, "--memory", way, str(top_k)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def measure_memory(way: str, top_k: int) -> None:
-    """Print that number. ru_maxrss (KiB) has also seen the model being built, so this can only be too large."""
-    step, generator = WAYS[way](top_k), torch.Generator().manual_seed(SEED)
-    loaded = resident_kib()
-    for _ in range(3):
-        step(fresh_batch(8, generator))
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - loaded) / 1024)
+def work(way: str) -> None:
+    """Obey lines: `row BATCH K` builds a model, `step` takes one, `memory` and `efficiency BATCH K` measure."""
+    build, keep = WAYS[way]
+    torch.set_num_threads(1)
+    if keep:
+        keep_freed_memory()
+    step, size, loaded, generator = build(1), 1, 0, torch.Generator()
+    for line in sys.stdin:
+        answer: Any = None
+        match line.split():
+            case ["row", batch, top_k]:
+                del step
+                step, size, generator = build(int(top_k)), int(batch), torch.Generator().manual_seed(SEED)
+                loaded = resident_kib()
+            case ["step"]:
+                batch = fresh_batch(size, generator)
+                began, wall = time.process_time(), time.perf_counter()
+                step(batch)
+                answer = [(time.process_time() - began) * 1e3, (time.perf_counter() - wall) * 1e3]
+            case ["memory"]:  # ru_maxrss (KiB) has also seen the model being built, so this can only be too large
+                answer = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - loaded) / 1024
+            case ["efficiency", batch, top_k]:
+                answer = efficiency(int(batch) * LENGTH, int(top_k))
+        print(json.dumps(answer), flush=True)
 
 
 def resident_kib() -> int:
@@ -172,39 +188,131 @@ def resident_kib() -> int:
     raise OSError("no VmRSS in /proc/self/status")
 
 
+def efficiency(tokens: int, top_k: int, repeats: int = 5) -> dict[str, float]:
+    """GFLOP/s of the routed experts of all layers, forward and backward with LoRA, and of the frozen matrices' products alone.
+
+    The bare products have the very same shapes, operands and order: x W forward and dy W^T backward for each expert's rows.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    def swiglu(pre: torch.Tensor) -> torch.Tensor:
+        gate, linear = pre.chunk(2, dim=-1)
+        return silu(gate) * linear
+
+    layers = []
+    for _ in range(LAYERS):
+        up, down = normal(EXPERTS, 2 * WIDTH, HIDDEN).transpose(1, 2), normal(EXPERTS, HIDDEN, WIDTH).transpose(1, 2)
+        shapes = (RANK, HIDDEN), (2 * WIDTH, RANK), (RANK, WIDTH), (HIDDEN, RANK)
+        factors = [normal(EXPERTS, *shape).requires_grad_() for shape in shapes]
+        layers.append((ExpertWeights(up, down, None, None, swiglu, is_swiglu=True), Lora(*factors, scale=2.0)))
+    token = torch.arange(tokens).repeat_interleave(top_k)
+    whole, bare = [], []
+    for _ in range(repeats + 1):
+        choice = torch.rand(tokens, EXPERTS, generator=generator).topk(top_k, dim=-1)
+        expert, weight = choice.indices.reshape(-1), choice.values.reshape(-1).requires_grad_()
+        hidden = normal(tokens, HIDDEN).requires_grad_()
+        began = time.process_time()
+        y = hidden
+        for base, lora in layers:
+            y = run_pairs(y, token, expert, weight, base, lora)
+        y.sum().backward()
+        whole.append(time.process_time() - began)
+        groups = [normal(int(n), 2 * WIDTH) for n in torch.bincount(expert, minlength=EXPERTS)]
+        began = time.process_time()
+        for base, _ in layers:
+            for wide, up, down in zip(groups, base.up.unbind(), base.down.unbind(), strict=True):
+                narrow = torch.mm(wide, up.t())
+                torch.mm(torch.mm(narrow, up)[:, :WIDTH], down)
+                torch.mm(narrow, down.t())
+        bare.append(time.process_time() - began)
+    pairs = LAYERS * tokens * top_k
+    frozen_flops = 2 * 2 * pairs * 3 * HIDDEN * WIDTH  # forward, and the gradient by the inputs
+    lora_flops = 3 * 2 * pairs * RANK * (2 * HIDDEN + 3 * WIDTH)  # forward, and both gradients
+    ours_rate = (frozen_flops + lora_flops) / statistics.median(whole[1:]) / 1e9
+    bare_rate = frozen_flops / statistics.median(bare[1:]) / 1e9
+    return {"ours_gflops": ours_rate, "bare_gflops": bare_rate, "efficiency": ours_rate / bare_rate}
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(times, n=4)
+    return {"median": round(middle, 2), "q1": round(low, 2), "q3": round(high, 2)}
+
+
+def measure(ways: list[str], rows: list[tuple[int, int]], repeats: int) -> dict[str, Any]:
+    """One row per batch size and K; memory at the largest, where each process has had no other peak yet."""
+    shape, workers = shape_from_config(olmoe_shaped().config), {way: Worker(way) for way in ways}
+    facts: dict[str, Any] = {"steps": [], "memory_mib": {}}
+    for size, top_k in rows:
+        times: dict[str, list[list[float]]] = {way: [] for way in ways}
+        for worker in workers.values():
+            worker.ask("row", size, top_k)
+        for _ in range(WARM_UP + repeats * (1 if size > 1 else 2)):
+            for way, worker in workers.items():
+                times[way].append(worker.ask("step"))
+        if not facts["memory_mib"]:
+            facts["memory_mib"] = {way: worker.ask("memory") for way, worker in workers.items()}
+        flops = forward_flops_per_token(shape, top_k, RANK, LENGTH).total
+        flops += backward_flops_per_token(shape, top_k, RANK, LENGTH).total
+        row = {"batch": size, "top_k": top_k, "mflops_per_token": flops / 1e6}
+        for way, pairs in times.items():
+            cpu, wall = (list(column) for column in zip(*pairs[WARM_UP:], strict=True))
+            row[way] = {**summary(cpu), "wall": summary(wall)}
+        row |= workers["ours"].ask("efficiency", size, top_k)
+        facts["steps"].append(row)
+        show(row, facts["steps"])
+    for worker in workers.values():
+        worker.end()
+    return facts
+
+
+def show(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """A line of the table, under its head if it is the first."""
+    if len(rows) == 1:
+        print("               CPU ms                              peft / ours   ours / frozen   ours over")
+        print(
+            "batch  K  ours (quartiles)       peft   frozen       as is  kept   as is  kept    K=8 (FLOPs)   efficiency"
+        )
+    top = next(other for other in rows if other["batch"] == row["batch"])
+    mine = row["ours"]["median"]
+
+    def ratio(over: str, under: str) -> str:
+        return f"{row[over]['median'] / row[under]['median']:.2f}" if over in row and under in row else "-"
+
+    print(
+        f"{row['batch']:>5} {row['top_k']:>2} {mine:8.1f} ({row['ours']['q1']:.1f}-{row['ours']['q3']:.1f})"
+        f" {row['peft']['median']:8.1f} {row['frozen']['median']:8.1f}"
+        f" {ratio('peft', 'ours'):>11} {ratio('peft kept', 'ours'):>5}"
+        f" {ratio('ours', 'frozen'):>7} {ratio('ours', 'frozen kept'):>5}"
+        f" {mine / top['ours']['median']:8.2f} ({row['mflops_per_token'] / top['mflops_per_token']:.2f})"
+        f" {row['efficiency']:12.2f}",
+        flush=True,
+    )
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument(
+        "--quick", action="store_true", help="one row per batch size, three steps, without the `kept` ways"
+    )
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return work(options.worker)
     torch.set_num_threads(1)
-    if "--memory" in sys.argv:
-        return measure_memory(sys.argv[2], int(sys.argv[3]))
-    quick = "--quick" in sys.argv
-    memory = {f"K={k}": {way: peak_memory(way, k) for way in ("ours", "peft")} for k in TOP_KS[: 1 if quick else None]}
-    keep_freed_memory()
-    rows = step_times(3 if quick else 9)
-    print("batch  K   ours ms (quartiles)      peft   frozen   peft/ours   frozen/ours   time/K=8   FLOPs/K=8")
-    for row in rows:
-        top = next(other for other in rows if other["batch"] == row["batch"])
-        mine = row["ours"]["median"]
-        print(
-            f"{row['batch']:>5} {row['top_k']:>2} {mine:9.1f} ({row['ours']['q1']:.1f}-{row['ours']['q3']:.1f})"
-            f" {row['peft']['median']:12.1f} {row['frozen']['median']:8.1f} {row['peft']['median'] / mine:10.2f}"
-            f" {row['frozen']['median'] / mine:12.2f} {mine / top['ours']['median']:12.2f}"
-            f" {row['mflops_per_token'] / top['mflops_per_token']:10.2f}"
-        )
-    for name, value in memory.items():
-        ratio = value["ours"] / value["peft"]
-        print(
-            f"peak memory of a step at batch 8, {name}: ours {value['ours']:.0f} MiB, peft {value['peft']:.0f}, {ratio:.2f}"
-        )
-    facts = {
-        "seed": SEED,
-        "threads": 1,
-        "torch": torch.__version__,
-        "quick": quick,
-        "steps": rows,
-        "memory_mib": memory,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "client_step.json").write_text(json.dumps(facts, indent=2) + "\n")
+    facts = measure(["ours", "peft", "frozen"], [(8, 8), (1, 2)], 3) if options.quick else measure(list(WAYS), ROWS, 7)
+    memory = facts["memory_mib"]
+    print(
+        f"peak memory that a step adds, batch 8, K=8, MiB: {', '.join(f'{way} {value:.0f}' for way, value in memory.items())};"
+        f" ours / peft {memory['ours'] / memory['peft']:.2f}"
+    )
+    head = {"seed": SEED, "threads": 1, "torch": torch.__version__, "quick": options.quick}
+    options.out.parent.mkdir(exist_ok=True)
+    options.out.write_text(json.dumps(head | facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

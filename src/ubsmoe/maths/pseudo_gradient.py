@@ -140,8 +140,10 @@ def self_ipw(grads: Float[Tensor, "M *S"], mass: Mass, limit: float) -> Float[Te
     """Each expert's own gradient times rho min(missing_i / active_i, limit); `client_mean` if it was never active."""
     tiny = torch.finfo(mass.active.dtype).tiny
     ratio = mass.owed / torch.maximum(mass.active, mass.missing / limit).clamp_min(tiny)
-    used = _like(mass.active > 0, grads)
-    return torch.where(used, _like(ratio, grads) * grads, client_mean(grads, mass))
+    signal, never = _like(ratio, grads) * grads, mass.active <= 0
+    if never.any():
+        signal[never] = client_mean(grads, mass)[never]
+    return signal
 
 
 def server(grads: Float[Tensor, "M *S"], mass: Mass, global_update: Float[Tensor, "M *S"]) -> Float[Tensor, "M *S"]:
@@ -153,11 +155,11 @@ def server(grads: Float[Tensor, "M *S"], mass: Mass, global_update: Float[Tensor
     used = mass.active > 0
     if not used.any():
         return torch.zeros_like(grads)
-    flat = global_update.flatten(1)
-    direction = -flat / flat.norm(dim=1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
-    scale = grads[used].flatten(1).norm(dim=1).mean()
+    length = global_update.flatten(1).norm(dim=1)
+    length = torch.where(length > 0, length, torch.inf)  # an expert that nobody changed gets nothing, not 0 / 0
+    scale = grads.flatten(1).norm(dim=1)[used].mean()
     share = mass.owed / (mass.missing + mass.active).clamp_min(torch.finfo(mass.active.dtype).tiny)
-    return _like(share, grads) * scale * direction.view_as(grads)
+    return _like(-share * scale / length, grads) * global_update
 
 
 def parameter_signal(
