@@ -124,6 +124,7 @@ def method_page(name: str, builder: Callable[..., Method]) -> str:
         "Keeps " + ", ".join(f"`{law}`" for law in LAWS if law not in method.unpromised) + ".",
         *(f"Does not promise `{law}`: {reason}." for law, reason in method.unpromised.items()),
         "What they say: [laws](../methods.md#laws).",
+        *(f"Refuses `[{section}]`: {reason}." for section, reason in method.refuses.items()),
         f"Code: `src/ubsmoe/methods/{inspect.getmodule(builder).__name__.rpartition('.')[2]}.py`",  # type: ignore[union-attr]
     ]
     return _page(lines)

@@ -43,6 +43,7 @@ def test_a_methods_page_has_its_formula_source_settings_and_laws(generate: Modul
     for parameter in list(generate.inspect.signature(METHODS[name]).parameters)[1:]:
         assert f"| `{parameter}` |" in page
     assert all(f"`{law}`" in page for law in generate.LAWS)
+    assert ("Refuses `[privacy]`: " in page) == ("privacy" in METHODS[name](generate.SMALLEST).refuses)
 
 
 @pytest.mark.parametrize(
