@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import oracles
-from ubsmoe.model.kernel import ExpertWeights, Lora, run_pairs
+from ubsmoe.model.kernel import ExpertWeights, Lora, _in_buckets, run_pairs
 from unit.model.small_layer import HIDDEN, WIDTH, normal, random_factors
 
 every_layout = pytest.mark.parametrize("layout", oracles.LAYOUTS)
@@ -127,6 +127,15 @@ def test_a_half_precision_base_keeps_its_dtype_and_the_adapter_its_own(weight_dt
     for x, want in zip(inputs, exact, strict=True):
         assert x.grad is not None and x.grad.dtype == x.dtype
         assert (x.grad.double() - want).norm() <= 0.05 * want.norm()
+
+
+def test_bfloat16_groups_are_filled_up_with_pairs_that_change_nothing() -> None:
+    expert = torch.tensor([2] * 70 + [0] * 3)
+    weight = torch.full((73,), 0.5).requires_grad_()
+    token, filled, weights = _in_buckets(torch.arange(73), expert, weight, 4)
+    assert torch.bincount(filled, minlength=4).tolist() == [16, 0, 96, 0]
+    assert torch.equal(token[:73], torch.arange(73)) and torch.equal(filled[:73], expert)
+    assert torch.equal(weights[:73], weight) and not weights[73:].any()
 
 
 def test_one_pair_worked_by_hand() -> None:
