@@ -11,7 +11,7 @@ from ubsmoe.config import DataSettings
 from ubsmoe.data.records import read_file
 from ubsmoe.data.tokens import batches, collate, pad_id, tokenize
 from ubsmoe.model.surgery import SparseModel
-from ubsmoe.model.upcycle import load_dense, upcycle, warm_up
+from ubsmoe.model.upcycle import load_dense, mean_activations, upcycle, warm_up
 from ubsmoe.seeds import generator_for
 from ubsmoe.storage.exportfolder import check_free, write_folder
 
@@ -41,7 +41,8 @@ def upcycle_checkpoint(
         drop: this and the next two: see `model.upcycle`.
         slices: experts per copy of the feed-forward.
         shared: share of it that is not cut.
-        warm_up_data: a file of records, as data.train; None for no warm-up.
+        warm_up_data: a file of records, as data.train, for the routers' warm-up and to see which dimensions act most;
+            None for neither.
         warm_up_steps: batches of 8 records.
         seed: of all draws.
 
@@ -53,10 +54,10 @@ def upcycle_checkpoint(
     """
     check_free(out)
     source, tokenizer = load_dense(dense)
-    model = upcycle(source, num_experts, top_k, drop, seed, slices=slices, shared=shared)
-    losses = []
-    if warm_up_data is not None:
-        losses = warm_up(SparseModel(model), _batches(warm_up_data, tokenizer, warm_up_steps, seed))
+    data = [] if warm_up_data is None else list(_batches(warm_up_data, tokenizer, warm_up_steps, seed))
+    active = mean_activations(source, data) if shared and data else None
+    model = upcycle(source, num_experts, top_k, drop, seed, slices=slices, shared=shared, activations=active)
+    losses = warm_up(SparseModel(model), data) if data else []
     model.to(torch.bfloat16)
 
     def fill(folder: Path) -> None:

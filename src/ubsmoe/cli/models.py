@@ -73,7 +73,9 @@ def upcycle_command(
     slices: Annotated[int, typer.Option(help="experts that one copy of the feed-forward is cut into")] = 1,
     shared: Annotated[float, typer.Option(help="share of the feed-forward that runs for every token")] = 0.0,
     drop: Annotated[float, typer.Option(help="share of each expert that is drawn anew; 0 keeps the function")] = 0.0,
-    warm_up: Annotated[Path | None, typer.Option(help="records to warm the routers up on; none when left out")] = None,
+    warm_up: Annotated[
+        Path | None, typer.Option(help="records to warm the routers up on, and to choose what is shared")
+    ] = None,
     warm_up_steps: Annotated[int, typer.Option(min=1, help="batches of 8 records")] = 40,
     seed: Annotated[int, typer.Option(help="of every draw")] = 0,
 ) -> None:

@@ -8,8 +8,9 @@ rounding, and K experts cost K feed-forwards:
 Fine-grained: each copy is cut into S slices of its inner dimensions, every copy in its own way. A copy's S experts start with
 one router row and S times larger down projections, so that the best K_max = S experts are one copy, each with weight 1/S. That
 costs one feed-forward and keeps the function; K < K_max costs less, and loses what the missing slices hold. A shared expert
-makes that bearable: the inner dimensions with the largest weights are not cut but run for every token (Qwen2-MoE's class, its
-gate starting at sigma(0) = 1/2).
+makes that bearable: the inner dimensions that act most, by mean |activation| times the norm of what they write, are not cut but run
+for every token (Qwen2-MoE's class, its gate starting at sigma(0) = 1/2). At K < S the slices left count S / K times, so one strong
+dimension among them does more harm than all that are missing.
 
 Experts that start alike get like gradients; drop-upcycling sets them apart, and gives up part of the function for it:
 
@@ -21,7 +22,7 @@ MoE (He et al. 2024, arXiv 2410.07524); shared expert: DeepSeekMoE (Dai et al. 2
 et al. 2025, arXiv 2502.19261). Ours: which dimensions are shared, and the routers' warm-up on the balancing loss alone.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,15 @@ def load_dense(place: str) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def upcycle(
-    dense: Any, num_experts: int, top_k: int, drop: float, seed: int, *, slices: int = 1, shared: float = 0.0
+    dense: Any,
+    num_experts: int,
+    top_k: int,
+    drop: float,
+    seed: int,
+    *,
+    slices: int = 1,
+    shared: float = 0.0,
+    activations: Sequence[Tensor] | None = None,
 ) -> Any:
     """Make experts of the dense model's feed-forward.
 
@@ -77,6 +86,8 @@ def upcycle(
         seed: of the routers, of the cuts, and of what is drawn anew.
         slices: experts that one copy is cut into.
         shared: share of the inner dimensions that is not cut but runs for every token.
+        activations: per layer the mean |activation| [f] of each inner dimension, as `mean_activations` finds it; without it
+            the norms of gate and up stand in, which miss a dimension that few weights make large.
 
     Returns:
         A model of Mixtral's class, or with `shared` of Qwen2-MoE's, in the dtype of `dense`.
@@ -92,10 +103,11 @@ def upcycle(
     generator = torch.Generator().manual_seed(seed)
     wrong = model.load_state_dict(dense.state_dict(), strict=False)
     assert all(".mlp." in name for name in (*wrong.missing_keys, *wrong.unexpected_keys)), wrong
-    for layer, source in zip(model.model.layers, dense.model.layers, strict=True):
+    for index, (layer, source) in enumerate(zip(model.model.layers, dense.model.layers, strict=True)):
         _route(layer.mlp.gate.weight, config.initializer_range, slices, generator)
         gate, up, down = (getattr(source.mlp, f"{name}_proj").weight for name in ("gate", "up", "down"))
-        largest = (gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)).argsort(descending=True)
+        active = activations[index] if activations else gate.norm(dim=1) * up.norm(dim=1)
+        largest = (active * down.norm(dim=0)).argsort(descending=True)
         if common:
             _share(layer.mlp, largest[:common], gate, up, down)
         rest, experts = largest[common:], layer.mlp.experts
@@ -108,6 +120,36 @@ def upcycle(
             experts.gate_up_proj[expert] = torch.cat(parts[:2])
             experts.down_proj[expert] = parts[2]
     return model
+
+
+@torch.no_grad()
+def mean_activations(dense: Any, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
+    """Per layer the mean |activation| [f] of each inner dimension of a dense model's feed-forward, over real tokens.
+
+    Args:
+        dense: a Llama-shaped model.
+        batches: input_ids and attention_mask [B, S]; at least one.
+    """
+    layers = dense.model.layers
+    sums = [torch.zeros(dense.config.intermediate_size) for _ in layers]
+    tokens = 0
+    for batch in batches:
+        real = batch["attention_mask"].bool()
+
+        def add(total: Tensor, inner: Tensor, real: Tensor = real) -> None:
+            total.add_(inner[real].float().abs().sum(0).cpu())
+
+        hooks = [
+            layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, total=total, add=add: add(total, args[0]))
+            for layer, total in zip(layers, sums, strict=True)
+        ]
+        try:
+            dense.model(**{name: batch[name] for name in ("input_ids", "attention_mask")}, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        tokens += int(real.sum())
+    return [total / tokens for total in sums]
 
 
 def _config(dense: Any, num_experts: int, top_k: int, width: int, common: int) -> MixtralConfig | Qwen2MoeConfig:

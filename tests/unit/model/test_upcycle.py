@@ -12,7 +12,7 @@ from ubsmoe.errors import UserError
 from ubsmoe.maths.balance import normalised_entropy
 from ubsmoe.model.load import load_base, shipped_path
 from ubsmoe.model.surgery import SparseModel
-from ubsmoe.model.upcycle import upcycle, warm_up
+from ubsmoe.model.upcycle import mean_activations, upcycle, warm_up
 from ubsmoe.upcycling import upcycle_checkpoint
 
 WIDTH = 20
@@ -74,6 +74,29 @@ def test_every_inner_dimension_is_in_the_shared_expert_or_once_in_every_copy() -
     for copy in (experts[:4], experts[4:]):
         assert sorted(shared + [i for expert in copy for i in expert]) == list(range(40))
     assert experts[:4] != experts[4:]
+
+
+def test_what_acts_most_is_shared_whatever_its_own_weights_are() -> None:
+    source = dense(intermediate_size=40)
+    ids = torch.cat([IDS, torch.zeros(3, 2, dtype=torch.int64)], dim=1)
+    batch = {"input_ids": ids, "attention_mask": torch.cat([torch.ones_like(IDS), torch.zeros(3, 2)], dim=1).long()}
+    want: list[torch.Tensor] = []
+    hooks = [
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: want.append(args[0].abs().mean((0, 1))))
+        for layer in source.model.layers
+    ]
+    with torch.no_grad():
+        source(IDS)
+    for hook in hooks:
+        hook.remove()
+    found = mean_activations(source, [batch, batch])  # padding does not count
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(found, want, strict=True))
+
+    found[1][[5, 17]] = 1e3
+    how: dict[str, Any] = dict(num_experts=8, top_k=4, drop=0.0, seed=0, slices=4, shared=0.2)
+    shared = upcycle(source, **how, activations=found).model.layers[1].mlp.shared_expert.gate_proj.weight
+    rows = source.model.layers[1].mlp.gate_proj.weight
+    assert all((shared == rows[i]).all(1).any() for i in (5, 17))
 
 
 def test_drop_draws_the_asked_share_of_each_expert_anew_in_all_three_matrices() -> None:
