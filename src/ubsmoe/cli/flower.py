@@ -41,7 +41,7 @@ def up_command(
         with loopback(app, nodes, simulate, typer.echo) as found:
             if run:
                 return found.run()
-            typer.echo(f"FLWR_HOME={found.home} flwr run {app} {found.name} --stream")
+            typer.echo(f"set -a; . {app}/flower.env; FLWR_HOME={found.home}; flwr run {app} {found.name} --stream")
             signal.pause()
     except KeyboardInterrupt:
         typer.echo("stopped")
