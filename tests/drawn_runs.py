@@ -31,7 +31,9 @@ def write_run(folder: Path, method: str = "ubsmoe", seed: int = 0, phi: bool = T
                 run.events.append(
                     "client", number, client=f"client-{tier}", tier=tier, top_k=top_k, rank=8, examples=40,
                     tokens=1000, slots=1000 * top_k, loss=1 / number, seconds=top_k / 10,
+                    upload_bytes=10_000 * top_k, download_bytes=90_000,
                 )  # fmt: skip
+            run.events.append("dropped", number, client="client-4", stage="deadline", reason="answered < too late")
             used = torch.rand(LAYERS, EXPERTS, generator=draw, dtype=torch.float64) + 0.1 * number
             extras = {"phi": (0.5 - used).tolist()} if phi else {}
             run.events.append(

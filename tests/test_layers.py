@@ -29,7 +29,7 @@ MAY_IMPORT = {
     },
     "pretrain": {"config", "data", "maths", "pretrain"},
     "lab": {"maths", "seeds"},
-    "report": {"maths", "messages", "report", "storage"},
+    "report": {"errors", "maths", "messages", "report", "storage"},
 }
 ONLY_IN = {
     "transformers": {"model", "data", "evaluate", "pretrain"},
@@ -38,6 +38,8 @@ ONLY_IN = {
     "typer": {"cli"},
     "matplotlib": {"report"},
     "plotly": {"report"},
+    "wandb": {"report"},
+    "mlflow": {"report"},
     "pickle": set(),
 }
 MODULES = sorted(SOURCE.rglob("*.py"))

@@ -89,8 +89,7 @@ def _steps(
     key = (trainer.seed, task.profile.client, task.round)
     parameters = [*model.adapter.values(), *hooks.parameters]
     optimizer = _optimizer(parameters, settings)
-    lengths = [len(one.input_ids) for one in examples] if settings.group_by_length else None
-    order = batches(len(examples), settings.batch_size, generator_for(*key, "batches"), lengths)
+    order = batch_order(settings, examples, generator_for(*key, "batches"))
     num_steps = steps_per_round(settings, len(examples))
     first = (task.round - 1) * num_steps
     budgets = elastic_top_ks(trainer.tiers, task.profile.top_k, first, num_steps, generator_for(*key, "elastic"))
@@ -142,6 +141,12 @@ def language_loss(model: SparseModel, batch: dict[str, Tensor]) -> Tensor:
     predicts = batch["labels"][:, 1:] != IGNORED
     logits = model.logits_at(batch["input_ids"], batch["attention_mask"], predicts)
     return cross_entropy(logits.float(), batch["labels"][:, 1:][predicts])
+
+
+def batch_order(settings: TrainSettings, examples: Sequence[Tokens], generator: torch.Generator) -> Iterator[list[int]]:
+    """Positions of the examples in each batch, one batch after another."""
+    lengths = [len(one.input_ids) for one in examples] if settings.group_by_length else None
+    return batches(len(examples), settings.batch_size, generator, lengths)
 
 
 def steps_per_round(settings: TrainSettings, num_examples: int) -> int:

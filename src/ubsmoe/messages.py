@@ -50,6 +50,11 @@ class Task:
     run: str = ""
     base: str = ""
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its tensors; a header of a few hundred bytes is not in it."""
+        return sum(tensor.nbytes for tensor in self.payload.values())
+
 
 @dataclass(frozen=True)
 class Update:

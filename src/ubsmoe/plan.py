@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ubsmoe.config import ConfigError, RunSettings
 from ubsmoe.maths.costs import TierCost, tier_costs
+from ubsmoe.maths.shape import ModelShape
 from ubsmoe.maths.traffic import count_bytes
 from ubsmoe.methods import build
 from ubsmoe.methods.base import Base, Method
@@ -25,8 +26,7 @@ def run_costs(settings: RunSettings, sequence_length: int | None = None) -> list
     """
     shape = shape_from_config(load_config(settings.model.base))
     k_max = checked_k_max(settings.tiers.k_max, shape.k_max, settings.model.base)
-    base = Base(shape.num_moe_layers, shape.num_experts, k_max, settings.adapter.rank, settings.adapter.alpha)
-    method = build(settings.method.name, base, settings.method.settings)
+    method = run_method(settings, shape)
     check_protection(settings, method)
     check_privacy(settings, method)
     bills = tier_costs(
@@ -45,6 +45,13 @@ def run_costs(settings: RunSettings, sequence_length: int | None = None) -> list
         extra_upload_bytes=count_bytes(shape),
     )
     return [_with_extras(bill, *method.extra_elements(shape, bill.rank)) for bill in bills]
+
+
+def run_method(settings: RunSettings, shape: ModelShape) -> Method:
+    """The run's method on a base of this shape. Raises UserError if there is none, or a setting of it is wrong."""
+    k_max = checked_k_max(settings.tiers.k_max, shape.k_max, settings.model.base)
+    base = Base(shape.num_moe_layers, shape.num_experts, k_max, settings.adapter.rank, settings.adapter.alpha)
+    return build(settings.method.name, base, settings.method.settings)
 
 
 def tier_ranks(settings: RunSettings, method: Method) -> tuple[int, ...]:

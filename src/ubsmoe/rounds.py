@@ -21,6 +21,7 @@ from ubsmoe.privacy import noisy_mean, spent
 from ubsmoe.protection import protected
 from ubsmoe.seeds import generator_for
 from ubsmoe.storage.runfolder import RunFolder, read_adapter, read_run
+from ubsmoe.wire.change import upload_bytes
 from ubsmoe.wire.gate import Gate, expected_form
 
 Report = Callable[[str, int, dict[str, Any]], None]
@@ -214,10 +215,21 @@ def one_round(
     began = time.perf_counter()
     settings = federation.settings
     profiles = {profile.client: profile for profile in sample_clients(federation, number)}
+    sent: dict[str, Task] = {}  # until its answer is there
+
+    def tasks() -> Iterator[Task]:
+        for task in _tasks(federation, state, number, profiles.values()):
+            sent[task.profile.client] = task
+            yield task
 
     def seen(update: Update) -> None:
-        profile = profiles[update.client]
-        told = {"tokens": update.tokens, "slots": update.slots, "loss": update.loss}
+        profile, task = profiles[update.client], sent.pop(update.client)
+        told = {
+            "tokens": update.tokens,
+            "slots": update.slots,
+            "loss": update.loss,
+            "upload_bytes": upload_bytes(update, task, settings.wire.dtype),  # says how many experts were touched
+        }
         note(
             "client",
             number,
@@ -227,15 +239,18 @@ def one_round(
             rank=profile.rank,
             examples=update.num_examples,
             seconds=update.seconds,
+            download_bytes=task.num_bytes,
             **({} if settings.privacy else told),
         )
 
     def lost(reply: Dropped) -> None:
-        note("dropped", number, client=reply.client, stage=reply.stage, reason=reply.reason)
+        task = sent.pop(reply.client, None)
+        asked = {"download_bytes": task.num_bytes} if task else {}
+        note("dropped", number, client=reply.client, stage=reply.stage, reason=reply.reason, **asked)
 
     watch = Watch(seen, torch.zeros(federation.base.num_layers, federation.base.num_experts, dtype=torch.float64))
     gate = gate_of(federation, len(profiles), lost)
-    passed = gate.passed(engine.exchange(gate.ask(_tasks(federation, state, number, profiles.values()))))
+    passed = gate.passed(engine.exchange(gate.ask(tasks())))
     if settings.privacy:
         counted: Iterable[Update] = [_noisy_mean(federation, watch.heard(passed), state, number, noise)]
     else:

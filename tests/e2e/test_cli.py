@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -199,3 +200,25 @@ def test_costs_refuse_what_a_run_refuses(
 ) -> None:
     assert ubsmoe(monkeypatch, "costs", write_toml(tiny_run), "--set", change) == 2
     assert capsys.readouterr().err.startswith(f"ubsmoe: {change.partition('=')[0]}")
+
+
+def test_a_plan_needs_no_weights_and_says_what_a_device_holds(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    tiny_run: dict,
+    write_toml: WriteToml,
+    random_base: Path,
+    tmp_path: Path,
+) -> None:
+    base = tmp_path / "no-weights"
+    shutil.copytree(random_base, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    file = write_toml(with_overrides(tiny_run, {"model.base": str(base)}))
+    assert ubsmoe(monkeypatch, "plan", file, "--json", "--memory", "4GiB") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [tier["top_k"] for tier in plan["tiers"]] == [1, 2, 3, 4] and plan["fits"]["tiers"] == [1, 2, 3, 4]
+    assert plan["speed"] == "measured on this machine" and plan["run"]["rounds"] == 2
+    assert ubsmoe(monkeypatch, "plan", file, "--examples", "40", "--flops-per-second", "1e9") == 0
+    printed = capsys.readouterr().out
+    assert "an upper bound" in printed and "2 rounds of 4 clients" in printed
+    assert ubsmoe(monkeypatch, "plan", file, "--memory", "big") == 2
+    assert "--memory 'big'" in capsys.readouterr().err

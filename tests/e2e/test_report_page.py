@@ -81,7 +81,8 @@ def charts_drawn(browser: Any) -> int:
 def test_it_opens_without_errors_or_requests_and_draws_every_chart(opened: Any) -> None:
     charts = opened.execute_script("return [...document.querySelectorAll('.chart')].map(chart => chart.id)")
     assert set(charts) == {
-        "loss", "accuracy", "cost-accuracy", "entropy", "gini", "phi", "partition", "experts-use", "experts-phi",
+        "loss", "accuracy", "cost-MFLOPs", "cost-seconds", "cost-MB",
+        "entropy", "gini", "phi", "partition", "experts-use", "experts-phi",
     }  # fmt: skip
     assert charts_drawn(opened) == len(charts)
     assert [line for line in opened.get_log("browser") if line["level"] in ("SEVERE", "WARNING")] == []

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +10,10 @@ from ubsmoe.cli.app import AsJson, Out, RunFile, Set, app, overrides, print_json
 from ubsmoe.errors import UserError
 
 WorkerCount = Annotated[int, typer.Option("--workers", min=1, help="processes that train clients, one thread each")]
+
+Track = Annotated[
+    list[str] | None, typer.Option("--track", help="also draw curves in tensorboard, wandb or mlflow; repeatable")
+]
 
 
 class EngineName(StrEnum):
@@ -30,12 +34,17 @@ def run_command(
         EngineName,
         typer.Option(help="this process; Flower's simulation; or a SuperLink with SuperNodes, all on this machine"),
     ] = EngineName.local,
+    track: Track = None,
 ) -> None:
     """Fine-tune across clients; on an existing folder, go on where it stopped."""
     if engine is not EngineName.local:
         if workers != 1:
             raise UserError(
                 f"--workers is {workers}, but with --engine {engine.value} nodes train, each its own; leave it out"
+            )
+        if track:
+            raise UserError(
+                f"--track {track[0]}: curves are drawn by runs in this process; leave out --engine or --track"
             )
         return _run_on_flower(run_file, out, set_, engine is EngineName.simulation)
     settings = read_settings(run_file, set_)
@@ -50,23 +59,31 @@ def run_command(
     from ubsmoe.federation import build_federation
     from ubsmoe.plan import run_costs
     from ubsmoe.report.console import RunConsole, result_table, show
+    from ubsmoe.report.tracking import Tracking
     from ubsmoe.rounds import run
     from ubsmoe.storage.runfolder import RunFolder
 
     check_workers(workers, settings)
     keep_freed_memory()
     console = Console()
-    federation = build_federation(settings)
     place = out or Path("out") / run_file.stem
+    tracking = Tracking(track or [], place, settings.model_dump(mode="json"))
+    federation = build_federation(settings)
+
+    def on_event(event: str, round: int, fields: dict[str, Any]) -> None:
+        shown.on_event(event, round, fields)
+        tracking.on_event(event, round, fields)
+
     with (
         federation_workers(federation, workers) as crew,
         RunFolder.open_or_create(place, to_json(settings)) as folder,
         RunConsole(console) as shown,
+        tracking,
     ):
         shown.plan(settings.train.rounds, settings.clients_per_round)
         clients = LocalEngine(federation.trainer, federation.examples, shown.on_step, crew)
         score_all = partial(score_in, crew) if crew else None
-        summary = run(federation, folder, as_simulated(clients, federation), shown.on_event, score_all)
+        summary = run(federation, folder, as_simulated(clients, federation), on_event, score_all)
     costs = [cost.as_dict() for cost in run_costs(settings)]
     show(console, result_table(summary, costs))
     console.print(f"adapter {place / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}", soft_wrap=True)

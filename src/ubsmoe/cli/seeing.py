@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ubsmoe.cli.app import AsJson, Runs, Set, app, needs, overrides, print_json, read_settings
+from ubsmoe.cli.app import AsJson, RunFile, Runs, Set, app, needs, overrides, print_json, read_settings
 
 
 @app.command("watch")
@@ -105,6 +105,38 @@ def costs_command(
     from ubsmoe.report.console import cost_table, show
 
     show(Console(), cost_table(settings.model.base, tiers))
+
+
+@app.command("plan")
+def plan_command(
+    run_file: RunFile,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="training examples in all: plan by data.max_length, without reading data")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="of your device, as in 16GiB: which tiers it can train")] = None,
+    flops_per_second: Annotated[
+        float | None, typer.Option(min=1, help="of the clients' machines; measured here when left out")
+    ] = None,
+    set_: Set = None,
+    json_: AsJson = False,
+) -> None:
+    """Say before a run what it will take: memory, FLOPs, bytes and seconds per tier and in all. Loads no weights."""
+    settings = read_settings(run_file, set_)
+    from ubsmoe.forecast import fitting, forecast
+
+    plan = forecast(settings, examples, flops_per_second)
+    if memory is not None:
+        plan["fits"] = fitting(plan, memory)
+    if json_:
+        return print_json(plan)
+    from rich.console import Console
+
+    from ubsmoe.report.console import plan_lines, plan_table, show
+
+    console = Console()
+    show(console, plan_table(plan))
+    for line in plan_lines(plan):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _figure_costs() -> dict[str, list[dict[str, Any]]]:

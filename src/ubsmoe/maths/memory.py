@@ -9,12 +9,13 @@ FLOAT32, INT64 = 4, 8
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a training step at its peak, by what they hold."""
+    """Bytes that a client holds at the peak of a training step, by what they are."""
 
     weights: int
+    task: int
     adapters: int
-    gradients: int
     optimizer: int
+    gradients: int
     activations: int
     working: int
 
@@ -33,26 +34,35 @@ def peak_memory_bytes(
     dtype_bytes: int,
     router_trained: bool = False,
     optimizer_moments: int = 2,
+    labelled: int | None = None,
+    accumulating: bool = False,
+    pair_fraction: float = 0.0,
 ) -> Memory:
-    """Bytes of the model, its adapters, their gradients and optimiser state, saved activations and working space.
+    """Bytes of the base, the task as received, the adapter in training, its optimiser, and what one step adds to them.
 
-    Only `activations` and `working` fall with K; all experts stay resident. `activations` is what autograd keeps from
-    forward to backward, checked against torch in the tests; `working` is the larger of the loss (logits, log-softmax,
-    two gradients) and the backward of one MoE layer. The sum takes all parts at one moment, which is an upper bound.
+    A step has two high tides, and the higher one is returned: where backward begins (all activations, and the working space
+    of the loss or of one layer), and where the optimiser steps (all gradients, two copies of the largest tensor). In between
+    gradients come as activations go, so neither tide holds both, unless gradients are accumulated.
+
+    `activations` is what autograd and the kernel keep from forward to backward, checked against torch in the tests; it falls
+    with K, as `working` does. All experts stay resident.
 
     Assumed: base and activations in `dtype_bytes`, trained tensors, norms and loss in float32; fused attention, which
     keeps no S x S scores; LoRA on the routed rows only; no gradient checkpointing; frozen matrices keep nothing. Left
-    out: the Python process, the allocator's slack, the optimiser's temporaries, copies a server or an engine keeps.
+    out: python and its libraries, the data, the allocator's slack, and in one process what the server and the engine hold.
 
     Args:
         shape: the model.
         top_k: K, experts per token.
         rank: LoRA rank.
-        batch_size: sequences per step.
+        batch_size: sequences per forward pass.
         sequence_length: tokens per sequence, padding included.
         dtype_bytes: 4 for float32, 2 for bfloat16.
         router_trained: whether the routers are trained too.
         optimizer_moments: float32 numbers kept per trained element: 2 for AdamW, 1 for SGD with momentum.
+        labelled: positions that have a label, whose logits alone are computed; all when left out.
+        accumulating: whether gradients of an earlier forward pass are there already.
+        pair_fraction: share of the missing (token, expert) pairs that a pseudo-gradient runs too.
 
     Raises:
         ValueError: if `top_k`, `rank` or `sequence_length` is impossible for this shape.
@@ -60,25 +70,40 @@ def peak_memory_bytes(
     shape.check(top_k, rank, sequence_length)
     tokens = batch_size * sequence_length
     trained = FLOAT32 * shape.trained_elements(rank, router_trained)
-    loss = shape.vocab * (dtype_bytes + 3 * FLOAT32)
-    layer = top_k * (2 * shape.hidden + (1 + shape.up_matrices) * shape.expert_width) * dtype_bytes
-    experts = _saved_by_experts(shape, top_k, rank)
-    routing = shape.num_moe_layers * top_k * (INT64 + dtype_bytes)  # which token a pair is of, and its weight
+    loss = (tokens if labelled is None else labelled) * shape.vocab * (3 * FLOAT32 + dtype_bytes % FLOAT32)
+    layer = dtype_bytes * _held_by_layer(shape, tokens, top_k) + 2 * trained // shape.num_moe_layers
+    pairs = top_k + pair_fraction * (shape.num_experts - top_k)
+    experts = _saved_by_experts(shape, pairs, rank)
+    routing = shape.num_moe_layers * pairs * (INT64 + dtype_bytes)  # which token a pair is of, and its weight
     others = _saved_by_attention(shape) + _saved_by_dense(shape)
-    return Memory(
-        weights=shape.parameters * dtype_bytes,
-        adapters=trained,
-        gradients=trained,
-        optimizer=optimizer_moments * trained,
-        activations=tokens * (dtype_bytes * (experts + others) + FLOAT32 * _saved_by_norms(shape) + routing),
-        working=tokens * max(loss, layer),
+    b_again = shape.num_moe_layers * shape.num_experts * rank * (shape.hidden + shape.up_matrices * shape.expert_width)
+    activations = dtype_bytes * b_again + tokens * (
+        dtype_bytes * (experts + others) + FLOAT32 * _saved_by_norms(shape) + routing
     )
+    always = {"weights": shape.parameters * dtype_bytes, "task": trained, "adapters": trained}
+    always["optimizer"] = optimizer_moments * trained
+    largest = FLOAT32 * shape.num_experts * rank * max(shape.hidden, shape.up_matrices * shape.expert_width)
+    backward = Memory(
+        **always, gradients=accumulating * trained, activations=round(activations), working=max(loss, layer)
+    )
+    step = Memory(**always, gradients=trained, activations=0, working=2 * largest)
+    return max(backward, step, key=lambda tide: tide.total)
 
 
-def _saved_by_experts(shape: ModelShape, top_k: int, rank: int) -> int:
+def _held_by_layer(shape: ModelShape, tokens: int, top_k: int) -> int:
+    """Elements while one MoE layer goes backward: the gradients around it, and the rows of its busiest expert.
+
+    That expert is taken to have twice an even share of the pairs.
+    """
+    rows = min(tokens, -(-2 * tokens * top_k // shape.num_experts))
+    inner = (2 * shape.up_matrices + 1) * shape.expert_width  # before and after the activation, and gradients of both
+    return 4 * tokens * shape.hidden + rows * (2 * shape.hidden + inner)
+
+
+def _saved_by_experts(shape: ModelShape, pairs: float, rank: int) -> float:
     """Elements per token: the layer's input, and for each pair what comes before the activation and LoRA's narrow parts."""
     pair = shape.up_matrices * shape.expert_width + 2 * rank
-    return shape.num_moe_layers * (top_k * pair + shape.hidden)
+    return shape.num_moe_layers * (pairs * pair + shape.hidden)
 
 
 def _saved_by_attention(shape: ModelShape) -> int:

@@ -23,6 +23,12 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "x", "
 DASHES = ("solid", "dash", "dot", "dashdot")
 MOST_HEAT_CELLS = 60_000  # about 400 kB of JSON; longer runs show every n-th round
 
+COSTS = {  # what is paid -> title of its chart, and its axis
+    "MFLOPs": ("Compute against accuracy", "training MFLOPs per token"),
+    "seconds": ("Time against accuracy", "seconds of a client in a round"),
+    "MB": ("Traffic against accuracy", "MB of a client in a round, both ways"),
+}
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -71,26 +77,39 @@ def _learning(points: Sequence[tuple[Series, list[tuple[int, int, float]]]]) -> 
     ]
 
 
-def cost_against_accuracy(runs: Sequence[Series], costs: Sequence[list[dict[str, Any]]]) -> Chart:
-    """What a tier pays per token against what it gets; one line per run, one point per tier."""
+def cost_against_accuracy(runs: Sequence[Series], costs: Sequence[list[dict[str, Any]]], unit: str) -> Chart | None:
+    """What a tier pays against what it gets; one line per run, one point per tier; None if no run has ended."""
     traces = []
     for index, (run, tiers) in enumerate(zip(runs, costs, strict=True)):
         if run.record.summary is None:
             continue  # its scores are from before the end
         last = last_scores(run)
-        points = [(tier, 100 * last[tier["tier"]]["macro"]["accuracy"]) for tier in tiers if tier["tier"] in last]
-        trace = _line(
-            run_name(run), [t["train_flops_per_token"] / 1e6 for t, _ in points], [y for _, y in points], index
-        )
-        trace["customdata"] = [[t["tier"] + 1, t["top_k"], t["rank"], t["upload_bytes"] / 1e6] for t, _ in points]
+        points = [(tier, tier_costs(run, tier)) for tier in tiers if tier["tier"] in last]
+        points = [(tier, paid) for tier, paid in points if unit in paid]
+        accuracy = [100 * last[tier["tier"]]["macro"]["accuracy"] for tier, _ in points]
+        trace = _line(run_name(run), [paid[unit] for _, paid in points], accuracy, index)
+        trace["customdata"] = [[t["tier"] + 1, t["top_k"], t["rank"]] for t, _ in points]
         trace["hovertemplate"] = (
-            "tier %{customdata[0]}, K = %{customdata[1]}, rank %{customdata[2]}: "
-            "%{x:.2f} MFLOPs, %{y:.1f} %, %{customdata[3]:.2f} MB up"
+            f"tier %{{customdata[0]}}, K = %{{customdata[1]}}, rank %{{customdata[2]}}: %{{x:.3g}} {unit}, %{{y:.1f}} %"
         )
         traces.append(trace)
-    layout = {"xaxis": {"title": {"text": "training MFLOPs per token"}}, "yaxis": {"title": {"text": "accuracy, %"}}}
-    caption = "Accuracy of each tier against the training FLOPs it pays per token; the points of a finished run are its tiers."
-    return Chart("cost-accuracy", "Cost against accuracy", caption, traces, layout)
+    title, axis = COSTS[unit]
+    layout = {"xaxis": {"title": {"text": axis}}, "yaxis": {"title": {"text": "accuracy, %"}}}
+    caption = f"Accuracy of each tier against {axis}; the points of a finished run are its tiers."
+    return Chart(f"cost-{unit}", title, caption, traces, layout) if traces else None
+
+
+def tier_costs(run: Series, tier: dict[str, Any]) -> dict[str, float]:
+    """What a client of a tier pays: MFLOPs per token as counted; seconds and MB per round as noted, MB else as planned."""
+    own = [event for event in run.events("client") if event["tier"] == tier["tier"]]
+
+    def mean(key: str, planned: float) -> float:
+        values = [event[key] for event in own if key in event]
+        return sum(values) / len(values) if values else planned
+
+    up, down = (mean(key, tier[key]) / 1e6 for key in ("upload_bytes", "download_bytes"))
+    found = {"MFLOPs": tier["train_flops_per_token"] / 1e6, "MB up": up, "MB down": down, "MB": up + down}
+    return found | ({"seconds": sum(event["seconds"] for event in own) / len(own)} if own else {})
 
 
 def balance_over_rounds(runs: Sequence[Series], measure: str) -> Chart:

@@ -190,6 +190,53 @@ def harness_table(results: Sequence[dict[str, dict[str, Any]]], labels: Sequence
     return table
 
 
+def plan_table(plan: dict[str, Any]) -> Table:
+    """What a client of each tier needs in one round."""
+    table = Table(
+        title=f"{plan['model']}, {plan['method']}: one client, one round",
+        caption=f"lengths: {plan['lengths']}; {plan['flops_per_second'] / 1e9:.4g} GFLOP/s, {plan['speed']}; "
+        "fits: the smallest of the usual devices that holds the tier and 0.4 GiB for python and its libraries",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in ("tier", "β", "K", "rank", "clients", "steps", "tokens", "TFLOPs", "seconds", "MB up", "MB down"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("GB memory", "fits"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for tier in plan["tiers"]:
+        table.add_row(
+            str(tier["tier"] + 1),
+            f"{tier['budget']:g}",
+            str(tier["top_k"]),
+            str(tier["rank"]),
+            str(tier["clients"]),
+            f"{tier['steps']:.4g}",
+            f"{tier['tokens']:,.0f}",
+            f"{tier['flops'] / 1e12:,.4g}",
+            f"{tier['seconds']:,.3g}",
+            f"{tier['upload_bytes'] / 1e6:,.1f}",
+            f"{tier['download_bytes'] / 1e6:,.1f}",
+            f"{tier['memory_bytes'] / 1e9:.2f}",
+            f"{tier['device_gib']} GiB" if tier["device_gib"] else "none",
+        )
+    return table
+
+
+def plan_lines(plan: dict[str, Any]) -> list[str]:
+    """The whole run, and what a given device holds, in words."""
+    run = plan["run"]
+    lines = [
+        f"the run: {run['rounds']} rounds of {run['clients_trained']:g} clients, {run['flops'] / 1e12:,.4g} TFLOPs of training, "
+        f"{run['download_bytes'] / 1e9:.3g} GB down, {run['upload_bytes'] / 1e9:.3g} GB up",
+        f"training takes {_duration(run['seconds_one_after_another'])} one client after another, "
+        f"{_duration(run['seconds_side_by_side'])} side by side; evaluation is not counted",
+    ]
+    if fits := plan.get("fits"):
+        held = ", ".join(map(str, fits["tiers"])) or "none"
+        lines.append(f"a device of {fits['memory_bytes'] / 2**30:.3g} GiB holds tiers: {held}")
+    return lines
+
+
 def alignment_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Cosine of every signal with the missing gradient, per round and tier, weighted over experts, mean over runs."""
     signals = list(dict.fromkeys(row["signal"] for row in rows))
@@ -218,6 +265,13 @@ def show(console: Console, table: Table) -> None:
 
 def _change(before: float | None, after: float | None) -> str:
     return "–" if before is None or after is None else f"{before * 100:.1f} → {after * 100:.1f}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def _percent(value: float | None) -> str:

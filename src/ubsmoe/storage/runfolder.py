@@ -2,7 +2,7 @@
 
     config.json          the resolved settings; written last, so a folder without it is no run yet
     data.json            the data card: sources, hashes, sizes
-    versions.json        python, torch, transformers, ubsmoe, platform
+    versions.json        python, torch, transformers, ubsmoe, platform, commit of a checkout
     events.jsonl         one line per event
     checkpoints/         the newest states
     adapter.safetensors  the final adapter
@@ -15,6 +15,7 @@
 import hashlib
 import json
 import platform
+import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -227,7 +228,26 @@ def current_versions() -> dict[str, str]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
+    if commit := _commit():
+        versions["commit"] = commit
     return versions
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, "+" behind it if files differ; None if it is installed."""
+    root = Path(ubsmoe.__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *words], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def differing_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -236,16 +256,17 @@ def differing_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> di
     >>> differing_settings({"train": {"rounds": 5}, "seed": 0}, {"train": {"rounds": 9}, "seed": 0})
     {'train.rounds': [5, 9]}
     """
-    flat_theirs, flat_ours = _flatten(theirs), _flatten(ours)
+    flat_theirs, flat_ours = flatten(theirs), flatten(ours)
     keys = sorted(flat_theirs.keys() | flat_ours.keys())
     pairs = {key: [flat_theirs.get(key), flat_ours.get(key)] for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 

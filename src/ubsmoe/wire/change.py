@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ubsmoe.config import WireDtype
 from ubsmoe.maths.quantise import dequantise, quantise
-from ubsmoe.messages import Tensors
+from ubsmoe.messages import Task, Tensors, Update
 
 
 class ChangeError(ValueError):
@@ -47,6 +47,13 @@ def pack_change(after: Tensors, before: Tensors, dtype: WireDtype) -> dict[str, 
         if not touched.all():
             parts[f"experts.{name}"] = touched
     return parts
+
+
+def upload_bytes(update: Update, task: Task, dtype: WireDtype) -> int:
+    """Bytes of the tensors and counts that say what an update changed, whether or not it had to travel; no headers."""
+    counts = update.expert_tokens.nbytes + 2 * 8  # tokens and slots
+    parts = pack_change(update.adapters, task.payload, dtype)
+    return sum(tensor.nbytes for tensor in (*parts.values(), *update.extras.values())) + counts
 
 
 def unpack_change(parts: Mapping[str, Tensor], before: Tensors, max_bytes: int) -> dict[str, Tensor]:

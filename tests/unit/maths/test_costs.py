@@ -266,6 +266,9 @@ def test_saved_activations_are_near_what_autograd_keeps(family, top_k):
         output = sparse.model(ids, use_cache=False)
     predicted = peak_memory_bytes(shape, top_k, RANK, BATCH, LENGTH, dtype_bytes=4).activations
     measured = sum(storage.nbytes() for storage in kept.values())
+    measured += sum(
+        t.nbytes for name, t in sparse.adapter.items() if name.endswith(".B")
+    )  # the kernel's copies, out of sight
     assert output.logits.requires_grad
     assert predicted == pytest.approx(measured, rel=0.05)
 
@@ -278,10 +281,23 @@ def test_memory_parts_of_a_model_worked_by_hand():
     # per layer: q and o 36 each, k and v 12 each; router 24; 4 experts of 3 * 5 * 6; embeddings and head 300 each
     assert memory.weights == 2 * (2 * (96 + 24 + 360) + 600)
     # per layer and expert: gate_up 6 + 10, down 5 + 6
-    assert memory.adapters == memory.gradients == 4 * 2 * 4 * 27
+    assert memory.task == memory.adapters == 4 * 2 * 4 * 27 and memory.gradients == 0
     assert memory.optimizer == 2 * memory.adapters
     assert memory.working == 21 * 50 * (2 + 12)
     assert memory.total == sum((memory.weights, memory.adapters * 4, memory.activations, memory.working))
+    held = peak_memory_bytes(shape, 2, 1, 3, 7, dtype_bytes=2, accumulating=True)
+    assert held.gradients == held.adapters and held.total == memory.total + held.gradients
+    fewer = peak_memory_bytes(shape, 2, 1, 3, 7, dtype_bytes=2, labelled=20)
+    assert fewer.working == 20 * 50 * (2 + 12)
+
+
+def test_a_large_adapter_peaks_where_the_optimiser_steps():
+    shape = ModelShape(
+        4, 4, hidden=6, expert_width=5, num_experts=4, k_max=2, heads=3, kv_heads=1, head_dim=2, vocab=50
+    )
+    memory = peak_memory_bytes(shape, 1, rank=100, batch_size=1, sequence_length=1, dtype_bytes=4)
+    assert memory.gradients == memory.adapters == 4 * 4 * 4 * 100 * 27 and memory.activations == 0
+    assert memory.working == 2 * 4 * 4 * 100 * 10  # the largest tensor is gate_up's B, twice 5 wide
 
 
 def test_olmoe_forward_flops_worked_by_hand():

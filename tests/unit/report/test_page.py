@@ -9,8 +9,9 @@ from drawn_runs import write_run
 from ubsmoe.config import parse_run
 from ubsmoe.plan import run_costs
 from ubsmoe.report import charts
-from ubsmoe.report.page import accuracy_interval, report_html
+from ubsmoe.report.page import report_html
 from ubsmoe.report.series import read_series
+from ubsmoe.report.tables import accuracy_interval, short_commit
 
 
 def build(runs) -> str:
@@ -25,7 +26,7 @@ def test_the_page_is_one_file_below_six_megabytes_with_every_chart(tmp_path) -> 
     page = build(read_series([write_run(tmp_path / "run")]))
     assert len(page.encode()) < 6e6 and "@@" not in page[: page.index("<script>")]
     assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="(?!data:)', page)
-    wanted = {"loss", "accuracy", "cost-accuracy", "entropy", "gini", "phi", "partition"}
+    wanted = {"loss", "accuracy", *(f"cost-{unit}" for unit in charts.COSTS), "entropy", "gini", "phi", "partition"}
     assert {chart["id"] for chart in data(page)["charts"]} == wanted
     assert all(f'id="{name}" role="img"' in page for name in wanted)
     assert "&lt;other&gt;" not in page[page.index('id="charts"') :] and "<other>" not in page
@@ -55,3 +56,16 @@ def test_intervals_are_students_over_seeds_and_wilsons_over_questions() -> None:
 
 def test_an_unfinished_run_is_told_as_one(tmp_path) -> None:
     assert "not finished" in build(read_series([write_run(tmp_path / "run", finished=False)]))
+
+
+def test_drops_budgets_and_real_bytes_are_told(tmp_path) -> None:
+    page = build(read_series([write_run(tmp_path / "run")]))
+    assert page.count("answered &lt; too late") == 3 and "answered < too late" not in page
+    never = re.search(r"<tr><td>client-4</td>.*?</tr>", page)[0]
+    assert '<td data-value="0">0 of 3</td><td data-value="3.0">3</td>' in never
+    points = next(chart for chart in data(page)["charts"] if chart["id"] == "cost-MB")["data"][0]
+    assert points["x"] == pytest.approx([0.11, 0.13, 0.15, 0.17])  # 90 kB down and 10 kB per expert up
+
+
+def test_a_commit_is_cut_but_keeps_its_mark() -> None:
+    assert short_commit("0123456789abcdef+") == "0123456789ab+" and short_commit("–") == "–"

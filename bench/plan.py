@@ -1,0 +1,253 @@
+"""`ubsmoe plan` against reality: 12 runs, foreseen from their settings, then carried out.
+
+    FLOPs   torch's FlopCounterMode around one client's round (`ubsmoe.client.train`, batches of 3), against the tier's FLOPs
+    memory  a fresh process builds the run, resets the kernel's peak-RSS mark, trains that client for a round: what the peak
+            lies above the resident memory before, plus the base's weights, against the tier's memory. glibc is told to give
+            freed memory back at once, so that what counts is what is held
+    bytes   the `client` events of a round of the whole run: down equal or not; up as a share of the plan's, which is for an
+            update that touched every expert
+    seconds of that client's round, over the seconds foreseen: how far products of expert size are from the whole step
+
+Each base is random, OLMoE- or Mixtral- or Qwen3-shaped, small, but large enough that tensors dominate. Seed 0, Linux only.
+
+    python bench/plan.py            all twelve
+    python bench/plan.py --quick    the first three
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "plan.json"
+AT_ONCE = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+OLMOE: dict[str, Any] = {
+    "model_type": "olmoe", "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "num_experts": 16, "num_experts_per_tok": 8,
+}  # fmt: skip
+QWEN: dict[str, Any] = {
+    "model_type": "qwen3_moe", "hidden_size": 192, "moe_intermediate_size": 320, "num_hidden_layers": 4, "head_dim": 48,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 24, "num_experts_per_tok": 8, "intermediate_size": 64,
+    "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+MIXTRAL: dict[str, Any] = {
+    "model_type": "mixtral", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+# name, base, settings, the tier (from 0) that is carried out
+CASES: list[tuple[str, dict[str, Any], dict[str, Any], int]] = [
+    ("olmoe, K = 8", OLMOE, {}, 3),
+    ("olmoe, K = 2", OLMOE, {}, 0),
+    ("olmoe, K = 4, rank 32", OLMOE, {"adapter.rank": 32}, 1),
+    ("olmoe, K = 8, accumulation 2", OLMOE, {"train.gradient_accumulation": 2, "train.batch_size": 16}, 3),
+    ("olmoe, K = 6, router trained, SGD", OLMOE, {"adapter.router": "trained", "train.optimizer": "sgd"}, 2),
+    ("olmoe, K = 4, sampled pseudo-gradient", OLMOE, {"method.name": "ubsmoe", "method.pg_mode": "sampled"}, 1),
+    ("olmoe, hetlora, rank 4", OLMOE, {"method.name": "hetlora"}, 0),
+    ("olmoe, K = 8, half the steps at K = 1", OLMOE, {"tiers.elastic_share": 0.5}, 3),
+    ("olmoe, K = 8, loss on the whole text", OLMOE, {"data.loss_on_prompt": True}, 3),
+    ("qwen3, K = 4", QWEN, {}, 1),
+    ("mixtral, K = 1", MIXTRAL, {}, 1),
+    ("qwen3, K = 8, batches of 8", QWEN, {"train.batch_size": 8}, 3),
+]
+
+
+def settings_of(base: Path, changes: dict[str, Any]) -> Any:
+    from ubsmoe.config import parse_run, with_overrides
+
+    table = {
+        "threads": 1,
+        "model": {"base": str(base)},
+        "clients": {"count": 4},
+        "data": {"world": {"train_examples": 200, "test_examples": 8}},
+        "method": {"name": "fedavg"},
+        "train": {"rounds": 2, "local_steps": 2, "batch_size": 24},
+        "evaluate": {"max_new_tokens": 1, "max_examples": 1, "likelihood": False},
+    }
+    return parse_run(with_overrides(table, changes))
+
+
+def make_base(config: dict[str, Any], folder: Path) -> Path:
+    """A random base with the shipped tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from ubsmoe.model.load import shipped_path
+
+    tokenizer = AutoTokenizer.from_pretrained(shipped_path("ubsmoe-tiny"))
+    torch.manual_seed(0)
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    shaped = AutoConfig.for_model(**config, **ends, vocab_size=len(tokenizer), max_position_embeddings=512)
+    AutoModelForCausalLM.from_config(shaped).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def first_task(settings: Any, tier: int) -> Any:
+    """The run, and the task of the tier's first client in round 1."""
+    from ubsmoe.federation import build_federation
+    from ubsmoe.messages import Task
+    from ubsmoe.rounds import start_state
+
+    federation = build_federation(settings)
+    profile = next(client for client in federation.clients if client.tier == tier)
+    return federation, Task(1, profile, federation.method.dispatch(start_state(federation), profile))
+
+
+def measure_memory(settings: Any, tier: int) -> dict[str, float]:
+    """In a process of its own: bytes of the peak above what was resident before, plus the weights."""
+    import torch
+    import transformers  # noqa: F401
+
+    import ubsmoe.federation
+    import ubsmoe.rounds  # noqa: F401
+    from ubsmoe.client import train
+
+    # what the libraries load and allot at their first step is theirs, not the model's
+    weight = torch.nn.Parameter(torch.ones(512, 768))
+    torch.mm(torch.ones(512, 768), weight.T).sum().backward()
+    torch.optim.AdamW([weight]).step()
+    runtime = resident("VmRSS")
+    federation, task = first_task(settings, tier)
+    weights = sum(p.numel() * p.element_size() for p in federation.model.model.parameters())
+    payload = sum(tensor.numel() * tensor.element_size() for tensor in task.payload.values())
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    began = time.perf_counter()
+    train(federation.trainer, task, federation.examples[task.profile.client])
+    seconds = time.perf_counter() - began
+    # the task was there before: it belongs to the client as the weights do
+    return {
+        "memory_bytes": resident("VmHWM") - before + weights + payload,
+        "runtime_bytes": runtime,
+        "seconds": seconds,
+    }
+
+
+def resident(which: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
+    return 1024 * int(line.split()[1])
+
+
+def count_flops(settings: Any, tier: int) -> int:
+    """What torch counts in that client's round."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+    from ubsmoe.client import train
+
+    # torch's counter lacks the product in place and the processor's own attention; all get shapes
+    aten = torch.ops.aten
+    missing = {
+        aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
+            sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    federation, task = first_task(settings, tier)
+    with FlopCounterMode(display=False, custom_mapping=missing) as counter:
+        train(federation.trainer, task, federation.examples[task.profile.client])
+    return int(counter.get_total_flops())
+
+
+def run_events(settings: Any, folder: Path) -> list[dict[str, Any]]:
+    """The `client` events of the second round."""
+    from ubsmoe.config import to_json
+    from ubsmoe.engines.local import LocalEngine
+    from ubsmoe.federation import build_federation
+    from ubsmoe.rounds import run
+    from ubsmoe.storage.events import read_events
+    from ubsmoe.storage.runfolder import RunFolder
+
+    federation = build_federation(settings)
+    with RunFolder.create(folder, to_json(settings)) as place:
+        run(federation, place, LocalEngine(federation.trainer, federation.examples), lambda *_: None)
+    return [
+        event for event in read_events(folder / "events.jsonl") if (event["event"], event["round"]) == ("client", 2)
+    ]
+
+
+def one_case(number: int) -> dict[str, Any]:
+    from ubsmoe.forecast import forecast
+
+    name, config, changes, tier = CASES[number]
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = settings_of(make_base(config, Path(scratch) / "base"), changes)
+        plan = forecast(settings)
+        client = plan["tiers"][tier]  # four clients in four tiers: a tier is its client
+        worker = [sys.executable, __file__, "--memory-of", str(number), "--base", str(Path(scratch) / "base")]
+        real = json.loads(subprocess.run(worker, check=True, capture_output=True, env={**os.environ, **AT_ONCE}).stdout)
+        # the counter is slow and bytes do not depend on what is trained: small batches do for both
+        light = settings_of(Path(scratch) / "base", {**changes, "train.batch_size": 3})
+        counted, planned = count_flops(light, tier), forecast(light, flops_per_second=1e9)["tiers"][tier]["flops"]
+        events = run_events(light, Path(scratch) / "run")
+    down = all(event["download_bytes"] == plan["tiers"][event["tier"]]["download_bytes"] for event in events)
+    shares = [event["upload_bytes"] / plan["tiers"][event["tier"]]["upload_bytes"] for event in events]
+    return {
+        "case": name,
+        "flops": {"plan": planned, "real": counted, "ratio": planned / counted},
+        "memory": {
+            "plan": client["memory_bytes"],
+            "real": real["memory_bytes"],
+            "ratio": client["memory_bytes"] / real["memory_bytes"],
+            "parts": client["memory"],
+        },
+        "download_equal": down,
+        "upload_real_over_plan": shares,
+        "seconds_real_over_plan": real["seconds"] / client["seconds"],
+        "runtime_bytes": real["runtime_bytes"],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three cases")
+    parser.add_argument("--only", type=int, nargs="+", help="these cases, counted from 0")
+    parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the record goes (default: %(default)s)")
+    options = parser.parse_args()
+    if options.memory_of is not None:
+        _, _, changes, tier = CASES[options.memory_of]
+        print(json.dumps(measure_memory(settings_of(options.base, changes), tier)))
+        return 0
+    import torch
+
+    torch.set_num_threads(1)
+    chosen = options.only or range(3 if options.quick else len(CASES))
+    rows = []
+    print(
+        "| case | FLOPs, plan / real | memory, plan / real | MB | down equal | up, real / plan | seconds, real / plan |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for number in chosen:
+        row = one_case(number)
+        rows.append(row)
+        print(
+            f"| {row['case']} | {row['flops']['ratio']:.4f} | {row['memory']['ratio']:.3f} | "
+            f"{row['memory']['real'] / 1e6:.0f} | {'yes' if row['download_equal'] else 'NO'} | "
+            f"{min(row['upload_real_over_plan']):.3f} to {max(row['upload_real_over_plan']):.3f} | "
+            f"{row['seconds_real_over_plan']:.2f} |",
+            flush=True,
+        )
+    record = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "seed": 0,
+        "rows": rows,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,286 @@
+"""What a run will take, before it starts and without weights: steps, tokens, FLOPs, bytes, memory, seconds, per tier and in all.
+
+With the data at hand the clients' own batches of round 1 are counted, padding included, and stand for every round. Without them
+every example is taken to be data.max_length tokens long with a label on each, which is an upper bound.
+
+Evaluation is not counted, nor what an engine adds around the tensors of a message. Clients are taken to be drawn evenly and to
+drop out as [simulation] says; deadlines are not foreseen.
+"""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from ubsmoe.client import batch_order, elastic_top_ks, steps_per_round
+from ubsmoe.config import ConfigError, RunSettings
+from ubsmoe.data.partition import partition
+from ubsmoe.data.sources import load_examples
+from ubsmoe.data.tokens import Tokens, tokenize
+from ubsmoe.maths.costs import (
+    TierCost,
+    backward_flops_per_token,
+    forward_flops_per_token,
+    pseudo_gradient_flops_per_token,
+)
+from ubsmoe.maths.memory import Memory, peak_memory_bytes
+from ubsmoe.maths.shape import ModelShape
+from ubsmoe.model.load import load_tokenizer
+from ubsmoe.model.presets import load_config, shape_from_config
+from ubsmoe.plan import run_costs, run_method
+from ubsmoe.seeds import generator_for
+
+GIB = 1 << 30
+DEVICES = (4, 8, 12, 16, 24, 40, 80)
+"""Memories of devices in GiB, from phones to accelerators, for the column that says which holds a tier."""
+
+RUNTIME_BYTES = 400 << 20
+"""What python, torch and transformers hold before a base is loaded, measured on Linux (`bench/plan.py`)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Shape of a forward pass: sequences, their padded length, and how many positions have a label."""
+
+    rows: int
+    length: int
+    labelled: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """One client's round: its batches in order, several per step where gradients accumulate, and the largest it may meet."""
+
+    client: str
+    tier: int
+    examples: int
+    batches: list[Batch]
+    largest: Batch
+
+
+@dataclass(frozen=True)
+class TierForecast:
+    """One tier. Per client and round: steps, tokens (padding included), FLOPs, bytes, seconds. `memory` is a client's peak.
+
+    `upload_bytes` is for an update that touched every expert, `device_gib` the smallest of `DEVICES` that holds the tier.
+    """
+
+    tier: int
+    budget: float
+    top_k: int
+    rank: int
+    clients: int
+    steps: float
+    tokens: float
+    flops: float
+    seconds: float
+    virtual_seconds: float | None
+    upload_bytes: int
+    download_bytes: int
+    memory: Memory
+    device_gib: int | None
+
+
+def forecast(
+    settings: RunSettings, examples: int | None = None, flops_per_second: float | None = None
+) -> dict[str, Any]:
+    """Foresee a run.
+
+    Args:
+        settings: the run.
+        examples: training examples in all, to plan without reading any data.
+        flops_per_second: what the clients' machines reach; measured here, on products of this base's size, when left out.
+
+    Returns:
+        What `ubsmoe plan --json` prints: the assumptions, "tiers" and "run".
+
+    Raises:
+        UserError: as `run_costs`; or if data are to be read and cannot be.
+    """
+    shape = shape_from_config(load_config(settings.model.base))
+    costs = run_costs(settings)
+    works = assumed_work(settings, examples) if examples else read_work(settings)
+    speed = flops_per_second or measured_speed(shape, settings)
+    pair_fraction = run_method(settings, shape).pair_fraction
+    tiers = [
+        _tier(settings, shape, cost, [work for work in works if work.tier == cost.tier], speed, pair_fraction)
+        for cost in costs
+        if any(work.tier == cost.tier for work in works)
+    ]
+    return {
+        "model": settings.model.base,
+        "method": settings.method.name,
+        "parameters": shape.parameters,
+        "lengths": "data.max_length, every position labelled: an upper bound" if examples else "read from the data",
+        "flops_per_second": speed,
+        "speed": "given" if flops_per_second else "measured on this machine",
+        "tiers": [asdict(tier) | {"memory_bytes": tier.memory.total} for tier in tiers],
+        "run": _whole(settings, tiers),
+    }
+
+
+def read_work(settings: RunSettings) -> list[Work]:
+    """Every client's round, from its own data. Raises UserError if tokenizer or data cannot be had."""
+    tokenizer = load_tokenizer(settings.model)
+    examples = load_examples(settings.data, tokenizer, settings.seed).train
+    parts = partition(examples, settings.data.partition, settings.clients.count, settings.seed)
+    tokens = tokenize(examples, tokenizer, settings.data, "train")
+    return [_work(settings, index, [tokens[i] for i in part]) for index, part in enumerate(parts)]
+
+
+def assumed_work(settings: RunSettings, examples: int) -> list[Work]:
+    """Every client's round if it has an even share of so many examples, as long as data.max_length allows."""
+    train, count = settings.train, settings.clients.count
+    if examples < count:
+        raise ConfigError(
+            f"--examples {examples} leaves some of the {count} clients without any; expected {count} or more"
+        )
+    share = examples // count
+    batch = Batch(train.batch_size, settings.data.max_length, train.batch_size * settings.data.max_length)
+    passes = steps_per_round(train, share) * train.gradient_accumulation
+    return [_assumed(settings, index, share, [batch] * passes) for index in range(count)]
+
+
+def _assumed(settings: RunSettings, index: int, share: int, passes: list[Batch]) -> Work:
+    return Work(f"client-{index}", index % len(settings.tiers.budgets), share, passes, passes[0])
+
+
+def _work(settings: RunSettings, index: int, examples: Sequence[Tokens]) -> Work:
+    train, client = settings.train, f"client-{index}"
+    order = batch_order(train, examples, generator_for(settings.seed, client, 1, "batches"))
+    passes = steps_per_round(train, len(examples)) * train.gradient_accumulation
+    whole = settings.data.loss_on_prompt
+    seen = [batch_shape([examples[i] for i in next(order)], whole) for _ in range(passes)]
+    longest = batch_shape(sorted(examples, key=lambda one: len(one.input_ids))[-train.batch_size :], whole)
+    most = sum(sorted(_labels(one, whole) for one in examples)[-train.batch_size :])
+    return Work(client, index % len(settings.tiers.budgets), len(examples), seen, replace(longest, labelled=most))
+
+
+def batch_shape(examples: Sequence[Tokens], loss_on_prompt: bool = False) -> Batch:
+    """The shape of these examples, collated."""
+    labelled = sum(_labels(one, loss_on_prompt) for one in examples)
+    return Batch(len(examples), max(len(one.input_ids) for one in examples), labelled)
+
+
+def _labels(one: Tokens, loss_on_prompt: bool) -> int:
+    """Positions whose next token has a label; the first token of a text has none before it."""
+    return len(one.input_ids) - (1 if loss_on_prompt else one.prompt_length)
+
+
+def _tier(
+    settings: RunSettings, shape: ModelShape, cost: TierCost, works: list[Work], speed: float, pair_fraction: float
+) -> TierForecast:
+    router = settings.adapter.router == "trained"
+    accumulation = settings.train.gradient_accumulation
+
+    def flops(work: Work) -> float:
+        steps = len(work.batches) // accumulation
+        key = generator_for(settings.seed, work.client, 1, "elastic")
+        budgets = elastic_top_ks(settings.tiers, cost.top_k, 0, steps, key)
+        return sum(
+            batch_flops(shape, budgets[i // accumulation], cost.rank, batch, router, pair_fraction)
+            for i, batch in enumerate(work.batches)
+        )
+
+    count, in_all = len(works), sum(flops(work) for work in works)
+    largest = max((work.largest for work in works), key=lambda batch: batch.rows * batch.length)
+    labelled = max(work.largest.labelled for work in works)
+    memory = peak_memory_bytes(
+        shape,
+        cost.top_k,
+        cost.rank,
+        largest.rows,
+        largest.length,
+        dtype_bytes=2 if settings.model.dtype == "bfloat16" else 4,
+        router_trained=router,
+        optimizer_moments=2 if settings.train.optimizer == "adamw" else 1,
+        labelled=labelled,
+        accumulating=accumulation > 1,
+        pair_fraction=pair_fraction,
+    )
+    simulation = settings.simulation
+    return TierForecast(
+        tier=cost.tier,
+        budget=cost.budget,
+        top_k=cost.top_k,
+        rank=cost.rank,
+        clients=count,
+        steps=sum(len(work.batches) for work in works) / accumulation / count,
+        tokens=sum(b.rows * b.length for work in works for b in work.batches) / count,
+        flops=in_all / count,
+        seconds=in_all / count / speed,
+        virtual_seconds=in_all / count / (simulation.flops_per_second * cost.budget) if simulation else None,
+        upload_bytes=cost.upload_bytes,
+        download_bytes=cost.download_bytes,
+        memory=memory,
+        device_gib=next((gib for gib in DEVICES if memory.total + RUNTIME_BYTES <= gib * GIB), None),
+    )
+
+
+def batch_flops(
+    shape: ModelShape, top_k: int, rank: int, batch: Batch, router_trained: bool, pair_fraction: float
+) -> float:
+    """FLOPs of a batch, forward and backward; logits are computed where there is a label, and nowhere else."""
+    passes = (forward_flops_per_token, backward_flops_per_token)
+    parts = [count(shape, top_k, rank, batch.length, router_trained) for count in passes]
+    head = sum(part.head for part in parts)
+    body = sum(part.total for part in parts) - head
+    extra = pseudo_gradient_flops_per_token(shape, top_k, rank, pair_fraction)
+    return batch.rows * batch.length * (body + extra) + batch.labelled * head
+
+
+def _whole(settings: RunSettings, tiers: Sequence[TierForecast]) -> dict[str, Any]:
+    """The run: clients asked and expected to train in a round, and the sums over its rounds."""
+    asked = min(settings.clients_per_round + settings.rounds.extra_clients, settings.clients.count)
+    answering = 1 - settings.simulation.dropout if settings.simulation else 1.0
+    trained = min(asked * answering, settings.clients_per_round)
+    rounds, count = settings.train.rounds, settings.clients.count
+
+    def over(clients: float, name: str) -> float:
+        return rounds * clients / count * sum(tier.clients * getattr(tier, name) for tier in tiers)
+
+    return {
+        "rounds": rounds,
+        "clients_asked": asked,
+        "clients_trained": trained,
+        "flops": over(trained, "flops"),
+        "upload_bytes": over(trained, "upload_bytes"),
+        "download_bytes": over(asked, "download_bytes"),
+        "seconds_one_after_another": over(trained, "seconds"),
+        "seconds_side_by_side": rounds * max(tier.seconds for tier in tiers),
+        "largest_memory_bytes": max(tier.memory.total for tier in tiers),
+    }
+
+
+def fitting(plan: dict[str, Any], memory: str) -> dict[str, Any]:
+    """Which tiers a device of this memory can train, such as "16GiB" or "8GB"; python and its libraries included.
+
+    Raises:
+        ConfigError: if that is no size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(GiB|GB)", memory.strip())
+    if not match:
+        raise ConfigError(f"--memory {memory!r}: expected a size in GiB or GB, as in 16GiB")
+    size = round(float(match[1]) * (GIB if match[2] == "GiB" else 10**9))
+    held = [tier["tier"] + 1 for tier in plan["tiers"] if tier["memory_bytes"] + RUNTIME_BYTES <= size]
+    return {"memory_bytes": size, "runtime_bytes": RUNTIME_BYTES, "tiers": held}
+
+
+def measured_speed(shape: ModelShape, settings: RunSettings, seconds: float = 0.3) -> float:
+    """FLOPs per second that this machine reaches on products as large as one expert's share of a batch."""
+    device, dtype = settings.model.device, getattr(torch, settings.model.dtype)
+    tokens = settings.train.batch_size * settings.data.max_length
+    rows = max(1, tokens * shape.k_max // shape.num_experts)
+    x = torch.ones(rows, shape.hidden, device=device, dtype=dtype)
+    weight = torch.ones(shape.hidden, shape.up_matrices * shape.expert_width, device=device, dtype=dtype)
+    torch.mm(x, weight)  # the first one sets the library up
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        torch.mm(x, weight)
+        if weight.is_cuda:
+            torch.cuda.synchronize()
+        done += 1
+    return 2 * done * rows * weight.numel() / (time.perf_counter() - began)
