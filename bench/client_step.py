@@ -32,7 +32,8 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from ubsmoe.allocator import keep_freed_memory
 from ubsmoe.client import language_loss
 from ubsmoe.maths.costs import backward_flops_per_token, forward_flops_per_token
-from ubsmoe.model.kernel import ExpertWeights, Lora, run_pairs
+from ubsmoe.model.expert_weights import ExpertWeights, Lora
+from ubsmoe.model.kernel import run_pairs
 from ubsmoe.model.presets import shape_from_config
 from ubsmoe.model.surgery import SparseModel
 

@@ -1,19 +1,19 @@
-"""A finished run, opened without its data: what its tiers run can be put on the base, exported, or asked."""
+"""A finished run, opened again: scored; or, without its data, put on the base, exported, or asked."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ubsmoe import exports
 from ubsmoe.config import ConfigError, RunSettings, parse_run, with_overrides
-from ubsmoe.federation import build_method
+from ubsmoe.federation import build_federation, build_method
 from ubsmoe.messages import Profile
 from ubsmoe.methods.base import Method, State
 from ubsmoe.model.export import read_installed
 from ubsmoe.model.load import load_base, weights_sha256
 from ubsmoe.model.sidecar import Format, Sidecar
 from ubsmoe.model.surgery import SparseModel
-from ubsmoe.rounds import unpack
+from ubsmoe.rounds import evaluate_tier, unpack
 from ubsmoe.seeds import generator_for
 from ubsmoe.storage.runfolder import read_adapter, read_run
 
@@ -34,9 +34,7 @@ class FinishedRun:
         """A tier, counted from 1; the one with the largest budget for None. Raises ConfigError if there is none."""
         if number is None:
             return max(self.tiers, key=lambda profile: profile.budget)
-        if not 1 <= number <= len(self.tiers):
-            raise ConfigError(f"--tier must lie in 1..{len(self.tiers)}, got {number}")
-        return self.tiers[number - 1]
+        return _numbered(self.tiers, number)
 
     def install(self, profile: Profile) -> None:
         """Put on the base what a client of this profile gets."""
@@ -59,8 +57,7 @@ def open_run(path: Path, device: str | None = None) -> FinishedRun:
     settings = parse_run(with_overrides(read_run(path).config, {"model.device": device} if device else {}))
     model, tokenizer = load_base(settings.model, settings.tiers.rescale, settings.tiers.k_max)
     sha256 = weights_sha256(model.model)
-    if facts["base_sha256"] != sha256:
-        raise ConfigError(f"model.base: {path} was trained on another base than {settings.model.base}")
+    _require_base(path, facts, sha256, settings)
     _, method, tiers = build_method(settings, model)
     return FinishedRun(settings, model, tokenizer, method, tiers, unpack(tensors), sha256)
 
@@ -84,3 +81,48 @@ def export_run(path: Path, out: Path, format: Format, tier: int | None = None) -
     run.model.clear()
     origin = exports.Origin(run.settings.model, run.base_sha256, run.method.name, profile.tier + 1)
     return exports.write(run.model, run.tokenizer, installed, origin, format, out)
+
+
+def evaluate_run(path: Path, overrides: dict[str, Any], tier: int | None = None) -> list[dict[str, Any]]:
+    """Score the adapter of a finished run.
+
+    Args:
+        path: the run folder.
+        overrides: dotted settings that say how to score: evaluate.*, data.*, model.device.
+        tier: one tier, counted from 1; None for all.
+
+    Returns:
+        Per tier: tier, top_k, rank and scores by task.
+
+    Raises:
+        ConfigError: for another setting, a tier that does not exist, or a base that is not the run's.
+        RunFolderError: if the folder holds no finished run.
+    """
+    if wrong := [key for key in overrides if not key.startswith(("evaluate.", "data.")) and key != "model.device"]:
+        raise ConfigError(f"--set {wrong[0]}: scoring a run can change evaluate.*, data.* and model.device only")
+    record = read_run(path)
+    tensors, facts = read_adapter(path)
+    federation = build_federation(parse_run(with_overrides(record.config, overrides)))
+    _require_base(path, facts, federation.base_sha256, federation.settings)
+    state = unpack(tensors)
+    chosen = federation.tiers if tier is None else [_numbered(federation.tiers, tier)]
+    return [
+        {
+            "tier": profile.tier,
+            "top_k": profile.top_k,
+            "rank": profile.rank,
+            "scores": {task: asdict(score) for task, score in evaluate_tier(federation, state, profile).items()},
+        }
+        for profile in chosen
+    ]
+
+
+def _numbered(tiers: list[Profile], number: int) -> Profile:
+    if not 1 <= number <= len(tiers):
+        raise ConfigError(f"--tier must lie in 1..{len(tiers)}, got {number}")
+    return tiers[number - 1]
+
+
+def _require_base(path: Path, facts: dict[str, Any], base_sha256: str, settings: RunSettings) -> None:
+    if facts["base_sha256"] != base_sha256:
+        raise ConfigError(f"model.base: {path} was trained on another base than {settings.model.base}")

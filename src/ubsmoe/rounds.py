@@ -10,17 +10,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ubsmoe.config import ConfigError, RunSettings, parse_run, with_overrides
+from ubsmoe.config import ConfigError, RunSettings
 from ubsmoe.evaluate import Score, evaluate
 from ubsmoe.exports import read_peft
-from ubsmoe.federation import Federation, build_federation
+from ubsmoe.federation import Federation
 from ubsmoe.maths import balance, routing
 from ubsmoe.messages import Dropped, Profile, Reply, Task, Update
 from ubsmoe.methods.base import State
 from ubsmoe.privacy import noisy_mean, spent
 from ubsmoe.protection import protected
 from ubsmoe.seeds import generator_for
-from ubsmoe.storage.runfolder import RunFolder, read_adapter, read_run
+from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.change import upload_bytes
 from ubsmoe.wire.gate import Gate, expected_form
 
@@ -324,43 +324,6 @@ def score(federation: Federation, task: Task) -> dict[str, Score]:
         return evaluate(model, federation.tokenizer, federation.questions, settings.evaluate)
     finally:
         model.clear()
-
-
-def evaluate_run(path: Path, overrides: dict[str, Any], tier: int | None = None) -> list[dict[str, Any]]:
-    """Score the adapter of a finished run.
-
-    Args:
-        path: the run folder.
-        overrides: dotted settings that say how to score: evaluate.*, data.*, model.device.
-        tier: one tier, counted from 1; None for all.
-
-    Returns:
-        Per tier: tier, top_k, rank and scores by task.
-
-    Raises:
-        ConfigError: for another setting, a tier that does not exist, or a base that is not the run's.
-        RunFolderError: if the folder holds no finished run.
-    """
-    if wrong := [key for key in overrides if not key.startswith(("evaluate.", "data.")) and key != "model.device"]:
-        raise ConfigError(f"--set {wrong[0]}: scoring a run can change evaluate.*, data.* and model.device only")
-    record = read_run(path)
-    tensors, facts = read_adapter(path)
-    federation = build_federation(parse_run(with_overrides(record.config, overrides)))
-    if facts["base_sha256"] != federation.base_sha256:
-        raise ConfigError(f"model.base: {path} was trained on another base than {federation.settings.model.base}")
-    if tier is not None and not 1 <= tier <= len(federation.tiers):
-        raise ConfigError(f"--tier must lie in 1..{len(federation.tiers)}, got {tier}")
-    state = unpack(tensors)
-    chosen = federation.tiers if tier is None else [federation.tiers[tier - 1]]
-    return [
-        {
-            "tier": profile.tier,
-            "top_k": profile.top_k,
-            "rank": profile.rank,
-            "scores": {task: asdict(score) for task, score in evaluate_tier(federation, state, profile).items()},
-        }
-        for profile in chosen
-    ]
 
 
 def _pack(state: State) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import oracles
 from ubsmoe.maths.pseudo_gradient import PseudoGradient, client_mean, routing_mass, self_ipw
-from ubsmoe.model.kernel import ExpertWeights, Lora, run_pairs
+from ubsmoe.model.expert_weights import ExpertWeights, Lora
+from ubsmoe.model.kernel import run_pairs
 from unit.model.small_layer import EXPERTS, HIDDEN, RANK, TOKENS, WIDTH, SmallLayer, normal, random_factors
 
 every_layout = pytest.mark.parametrize("layout", oracles.LAYOUTS)

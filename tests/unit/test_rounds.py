@@ -11,9 +11,10 @@ import torch
 from ubsmoe.config import ConfigError, parse_run, to_json, with_overrides
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.federation import Federation, build_federation
+from ubsmoe.finished import evaluate_run
 from ubsmoe.messages import Update
 from ubsmoe.methods.base import State
-from ubsmoe.rounds import Watch, _pack, evaluate_run, run, sample_clients, unpack
+from ubsmoe.rounds import Watch, _pack, run, sample_clients, unpack
 from ubsmoe.storage.runfolder import RunFolder
 
 

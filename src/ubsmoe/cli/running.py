@@ -179,7 +179,7 @@ def eval_command(
             raise ConfigError("--set changes our own evaluation, and --harness replaces it; leave one of them out")
         results = harness_scores(run_folder, harness.split(","), tier, include, limit)
     else:
-        from ubsmoe.rounds import evaluate_run
+        from ubsmoe.finished import evaluate_run
 
         results = evaluate_run(run_folder, overrides(set_), tier)
     if json_:

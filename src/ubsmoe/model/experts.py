@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ubsmoe.maths import pseudo_gradient as pg
-from ubsmoe.model.kernel import ExpertWeights, Lora, run_pairs
+from ubsmoe.model.expert_weights import ExpertWeights, Lora
+from ubsmoe.model.kernel import run_pairs
 
 IMPLEMENTATION = "ubsmoe"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ubsmoe.model.adapter import MatrixAdapter
-from ubsmoe.model.kernel import up_name
+from ubsmoe.model.expert_weights import up_name
 from ubsmoe.model.sidecar import Sidecar
 from ubsmoe.model.surgery import SparseModel
 

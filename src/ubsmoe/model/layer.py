@@ -15,7 +15,7 @@ from ubsmoe.maths import routing
 from ubsmoe.maths.pseudo_gradient import ExpertMeans, Mass, PseudoGradient
 from ubsmoe.model.adapter import MatrixAdapter
 from ubsmoe.model.conventions import observe_router
-from ubsmoe.model.kernel import Lora, up_name
+from ubsmoe.model.expert_weights import Lora, up_name
 
 Rescale = Literal["none", "ratio", "mass"]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ubsmoe.errors import UserError
-from ubsmoe.model.kernel import up_name
+from ubsmoe.model.expert_weights import up_name
 from ubsmoe.model.layer import SparseLayer
 from ubsmoe.model.surgery import SparseModel
 

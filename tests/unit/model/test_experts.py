@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import oracles
-from ubsmoe.model.kernel import ExpertWeights, Lora, _in_buckets, run_pairs
+from ubsmoe.model.expert_weights import ExpertWeights, Lora
+from ubsmoe.model.kernel import _in_buckets, run_pairs
 from unit.model.small_layer import HIDDEN, WIDTH, normal, random_factors
 
 every_layout = pytest.mark.parametrize("layout", oracles.LAYOUTS)

@@ -1,0 +1,64 @@
+"""What the kernel multiplies with: a layer's frozen experts in one orientation, and their LoRA."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """A layer's frozen experts in one orientation.
+
+    `up` [M, h, 2f] and `down` [M, f, h] are views; biases or None. `activation` is the family's own; `is_swiglu` says that it is
+    the plain silu(gate) * up with gate and up side by side, whose gradient the kernel knows.
+    """
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    activation: Callable[[Tensor], Tensor]
+    is_swiglu: bool
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "ExpertWeights":
+        """Read them from a transformers experts module."""
+        name = up_name(module)
+
+        def oriented(weight: Any) -> Tensor:
+            return weight if module.is_transposed else weight.transpose(1, 2)
+
+        gate = getattr(type(module), "_apply_gate", None)
+        return cls(
+            up=oriented(getattr(module, name)),
+            down=oriented(module.down_proj),
+            up_bias=getattr(module, f"{name}_bias") if module.has_bias else None,
+            down_bias=module.down_proj_bias if module.has_bias else None,  # type: ignore[arg-type]
+            activation=module._apply_gate if module.has_gate else module.act_fn,  # type: ignore[arg-type]
+            # transformers gives every class without a gate of its own this one default
+            is_swiglu=bool(module.has_gate)
+            and getattr(gate, "__name__", "") == "_default_apply_gate"
+            and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"),
+        )
+
+
+def up_name(module: nn.Module) -> str:
+    """The name of the first expert matrix: gate and up fused, or up alone."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A layer's adapter: A [M, r, in] and B [M, out, r] of both matrices, and the factor alpha / r."""
+
+    up_a: Tensor
+    up_b: Tensor
+    down_a: Tensor
+    down_b: Tensor
+    scale: float
+
+    def detached(self) -> "Lora":
+        """The same numbers, receiving no gradient."""
+        return Lora(self.up_a.detach(), self.up_b.detach(), self.down_a.detach(), self.down_b.detach(), self.scale)
