@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from ubsmoe.allocator import keep_freed_memory
 from ubsmoe.maths.lora import LoraPair
 from ubsmoe.maths.spectra import truncated_svd
 
@@ -98,6 +99,7 @@ def whole_model(layers: int, threads: int) -> dict[str, Any]:
     adapters of all clients, the aggregate of all layers, and whatever the aggregation needed in between.
     """
     torch.set_num_threads(threads)
+    keep_freed_memory()
     truncated_svd([draw_pair(1, (64, 32), 4, torch.Generator())], [1.0])  # loads LAPACK, which is not ours to count
     before, generator = peak_bytes(), torch.Generator().manual_seed(0)
     clients = [
@@ -192,6 +194,7 @@ def main() -> int:
     options = parser.parse_args()
     all_cores = torch.get_num_threads()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as `ubsmoe run` does; both routes gain
     facts = machine(options.threads)
     matrices = [one_matrix(stacked, *((3, 10) if options.quick else (9, 20))) for stacked in STACKS]
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:

@@ -179,8 +179,7 @@ def _svd_of_product(a: Tensor, b: Tensor, weight: Tensor, rank: int, split: Spli
     """Leading `rank` factors of 𝓑 diag(w) 𝓐, in the dtype of `a`, and all its singular values."""
     if a.shape[-2] > min(b.shape[-2], a.shape[-1]):
         a, b, weight = _multiplied_out(a, b, weight)
-    wide_a, wide_b = a.double(), b.double()
-    gram_a, gram_b = weight * (wide_a @ wide_a.mT) * weight.mT, wide_b.mT @ wide_b
+    gram_a, gram_b = weight * _gram(a.double()) * weight.mT, _gram(b.double().mT)
     if not (gram_a.sum() + gram_b.sum()).isfinite():
         raise ValueError("a pair to be added holds NaN or infinity; leave that client's update out")
     on_a, on_b = _balance(gram_a, gram_b)
@@ -208,6 +207,14 @@ def _multiplied_out(a: Tensor, b: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     one = torch.eye(min(rows, columns), dtype=torch.float64, device=a.device).expand(len(a), -1, -1)
     unit = torch.ones_like(one[..., :1])
     return (one, dense, unit) if columns <= rows else (dense, one, unit)
+
+
+def _gram(x: Tensor) -> Tensor:
+    """x xᵀ. Above and below its diagonal stand the same numbers, so a quarter of the products is left out."""
+    top, bottom = x.tensor_split(2, dim=-2)
+    cross = bottom @ top.mT
+    upper, lower = torch.cat([top @ top.mT, cross.mT], -1), torch.cat([cross, bottom @ bottom.mT], -1)
+    return torch.cat([upper, lower], -2)
 
 
 def _balance(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor]:
