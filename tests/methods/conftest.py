@@ -127,3 +127,20 @@ def lab() -> Lab:
     )
     model = SparseModel(OlmoeForCausalLM(config).eval())
     return Lab(model, shape_from_config(config), Base(LAYERS, EXPERTS, K_MAX, rank=4, alpha=6.0))
+
+
+@pytest.fixture
+def model(lab):
+    yield lab.model
+    lab.model.clear()
+
+
+@pytest.fixture
+def install(lab, model):
+    """Put a method's warm adapter on the base as a client of a tier would get it; gives the hooks."""
+
+    def put(method, tier=TOP, state=None):
+        profile = lab.profile(method, tier)
+        return method.install(model, method.dispatch(state or lab.warm(method), profile), profile, generator(5))
+
+    return put

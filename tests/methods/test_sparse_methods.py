@@ -33,23 +33,6 @@ def seed() -> torch.Generator:
     return torch.Generator().manual_seed(5)
 
 
-@pytest.fixture
-def model(lab):
-    yield lab.model
-    lab.model.clear()
-
-
-@pytest.fixture
-def install(lab, model):
-    """Put a method's warm adapter on the base as a client of a tier would get it; gives the hooks."""
-
-    def put(method, tier=TOP, state=None):
-        profile = lab.profile(method, tier)
-        return method.install(model, method.dispatch(state or lab.warm(method), profile), profile, seed())
-
-    return put
-
-
 def update(
     adapters: dict[str, Tensor], counts: list[int], *, top_k: int = 1, examples: int = 1, **extras: Tensor
 ) -> Update:
