@@ -1,4 +1,4 @@
-"""Several methods on the same work: the same base, data, partitions, rounds and seeds; only [method] differs.
+"""Several methods on the same work: the same base, data, clients, rounds and seeds; what differs stands in a method's name.
 
 Every cell of the grid is an ordinary run folder, so an interrupted comparison goes on where it stopped.
 """
@@ -7,9 +7,10 @@ import csv
 import io
 import re
 import signal
-from collections.abc import Callable, Iterable, Sequence
+import statistics
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,33 +20,55 @@ from ubsmoe.plan import run_costs
 from ubsmoe.storage.runfolder import RunFolder, RunRecord, atomic_write, differing_settings, read_run
 
 METRICS = ("accuracy", "unparsed", "likelihood", "loss")
+TUNABLE = ("adapter", "tiers", "train", "wire", "robust")
+"""Sections of the run file that a variant may change for itself."""
+WORK = ("train.rounds", "train.local_steps", "train.local_epochs", "train.batch_size", "train.gradient_accumulation")
+"""Settings within them that it may not: they are how much work is done."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One column of the comparison: a method with settings of its own, as written on the command line."""
+    """One row of the comparison: a method with settings of its own, and what it changes in the rest of the run file."""
 
     label: str
     name: str
     settings: dict[str, Any]
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def settings_in(self, settings: RunSettings, seed: int) -> RunSettings:
+        """The run file of one cell. Raises ConfigError for a change that makes no sense."""
+        label = {"label": self.label} if self.changes else {}
+        own = {"method": {"name": self.name, **self.settings}, "seed": seed, **label, **self.changes}
+        return parse_run(with_overrides(settings.model_dump(mode="json"), own))
 
 
 def parse_variants(text: str) -> list[Variant]:
-    """Read "ubsmoe,fedavg,ubsmoe(pg_mode=off; dmr=true)".
+    """Read "ubsmoe, fedavg, ubsmoe(pg_mode=off; train.learning_rate=1e-3)"; names may also stand on lines of their own.
+
+    A key without a dot is a setting of the method; one with a dot changes the rest of the run file for this variant alone.
 
     Raises:
-        ConfigError: for text that is not a list of names, each with optional settings in parentheses; or a repeated one.
+        ConfigError: for text that is not a list of names, each with optional settings in parentheses; for a repeated one;
+            for a change that would give a variant other work than the rest has.
 
     >>> [variant.settings for variant in parse_variants("fedavg, ubsmoe(pg_mode=off; momentum=0.5)")]
     [{}, {'pg_mode': 'off', 'momentum': 0.5}]
     """
     variants = []
-    for part in re.findall(r"[^,(]+(?:\([^)]*\))?", text):
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    for part in re.findall(r"[^,(]+(?:\([^)]*\))?", ", ".join(line for line in lines if line)):
         found = re.fullmatch(r"\s*(\w+)\s*(?:\(([^)]*)\))?\s*", part)
         if not found:
             raise ConfigError(f'--methods: cannot read {part!r}; expected names like "fedavg, ubsmoe(pg_mode=off)"')
         settings = dict(_setting(item) for item in (found[2] or "").split(";") if item.strip())
-        variants.append(Variant("".join(part.split()), found[1], settings))
+        changes = {key: value for key, value in settings.items() if "." in key}
+        for key in changes:
+            if key.partition(".")[0] not in TUNABLE or key in WORK:
+                raise ConfigError(
+                    f"--methods: {part.strip()} changes {key}, so it would not do the work of the others; set it for all with --set"
+                )
+        own = {key: value for key, value in settings.items() if key not in changes}
+        variants.append(Variant("".join(part.split()), found[1], own, changes))
     if len({variant.label for variant in variants}) < len(variants) or not variants:
         raise ConfigError(f"--methods: expected a list of different methods, got {text!r}")
     return variants
@@ -62,7 +85,7 @@ def compare(
     """Run the grid, or what is left of it, and write comparison.csv.
 
     Args:
-        settings: the run file; its [method] and seed are replaced.
+        settings: the run file; its [method] and seed are replaced, and what a variant changes.
         variants: what to compare.
         seeds: one run per variant and seed; a seed draws adapter, data, partition and sampling alike for all variants.
         out: the comparison's folder.
@@ -76,15 +99,7 @@ def compare(
         ConfigError: for a method or setting that does not exist, before anything runs.
         RunFolderError: if a folder of the grid holds a run of other settings.
     """
-    grid = {
-        (variant.label, seed): parse_run(
-            with_overrides(
-                settings.model_dump(mode="json"), {"method": {"name": variant.name, **variant.settings}, "seed": seed}
-            )
-        )
-        for seed in seeds
-        for variant in variants
-    }
+    grid = {(variant.label, seed): variant.settings_in(settings, seed) for seed in seeds for variant in variants}
     for variant in variants:
         run_costs(grid[variant.label, seeds[0]])  # builds the method: a misspelt setting fails here, not in an hour
     folders = {key: out / "runs" / f"{_file_name(key[0])}-seed{key[1]}" for key in grid}
@@ -102,10 +117,24 @@ def compare(
             pool.shutdown(cancel_futures=True)
             raise
     records = {key: read_run(folder) for key, folder in folders.items()}
-    check_same_work(records.values())
+    check_same_work(records.values(), {key for variant in variants for key in variant.changes} | {"label"})
     rows = [row for (label, seed), record in records.items() for row in tidy_rows(label, seed, record)]
     atomic_write(out / "comparison.csv", to_csv(rows).encode())
     return rows
+
+
+def foresee(settings: RunSettings, variants: Sequence[Variant], seed: int) -> Iterator[tuple[str, float, float]]:
+    """What one run of each variant will take: its label, training FLOPs of all clients, and seconds on one core of this machine.
+
+    Evaluation is not counted. Raises ConfigError for a method or setting that does not exist.
+    """
+    from ubsmoe.forecast import forecast
+
+    speed = None
+    for variant in variants:
+        found = forecast(variant.settings_in(settings, seed), flops_per_second=speed)
+        speed = found["flops_per_second"]  # measured once
+        yield variant.label, found["run"]["flops"], found["run"]["seconds_one_after_another"]
 
 
 def run_cell(settings: RunSettings, folder: Path) -> None:
@@ -131,17 +160,21 @@ def run_cell(settings: RunSettings, folder: Path) -> None:
         run(federation, opened, engine, lambda *_: None)
 
 
-def check_same_work(records: Iterable[RunRecord]) -> None:
+def check_same_work(records: Iterable[RunRecord], varied: Collection[str] = ()) -> None:
     """Refuse to compare runs that did not do the same work.
 
+    Args:
+        records: finished runs.
+        varied: dotted settings that may differ, beside [method] and seed.
+
     Raises:
-        ConfigError: naming the first settings that differ beyond [method] and seed, or a run on another base.
+        ConfigError: naming the first other setting that differs, or a run on another base.
     """
     first, *others = records
     for record in others:
         differing = differing_settings(_work(first.config), _work(record.config))
-        if differing:
-            key, (here, there) = next(iter(differing.items()))
+        for key in differing.keys() - varied:
+            here, there = differing[key]
             raise ConfigError(
                 f"{first.path} and {record.path} are not the same work: {key} is {here!r} in one and {there!r} in the other"
             )
@@ -156,6 +189,7 @@ def tidy_rows(label: str, seed: int, record: RunRecord) -> list[dict[str, Any]]:
     settings = parse_run(record.config)
     costs = run_costs(settings)
     seconds = _client_seconds(record)
+    balance = _balance(record)
     rows = []
     for profile, cost, before, after in zip(
         record.summary["tiers"], costs, record.summary["before"], record.summary["after"], strict=True
@@ -177,6 +211,7 @@ def tidy_rows(label: str, seed: int, record: RunRecord) -> list[dict[str, Any]]:
                     "upload_bytes": cost.upload_bytes,
                     "download_bytes": cost.download_bytes,
                     "client_seconds": seconds.get(profile["tier"]),
+                    **balance,
                 }
             )
     return rows
@@ -198,6 +233,14 @@ def _client_seconds(record: RunRecord) -> dict[int, float]:
         if event["event"] == "client":
             seconds.setdefault(event["tier"], []).append(event["seconds"])
     return {tier: sum(values) / len(values) for tier, values in seconds.items()}
+
+
+def _balance(record: RunRecord) -> dict[str, Any]:
+    """How the last round used the experts, mean over layers: entropy over its maximum, Gini; dead experts in all layers."""
+    last = next((event for event in reversed(record.events) if event["event"] == "round"), None)
+    if last is None:
+        return dict.fromkeys(("entropy", "gini", "dead_experts"))
+    return {**{key: statistics.fmean(last[key]) for key in ("entropy", "gini")}, "dead_experts": last["dead_experts"]}
 
 
 def _work(config: dict[str, Any]) -> dict[str, Any]:

@@ -238,6 +238,7 @@ class RunSettings(Settings):
     """A whole run file."""
 
     seed: int = Field(0, description="every random choice follows from it")
+    label: str | None = Field(None, description="name in tables and figures; the method and its settings when left out")
     threads: PositiveInt | None = Field(
         None, le=1024, description="torch threads; results are bitwise equal only at equal threads"
     )

@@ -28,6 +28,29 @@ def test_variants_are_names_with_optional_settings() -> None:
     ]
 
 
+def test_a_variant_may_change_how_it_trains_but_not_how_much(tiny_run: dict[str, Any]) -> None:
+    text = "fedavg\nubsmoe(pg_mode=off; tiers.elastic_share=0.5)  # ours\n\n# a line of its own\nfedavg(train.optimizer=sgd)"
+    plain, elastic, sgd = parse_variants(text)
+    assert (elastic.settings, elastic.changes) == ({"pg_mode": "off"}, {"tiers.elastic_share": 0.5})
+    cell = elastic.settings_in(parse_run(tiny_run), 7)
+    assert (cell.tiers.elastic_share, cell.seed, cell.label) == (0.5, 7, "ubsmoe(pg_mode=off;tiers.elastic_share=0.5)")
+    assert sgd.settings_in(parse_run(tiny_run), 0).train.optimizer == "sgd"
+    assert plain.settings_in(parse_run(tiny_run), 0).label is None
+    for key in ("train.rounds", "data.train", "clients.count", "model.base", "evaluate.max_examples"):
+        with pytest.raises(ConfigError, match=f"changes {key}, so it would not do the work of the others"):
+            parse_variants(f"fedavg, fedavg({key}=3)")
+
+
+def test_what_a_variant_changes_may_differ_and_nothing_else() -> None:
+    first = {"method": {"name": "fedavg"}, "seed": 0, "train": {"rounds": 3, "optimizer": "adamw"}}
+    sgd = with_overrides(first, {"train.optimizer": "sgd"})
+    check_same_work([record("a", first), record("b", sgd)], {"train.optimizer"})
+    with pytest.raises(ConfigError, match=r"train.rounds is 3 in one and 9"):
+        check_same_work(
+            [record("a", first), record("c", with_overrides(sgd, {"train.rounds": 9}))], {"train.optimizer"}
+        )
+
+
 @pytest.mark.parametrize(
     "text", ["", " ", "fedavg,fedavg", "fedavg, fed avg", "ubsmoe(a=1", "fedavg; ubsmoe", "a(b)(c)"]
 )

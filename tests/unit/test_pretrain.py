@@ -115,6 +115,15 @@ def test_a_corpus_without_text_is_refused(tmp_path: Path):
         text.read_corpus(tmp_path)
 
 
+def test_a_world_alone_needs_no_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"book_share is 0.5, but there are no books; give --corpus"):
+        pretrain(MINI, None, tmp_path / "base")
+    monkeypatch.setattr(measuring, "MEASURED", 16)
+    record = pretrain(MINI.model_copy(update={"book_share": 0.0}), None, tmp_path / "base")
+    assert [entry["book_loss"] for entry in record["by_top_k"].values()] == [None, None]
+    assert json.loads((tmp_path / "base" / "pretraining.json").read_text()) == record
+
+
 def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="holds something that pretraining did not make"):

@@ -51,8 +51,10 @@ def generate_command(
 @app.command("pretrain")
 def pretrain_command(
     run_file: RunFile,
-    corpus: Annotated[Path, typer.Option(help="folder of .txt or .txt.gz files", show_default=False)],
     out: Annotated[Path, typer.Option(help="where the model goes", show_default=False)],
+    corpus: Annotated[
+        Path | None, typer.Option(help="folder of .txt or .txt.gz files; needed unless book_share is 0")
+    ] = None,
 ) -> None:
     """Pretrain a small base of your own, as ubsmoe-tiny was."""
     from ubsmoe.allocator import keep_freed_memory

@@ -120,14 +120,22 @@ def import_command(
 @app.command("compare")
 def compare_command(
     run_file: RunFile,
-    methods: Annotated[str, typer.Option(help='such as "fedavg, ubsmoe, ubsmoe(pg_mode=off)"', show_default=False)],
+    methods: Annotated[
+        str,
+        typer.Option(
+            help='such as "fedavg, ubsmoe, ubsmoe(pg_mode=off; train.learning_rate=1e-3)", or a file of them',
+            show_default=False,
+        ),
+    ],
     seeds: Annotated[int, typer.Option(min=1, help="runs per method, with seeds 0, 1, ...")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="the first of these seeds")] = 0,
     reference: Annotated[
         str | None, typer.Option(help="what the others are compared with; the first when left out")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
     out: Annotated[Path | None, typer.Option(help="folder; out/<name of the run file>-compare when left out")] = None,
     set_: Set = None,
+    plan: Annotated[bool, typer.Option("--plan", help="only say what it will take")] = False,
 ) -> None:
     """Run several methods on the same work; write comparison.csv and comparison.md. Goes on where it stopped."""
     settings = read_settings(run_file, set_)
@@ -138,20 +146,38 @@ def compare_command(
     from ubsmoe.report.comparison import comparison_markdown
     from ubsmoe.storage.runfolder import atomic_write
 
-    console, variants = Console(), parse_variants(methods)
+    console = Console()
+    variants = parse_variants(_methods_text(methods))
     labels = [variant.label for variant in variants]
     against = "".join((reference or labels[0]).split())
     if against not in labels:
         raise ConfigError(f"--reference {reference!r} is not among --methods: {', '.join(labels)}")
     place, total = out or Path("out") / f"{run_file.stem}-compare", len(variants) * seeds
 
+    if plan:
+        from ubsmoe.compare import foresee
+
+        for label, flops, seconds in foresee(settings, variants, first_seed):
+            console.print(f"{label}: {seeds} x {flops / 1e12:.3g} TFLOP, {seconds:.0f} s", highlight=False)
+        return
+
     def done(label: str, seed: int, count: int) -> None:
         console.print(f"{count}/{total}  {label}  seed {seed}", highlight=False)
 
-    rows = compare(settings, variants, range(seeds), place, jobs, done)
+    rows = compare(settings, variants, range(first_seed, first_seed + seeds), place, jobs, done)
     text = comparison_markdown(rows, against)
     atomic_write(place / "comparison.md", text.encode())
     typer.echo(text)
+
+
+def _methods_text(methods: str) -> str:
+    """--methods itself, or the text of the file it names."""
+    if not methods.endswith(".txt"):
+        return methods
+    try:
+        return Path(methods).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--methods: cannot read {methods}: {error.strerror}") from None
 
 
 @app.command("eval")

@@ -30,25 +30,32 @@ from ubsmoe.pretrain.text import Stream, read_corpus, train_tokenizer
 from ubsmoe.pretrain.training import train
 
 
-def pretrain(settings: PretrainSettings, corpus_dir: Path, out_dir: Path) -> dict[str, Any]:
+def pretrain(settings: PretrainSettings, corpus_dir: Path | None, out_dir: Path) -> dict[str, Any]:
     """Make a base from nothing: tokenizer, weights and a record of the training, in a folder `AutoModel` can load.
 
     The folder is replaced as a whole at every report, so a run that is stopped leaves its latest base, and at the end.
 
     Args:
         settings: what to train and for how long.
-        corpus_dir: a folder of .txt or .txt.gz files.
+        corpus_dir: a folder of .txt or .txt.gz files; may be None where book_share is 0.
         out_dir: where the base goes; its `pretraining.json` holds the settings, the progress and the measurements.
 
     Returns:
         The same record as `pretraining.json`.
+
+    Raises:
+        ConfigError: for a corpus that is missing or empty, or an `out_dir` that holds something else.
     """
+    if corpus_dir is None and settings.book_share > 0:
+        raise ConfigError(
+            f"book_share is {settings.book_share:g}, but there are no books; give --corpus, or set it to 0"
+        )
     out_dir = Path(out_dir)
     if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / "pretraining.json").exists():
         raise ConfigError(
             f"--out: {out_dir} holds something that pretraining did not make; expected a new or empty folder"
         )
-    books = read_corpus(corpus_dir)
+    books = read_corpus(corpus_dir) if corpus_dir else []
     world = World(settings.seed, settings.num_entities, "pretraining")
     tokenizer = train_tokenizer(books, settings.vocab_size, random.Random(settings.seed))
     model = build_model(settings, len(tokenizer))

@@ -1,6 +1,5 @@
 """What a finished base can do, at full and at fewer active experts."""
 
-import math
 from collections import defaultdict
 from typing import Any
 
@@ -37,11 +36,13 @@ def accuracy(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, exampl
 
 
 @torch.no_grad()
-def held_out_loss(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, books: list[str], length: int) -> float:
-    """Mean loss on the ends of the books, which training never reads."""
+def held_out_loss(
+    model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, books: list[str], length: int
+) -> float | None:
+    """Mean loss on the ends of the books, which training never reads; None without a book of that length."""
     tails = [tokenizer(book[-HELD_OUT:].replace(END, "\n")).input_ids[:length] for book in books]
     ids = torch.tensor([tail for tail in tails if len(tail) == length])
-    return float(losses(model, ids, ids)[0]) if len(ids) else math.nan
+    return round(float(losses(model, ids, ids)[0]), 4) if len(ids) else None
 
 
 def utilization_entropy(
@@ -79,7 +80,7 @@ def measure(
         for gate in gates:
             gate.top_k = top_k
         results["by_top_k"][str(top_k)] = {
-            "book_loss": round(held_out_loss(model, tokenizer, books, 256), 4),
+            "book_loss": held_out_loss(model, tokenizer, books, 256),
             "pretraining_world": accuracy(model, tokenizer, known)["mean"],
         }
     for gate in gates:

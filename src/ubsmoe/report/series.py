@@ -67,7 +67,7 @@ def series(record: RunRecord) -> Series:
         raise RunFolderError(f"{record.path} has no finished round yet; let it run on")
     phi = torch.tensor([event["phi"] for event in rounds]) if "phi" in rounds[0] else None
     return Series(
-        label_of(record.config["method"]),
+        record.config.get("label") or label_of(record.config["method"]),
         record.config["seed"],
         record,
         [event["round"] for event in rounds],
