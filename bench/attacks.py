@@ -1,17 +1,19 @@
 """What 20 % of lying clients do to every tier's accuracy, under the plain mean and under each robust rule.
 
-    python bench/attacks.py [--attacks "sign flip, ALIE"] [--rules "mean, median"] [--jobs 2] [--quick] [--out FILE.csv]
+    python bench/attacks.py [--seed 0] [--attacks "sign flip, ALIE"] [--rules "mean, median"] [--quick] [--out FILE]
+    python bench/attacks.py --table
 
-The quickstart's base, world and optimiser with ten clients, of whom two lie: a wrapper around the engine, nothing of it is in
-the product. Three honest rounds, then one under attack, for which the honest updates are the same in all cells. phi has no memory
-here (momentum 0), so that a lie about use has its full effect at once. Every lie passes the gate, or is dropped by it, as it would
-in a run. Rows are written as cells end; cells that the file has already are not run again.
+The quickstart's base, world, clients' data and optimiser with ten clients, of whom two lie: a wrapper around the engine, nothing of
+it is in the product. Honest rounds first, then rounds under attack; the honest updates of the first of these are the same in all
+cells. phi has no memory here (momentum 0), so that a lie about use has its full effect at once. Every lie passes the gate, or is
+dropped by it, as it would in a run. A line of JSON is written as each cell ends; cells that the file has are not run again.
 """
 
 import argparse
-import csv
-import os
+import json
+import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,25 +27,27 @@ from ubsmoe.config import load_run
 from ubsmoe.data.tokens import Tokens
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.federation import Federation, build_federation, build_method
+from ubsmoe.maths.robust import squared_norm
 from ubsmoe.messages import Reply, Task, Update
 from ubsmoe.methods.base import State
+from ubsmoe.protection import change_of
 from ubsmoe.rounds import Engine, evaluate_tier, one_round, start_state
 from ubsmoe.seeds import generator_for
 
 LIARS = ("client-3", "client-7")  # of client-0 to client-9; both in the top tier, and all of it
 TESTBED = Path(__file__).parents[1] / "runs" / "quickstart.toml"
-HONEST, ATTACKED = 3, 1
+RESULTS = Path(__file__).with_name("results") / "attacks.jsonl"
+HONEST, ATTACKED = 20, 3
 CHANGES = {
     "clients.count": 10,
-    "train.local_steps": 8,
+    "train.local_steps": 5,
     "train.batch_size": 8,
-    "data.world.test_examples": 60,
     "evaluate.likelihood": False,
     "method.momentum": 0.0,
 }
 RULES: dict[str, dict[str, Any]] = {
     "mean": {},
-    "clip": {"robust.clip_norm": 4.0},
+    "clip": {},  # at the median length of the honest changes
     "trimmed_mean": {"robust.rule": "trimmed_mean", "robust.attackers": len(LIARS)},
     "median": {"robust.rule": "median"},
     "multi_krum": {"robust.rule": "multi_krum", "robust.attackers": len(LIARS)},
@@ -71,7 +75,7 @@ def alie(update: Update, state: State, honest: list[Update]) -> Update:
 
     def change(name: str, _: torch.Tensor) -> torch.Tensor:
         seen = torch.stack([one.adapters[name] - state.adapters[name] for one in honest])
-        return seen.mean(0) - max(z, 1.0) * seen.std(0)
+        return seen.mean(0) - max(z, 1.5) * seen.std(0)
 
     return moved(update, state, change)
 
@@ -128,9 +132,18 @@ class Testbed:
     state: State
     replies: list[Reply]
 
+    @property
+    def honest_length(self) -> float:
+        """Median norm of the honest clients' changes."""
+        honest = [one for one in self.replies if isinstance(one, Update) and one.client not in LIARS]
+        return round(statistics.median(squared_norm(change_of(one, self.state)) ** 0.5 for one in honest), 2)
+
     def under(self, rule: str, seed: int) -> Federation:
         """The same federation under a rule."""
-        settings = load_run(TESTBED, {**CHANGES, "seed": seed, **RULES[rule]})
+        changes = {**CHANGES, "seed": seed, **RULES[rule]}
+        if rule == "clip":
+            changes["robust.clip_norm"] = self.honest_length
+        settings = load_run(TESTBED, changes)
         base, method, tiers = build_method(settings, self.federation.model)
         return replace(self.federation, settings=settings, base=base, method=method, tiers=tiers)
 
@@ -153,7 +166,7 @@ def prepared(seed: int, honest_rounds: int) -> Testbed:
     return Testbed(federation, federation.examples, state, recorded)
 
 
-def cell(testbed: Testbed, rule: str, attack: str, seed: int, rounds: int) -> tuple[list[dict[str, Any]], int]:
+def cell(testbed: Testbed, rule: str, attack: str, seed: int, rounds: int) -> dict[str, Any]:
     """Every tier's scores after the rounds under attack, and how many answers did not count."""
     federation, dropped, state = testbed.under(rule, seed), 0, testbed.state
 
@@ -166,12 +179,31 @@ def cell(testbed: Testbed, rule: str, attack: str, seed: int, rounds: int) -> tu
         engine = LyingEngine(inner, state, LIES[attack], None if number else testbed.replies)
         state = one_round(federation, engine, state, testbed.replies[0].round + number, note)
     scores = [evaluate_tier(federation, state, tier)["macro"] for tier in federation.tiers]
-    return [{"accuracy": score.accuracy, "unparsed": score.unparsed, "loss": score.loss} for score in scores], dropped
+    tiers = [{name: round(getattr(one, name), 4) for name in ("accuracy", "unparsed", "loss")} for one in scores]
+    return {"rule": rule, "attack": attack, "seed": seed, "rounds": rounds, "dropped": dropped, "tiers": tiers}
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", newline="") as file:
-        csv.DictWriter(file, fieldnames=list(row), lineterminator="\n").writerow(row)
+def table(rows: list[dict[str, Any]]) -> str:
+    """Accuracy in % of the tiers, mean of the seeds, and +- the deviation of the tiers' mean between seeds."""
+    cells = defaultdict(list)
+    for row in rows:
+        cells[row["attack"], row["rule"]].append(row["tiers"])
+    lines = [f"| attack | {' | '.join(RULES)} |", "|---" * (len(RULES) + 1) + "|"]
+    for attack in LIES:
+        texts = [in_words(cells[attack, rule]) for rule in RULES]
+        lines.append(f"| {attack} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def in_words(seeds: list[list[dict[str, float]]]) -> str:
+    if not seeds:
+        return ""
+    tiers = zip(*seeds, strict=True)
+    each = " / ".join(f"{100 * statistics.mean(one['accuracy'] for one in tier):.0f}" for tier in tiers)
+    means = [100 * statistics.mean(one["accuracy"] for one in seed) for seed in seeds]
+    loss = statistics.mean(one["loss"] for seed in seeds for one in seed)
+    spread = f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else ""
+    return f"{each}{spread} ({loss:.2f})"
 
 
 def main() -> None:
@@ -179,42 +211,31 @@ def main() -> None:
     parser.add_argument("--attacks", default=",".join(LIES))
     parser.add_argument("--rules", default=",".join(RULES))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
-    parser.add_argument("--quick", action="store_true", help="one attack, two rules, no honest rounds")
-    parser.add_argument("--out", type=Path, default=Path("attacks.csv"))
+    parser.add_argument("--quick", action="store_true", help="two cells without honest rounds")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="print what is there as a table, run nothing")
     chosen = parser.parse_args()
+    rows = [json.loads(line) for line in chosen.out.read_text().splitlines()] if chosen.out.exists() else []
+    if chosen.table:
+        print(table(rows))
+        return
     attacks = ["sign flip"] if chosen.quick else [name.strip() for name in chosen.attacks.split(",")]
     rules = ["mean", "median"] if chosen.quick else [name.strip() for name in chosen.rules.split(",")]
     torch.set_num_threads(1)
     keep_freed_memory()
-    columns = ("rule", "attack", "seed", "tier", "dropped", "accuracy", "unparsed", "loss")
-    if not chosen.out.exists():
-        chosen.out.write_text(",".join(columns) + "\n")
-    done = {(row["rule"], row["attack"], row["seed"]) for row in csv.DictReader(chosen.out.open())}
-    grid = [(rule, attack) for attack in attacks for rule in rules]
+    done = {(row["rule"], row["attack"]) for row in rows if row["seed"] == chosen.seed}
+    left = [(rule, attack) for attack in attacks for rule in rules if (rule, attack) not in done]
     # a lie about weights alone is no matter for a cap on use, one about use none for clipping
-    grid = [one for one in grid if one[0] != "cap" or one[1] in ("none", "utilization starve", "utilization flood")]
-    grid = [one for one in grid if one[0] != "clip" or not one[1].startswith("utilization")]
-    left = [one for one in grid if (*one, str(chosen.seed)) not in done]
+    left = [one for one in left if one[0] != "cap" or one[1] in ("none", "utilization starve", "utilization flood")]
+    left = [one for one in left if one[0] != "clip" or not one[1].startswith("utilization")]
     testbed = prepared(chosen.seed, 0 if chosen.quick else HONEST)
-    print(f"prepared after {time.process_time():.0f} s", flush=True)
-    job = 0
-    for number in range(1, chosen.jobs):
-        if os.fork() == 0:
-            job = number
-            break
-    for rule, attack in left[job :: chosen.jobs]:
+    print(f"prepared after {time.process_time():.0f} s, honest length {testbed.honest_length}", flush=True)
+    for rule, attack in left:
         began = time.process_time()
-        scores, dropped = cell(testbed, rule, attack, chosen.seed, 1 if chosen.quick else ATTACKED)
-        for tier, score in enumerate(scores):
-            row = {"rule": rule, "attack": attack, "seed": chosen.seed, "tier": tier + 1, "dropped": dropped}
-            append(chosen.out, row | {name: f"{value:.4f}" for name, value in score.items()})
-        macro = "  ".join(f"{100 * score['accuracy']:5.1f}" for score in scores)
-        print(f"{rule:14s}{attack:20s}{macro}   dropped {dropped}   {time.process_time() - began:.0f} s", flush=True)
-    if job:
-        os._exit(0)
-    for _ in range(1, chosen.jobs):
-        os.wait()
+        row = cell(testbed, rule, attack, chosen.seed, 1 if chosen.quick else ATTACKED)
+        with chosen.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{rule:14s}{attack:20s}{in_words([row['tiers']])}   {time.process_time() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

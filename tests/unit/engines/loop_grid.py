@@ -5,6 +5,7 @@ from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity  # a Message asks it who writes; Flower's own processes set it
 
@@ -13,10 +14,14 @@ Fault = Callable[[Message, Callable[[], Message]], list[Message]]
 
 
 class LoopGrid(Grid):
-    """`nodes` are node configurations by node id; a fault gets a message and its honest answer, and gives the answers."""
+    """`nodes` are node configurations by node id, `names` what their keys are registered as.
+
+    A fault gets a message and its honest answer, and gives the answers.
+    """
 
     def __init__(self, app: ClientApp, nodes: dict[int, dict[str, Any]], run_config: dict[str, Any]) -> None:
         self.nodes, self.faults, self.asked = dict(nodes), {}, []  # type: ignore[var-annotated]
+        self.names: dict[int, str] = {}
         self._app, self._run_config, self._messages = app, run_config, {}  # type: ignore[var-annotated]
         self._written = 0
 
@@ -33,6 +38,9 @@ class LoopGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=node, name=self.names.get(node, "")) for node in self.nodes]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str | None]:  # type: ignore[override]
         return [self._push(message) for message in messages]

@@ -102,7 +102,13 @@ def raw(message: Message, header: Any, blob: bytes) -> Message:
     return Message(record, reply_to=message)
 
 
+def from_another(answer: Message, sender: int) -> Message:
+    answer.metadata.__dict__["_src_node_id"] = sender
+    return answer
+
+
 FAULTS = {
+    "is not who was asked": (lambda m, a: [from_another(a(), 70)], "wire", "node 70 answered for node 69"),
     "fails": (
         lambda m, a: [Message(Error(2, "out of\nmemory " + "x" * 999), reply_to=m)],
         "training",
@@ -176,6 +182,61 @@ def test_a_name_belongs_to_the_node_that_has_it(site: Callable[..., Site]) -> No
     assert [profile.client for profile in here.server.clients] == [f"client-{i}" for i in range(4)]
     refused = [line for line in here.said if "refused" in line]
     assert len(refused) == 1 and "is that client already" in refused[0]
+
+
+def named(site: Callable[..., Site], clients: dict[int, str], names: dict[int, str]) -> Site:
+    """Nodes that say they are these clients, their keys registered under these names; all there from the start."""
+    here = site({node: {"client": client} for node, client in clients.items()}, clients__count=2)
+    here.grid.names = names
+    here.engine.join(4)
+    return here
+
+
+def who(here: Site) -> dict[str, str]:
+    """Which node is which client, by what was said last."""
+    return {line.split()[0]: line.split()[3].rstrip(":") for line in here.said if " is node " in line}
+
+
+def test_a_node_is_the_client_that_its_key_is_registered_as_and_no_other(site: Callable[..., Site]) -> None:
+    here = named(site, {5: "ward-a", 6: "ward-b", 7: "ward-a"}, {5: "ward-a", 6: "ward-a", 7: "ward-c"})
+    assert who(here) == {"ward-a": "5"}
+    assert "node 6: client 'ward-b' is refused: its key is registered as 'ward-a'" in here.said
+    assert "node 7: client 'ward-a' is refused: its key is registered as 'ward-c'" in here.said
+
+
+def test_a_registered_name_is_not_for_a_nameless_node_even_when_its_own_is_away(site: Callable[..., Site]) -> None:
+    here = named(site, {5: "ward-a", 6: "ward-a"}, {6: "ward-a"})
+    assert who(here) == {"ward-a": "6"}
+    del here.grid.nodes[6]
+    here.grid.nodes[8] = {"client": "ward-a"}
+    here.replies()
+    here.replies()
+    refusal = "client 'ward-a' is refused: another key is registered as that; register this node's with --name"
+    assert f"node 8: {refusal}" in here.said and who(here) == {"ward-a": "6"}
+
+
+def test_a_new_key_of_the_same_name_takes_over_once_the_old_is_away(site: Callable[..., Site]) -> None:
+    here = named(site, {5: "ward-a"}, {5: "ward-a", 6: "ward-a"})
+    here.grid.nodes[6] = {"client": "ward-a"}
+    here.replies()
+    assert who(here) == {"ward-a": "5"}
+    del here.grid.nodes[5], here.grid.nodes[6]
+    here.replies()
+    here.grid.nodes[6] = {"client": "ward-a"}
+    here.replies()
+    assert who(here) == {"ward-a": "6"}
+    assert all(isinstance(reply, Update) for reply in here.replies())
+
+
+def test_nobody_can_know_the_id_of_a_message_that_was_not_sent_to_him(site: Callable[..., Site]) -> None:
+    here = site()
+    here.engine.join(10)
+    nonces: list[bytes] = []
+    here.grid.faults = dict.fromkeys(
+        (69, 70), lambda message, answer: nonces.append(message.content["nonce"]["bytes"]) or [answer()]
+    )
+    here.replies()
+    assert len(set(nonces)) == 4 and {len(nonce) for nonce in nonces} == {16}
 
 
 def test_a_machine_with_data_of_its_own_says_what_it_affords(site: Callable[..., Site], tmp_path: Path) -> None:

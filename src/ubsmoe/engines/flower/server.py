@@ -1,15 +1,16 @@
 """The server: `rounds.run` with clients that a Flower Grid reaches.
 
-Nodes are asked who they are before they are sent anything, and who answers a task is known from Flower's message, not from
-what the answer says.
+Nodes are asked who they are before they are sent anything. What they say is held against the name that whoever runs the
+SuperLink registered their key with, and who answers a task is known from Flower's message, not from what the answer says.
 """
 
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from ubsmoe.config import ConfigError, to_json
@@ -52,6 +53,7 @@ class FlowerEngine:
         self._grid, self._federation, self._say, self._clock = grid, federation, say, clock
         self._rounds, self._wanted = federation.settings.rounds, federation.settings.clients_per_round
         self._nodes: dict[str, int] = {}
+        self._registered: dict[int, str] = {}
         self._greeted: set[int] = set()
         self._unanswered: dict[str, int] = {}
 
@@ -80,23 +82,23 @@ class FlowerEngine:
         """
         self._look_around()
         began, limit = self._clock(), self._rounds.deadline_seconds
-        asked: dict[str, Task] = {}
+        asked: dict[str, tuple[Task, int]] = {}
         waiting: dict[str, str] = {}
         replies: dict[str, Reply] = {}
         for task in tasks:
             client = task.profile.client
-            asked[client] = task
+            asked[client] = task, self._nodes[client]
             message_id = self._push(TRAIN, self._nodes[client], encode_task(task), str(task.round), limit)
             if message_id is None:
                 replies[client] = Dropped(client, task.round, "wire", "Flower did not take the task")
             else:
                 waiting[message_id] = client
         race, counted = len(asked) > self._wanted, 0
-        for client, task in asked.items():
+        for client, (task, _) in asked.items():
             while client not in replies:
                 late = limit is not None and self._clock() - began > limit
                 wanted = [ours for ours, whose in waiting.items() if race or late or whose == client]
-                came = [_reply_of(message, asked[whose]) for message, whose in self._pull(wanted, waiting)]
+                came = [_reply_of(message, *asked[whose]) for message, whose in self._pull(wanted, waiting)]
                 for reply in came:
                     counted += isinstance(reply, Update)
                     too_many = isinstance(reply, Update) and counted > self._wanted
@@ -121,7 +123,9 @@ class FlowerEngine:
 
     def _look_around(self) -> None:
         """Greet nodes that are new, hear those that answer; nobody is waited for."""
-        online = set(self._grid.get_node_ids())
+        here = {node.node_id: node.name for node in self._grid.get_nodes()}
+        self._registered |= here
+        online = set(here)
         self._greeted &= online  # who comes back is asked again: it may have changed
         for node in online - self._greeted:
             message_id = self._push(ANNOUNCE, node, Packed(b"", b""), "announce", None)
@@ -133,7 +137,7 @@ class FlowerEngine:
 
     def _hear(self, message: Message, node: int, online: set[int]) -> None:
         try:
-            announced = decode_announcements(_content(message))
+            announced = decode_announcements(_content(message, node))
         except WireError as error:
             return self._say(f"node {node} is refused: {error}")
         for one in announced:
@@ -144,8 +148,12 @@ class FlowerEngine:
 
     def _admit(self, one: Announcement, node: int, online: set[int]) -> None:
         profile = admit(self._federation, one)
-        holder = self._nodes.get(one.client)
-        if holder != node and holder in online:
+        name, holder = self._registered[node], self._nodes.get(one.client)
+        if name and name != one.client:
+            raise ConfigError(f"its key is registered as {name!r}")
+        if not name and one.client in self._registered.values():
+            raise ConfigError("another key is registered as that; register this node's with --name")
+        if holder != node and holder in online and self._registered[holder] == name:
             raise ConfigError(f"node {holder} is that client already")
         others = [other for other in self.clients if other.client != one.client]
         if len(others) >= self._federation.settings.clients.count:
@@ -156,7 +164,10 @@ class FlowerEngine:
         self._say(f"{one.client} is node {node}: {one.num_examples} examples, tier {profile.tier + 1}")
 
     def _push(self, kind: str, node: int, packed: Packed, group: str, seconds: float | None) -> str | None:
-        message = Message(to_record(packed), node, kind, ttl=seconds, group_id=group)
+        content = to_record(packed)
+        # an answer names its message's id, a hash of it all; with this only the node that was sent it can know the id
+        content["nonce"] = ConfigRecord({"bytes": secrets.token_bytes(16)})
+        message = Message(content, node, kind, ttl=seconds, group_id=group)
         return next(iter(self._grid.push_messages([message])), None)
 
 
@@ -164,19 +175,22 @@ def _place(client: str, names: list[str]) -> int:
     return names.index(client) if client in names else len(names)
 
 
-def _content(message: Message) -> Packed:
+def _content(message: Message, node: int) -> Packed:
+    """What the node that was asked has sent; the SuperLink refuses other senders too."""
     if message.has_error():
         raise WireError(_short(message.error.reason or "no reason given"))
+    if message.metadata.src_node_id != node:
+        raise WireError(f"node {message.metadata.src_node_id} answered for node {node}")
     return from_record(message.content)
 
 
-def _reply_of(message: Message, task: Task) -> Reply:
+def _reply_of(message: Message, task: Task, node: int) -> Reply:
     """What a message says. The client is who was asked, whatever the message claims."""
     client = task.profile.client
     if message.has_error():
         return Dropped(client, task.round, "training", _short(message.error.reason or "no reason given"))
     try:
-        update = decode_update(from_record(message.content), MAX_MESSAGE_BYTES, task.payload)
+        update = decode_update(_content(message, node), MAX_MESSAGE_BYTES, task.payload)
     except WireError as error:
         return Dropped(client, task.round, "wire", _short(str(error)))
     if update.client != client:
