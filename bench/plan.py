@@ -1,11 +1,13 @@
 """`ubsmoe plan` against reality: 12 runs, foreseen from their settings, then carried out.
 
     FLOPs   torch's FlopCounterMode around one client's round (`ubsmoe.client.train`, batches of 3), against the tier's FLOPs
-    memory  a fresh process builds the run, resets the kernel's peak-RSS mark, trains that client for a round: what the peak
-            lies above the resident memory before, plus the base's weights, against the tier's memory. glibc is told to give
-            freed memory back at once, so that what counts is what is held
-    bytes   the `client` events of a round of the whole run: down equal or not; up as a share of the plan's, which is for an
-            update that touched every expert
+    memory  a fresh process trains a client of a tiny base of the same family, so that the libraries hold what they will: code
+            that is paged in at its first use, the products' buffers. What is resident then is the runtime, against
+            RUNTIME_BYTES. It then builds the run, resets the kernel's peak-RSS mark, trains that client for a round: what the
+            peak lies above the resident memory before, plus the base's weights, against the tier's memory. glibc is told to
+            give freed memory back at once, so that what counts is what is held
+    bytes   the `client` events of a round of the whole run: down equal or not. Up, the plan is for an update that touched
+            every expert; less what stayed at home (counted from the tensors), equal or not; and as a share of the plan's
     seconds of that client's round, over the seconds foreseen: how far products of expert size are from the whole step
 
 Each base is random, OLMoE- or Mixtral- or Qwen3-shaped, small, but large enough that tensors dominate. Seed 0, Linux only.
@@ -15,6 +17,7 @@ Each base is random, OLMoE- or Mixtral- or Qwen3-shaped, small, but large enough
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -41,6 +44,7 @@ MIXTRAL: dict[str, Any] = {
     "model_type": "mixtral", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2,
 }  # fmt: skip
+TINY = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 32, "head_dim": 8}
 # name, base, settings, the tier (from 0) that is carried out
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], int]] = [
     ("olmoe, K = 8", OLMOE, {}, 3),
@@ -100,19 +104,15 @@ def first_task(settings: Any, tier: int) -> Any:
     return federation, Task(1, profile, federation.method.dispatch(start_state(federation), profile))
 
 
-def measure_memory(settings: Any, tier: int) -> dict[str, float]:
+def measure_memory(settings: Any, tiny: Any, tier: int) -> dict[str, float]:
     """In a process of its own: bytes of the peak above what was resident before, plus the weights."""
-    import torch
-    import transformers  # noqa: F401
-
-    import ubsmoe.federation
-    import ubsmoe.rounds  # noqa: F401
     from ubsmoe.client import train
 
-    # what the libraries load and allot at their first step is theirs, not the model's
-    weight = torch.nn.Parameter(torch.ones(512, 768))
-    torch.mm(torch.ones(512, 768), weight.T).sum().backward()
-    torch.optim.AdamW([weight]).step()
+    # what the libraries page in and allot at their first step is theirs, not the model's
+    federation, task = first_task(tiny, tier)
+    train(federation.trainer, task, federation.examples[task.profile.client])
+    del federation, task
+    gc.collect()
     runtime = resident("VmRSS")
     federation, task = first_task(settings, tier)
     weights = sum(p.numel() * p.element_size() for p in federation.model.model.parameters())
@@ -157,8 +157,8 @@ def count_flops(settings: Any, tier: int) -> int:
     return int(counter.get_total_flops())
 
 
-def run_events(settings: Any, folder: Path) -> list[dict[str, Any]]:
-    """The `client` events of the second round."""
+def run_events(settings: Any, folder: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The `client` events of the second round, and the bytes that each of its clients kept at home."""
     from ubsmoe.config import to_json
     from ubsmoe.engines.local import LocalEngine
     from ubsmoe.federation import build_federation
@@ -167,11 +167,29 @@ def run_events(settings: Any, folder: Path) -> list[dict[str, Any]]:
     from ubsmoe.storage.runfolder import RunFolder
 
     federation = build_federation(settings)
+    clients = LocalEngine(federation.trainer, federation.examples)
+    kept: dict[str, int] = {}
+
+    class Watched:
+        def exchange(self, tasks: Any) -> Any:
+            for task in tasks:
+                for update in clients.exchange([task]):
+                    kept[update.client] = stayed_home(update.adapters, task.payload)
+                    yield update
+
     with RunFolder.create(folder, to_json(settings)) as place:
-        run(federation, place, LocalEngine(federation.trainer, federation.examples), lambda *_: None)
-    return [
-        event for event in read_events(folder / "events.jsonl") if (event["event"], event["round"]) == ("client", 2)
-    ]
+        run(federation, place, Watched(), lambda *_: None)
+    events = read_events(folder / "events.jsonl")
+    return [event for event in events if (event["event"], event["round"]) == ("client", 2)], kept
+
+
+def stayed_home(after: Any, before: Any) -> int:
+    """Bytes of the experts whose numbers did not change, less the M flags with which a tensor names those that did."""
+    kept = 0
+    for name, value in after.items():
+        same = sum(bool((value[e] == before[name][e]).all()) for e in range(len(value)))
+        kept += same * value[0].nbytes - len(value) * (same > 0)
+    return kept
 
 
 def one_case(number: int) -> dict[str, Any]:
@@ -180,16 +198,19 @@ def one_case(number: int) -> dict[str, Any]:
     name, config, changes, tier = CASES[number]
     with tempfile.TemporaryDirectory() as scratch:
         settings = settings_of(make_base(config, Path(scratch) / "base"), changes)
+        make_base(config | {name: size for name, size in TINY.items() if name in config}, Path(scratch) / "tiny")
         plan = forecast(settings)
         client = plan["tiers"][tier]  # four clients in four tiers: a tier is its client
-        worker = [sys.executable, __file__, "--memory-of", str(number), "--base", str(Path(scratch) / "base")]
+        worker = [sys.executable, __file__, "--memory-of", str(number), "--bases", scratch]
         real = json.loads(subprocess.run(worker, check=True, capture_output=True, env={**os.environ, **AT_ONCE}).stdout)
         # the counter is slow and bytes do not depend on what is trained: small batches do for both
         light = settings_of(Path(scratch) / "base", {**changes, "train.batch_size": 3})
         counted, planned = count_flops(light, tier), forecast(light, flops_per_second=1e9)["tiers"][tier]["flops"]
-        events = run_events(light, Path(scratch) / "run")
-    down = all(event["download_bytes"] == plan["tiers"][event["tier"]]["download_bytes"] for event in events)
-    shares = [event["upload_bytes"] / plan["tiers"][event["tier"]]["upload_bytes"] for event in events]
+        events, kept = run_events(light, Path(scratch) / "run")
+    tiers = plan["tiers"]
+    down = all(event["download_bytes"] == tiers[event["tier"]]["download_bytes"] for event in events)
+    up = all(event["upload_bytes"] == tiers[event["tier"]]["upload_bytes"] - kept[event["client"]] for event in events)
+    shares = [event["upload_bytes"] / tiers[event["tier"]]["upload_bytes"] for event in events]
     return {
         "case": name,
         "flops": {"plan": planned, "real": counted, "ratio": planned / counted},
@@ -200,6 +221,7 @@ def one_case(number: int) -> dict[str, Any]:
             "parts": client["memory"],
         },
         "download_equal": down,
+        "upload_equal_but_for_untouched": up,
         "upload_real_over_plan": shares,
         "seconds_real_over_plan": real["seconds"] / client["seconds"],
         "runtime_bytes": real["runtime_bytes"],
@@ -211,12 +233,13 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="three cases")
     parser.add_argument("--only", type=int, nargs="+", help="these cases, counted from 0")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--bases", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the record goes (default: %(default)s)")
     options = parser.parse_args()
     if options.memory_of is not None:
         _, _, changes, tier = CASES[options.memory_of]
-        print(json.dumps(measure_memory(settings_of(options.base, changes), tier)))
+        real, tiny = (settings_of(options.bases / name, changes) for name in ("base", "tiny"))
+        print(json.dumps(measure_memory(real, tiny, tier)))
         return 0
     import torch
 
@@ -224,15 +247,17 @@ def main() -> int:
     chosen = options.only or range(3 if options.quick else len(CASES))
     rows = []
     print(
-        "| case | FLOPs, plan / real | memory, plan / real | MB | down equal | up, real / plan | seconds, real / plan |"
+        "| case | FLOPs, plan / real | memory, plan / real | MB | runtime, MB | down equal | up equal but for untouched experts "
+        "| up, real / plan | seconds, real / plan |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for number in chosen:
         row = one_case(number)
         rows.append(row)
         print(
             f"| {row['case']} | {row['flops']['ratio']:.4f} | {row['memory']['ratio']:.3f} | "
-            f"{row['memory']['real'] / 1e6:.0f} | {'yes' if row['download_equal'] else 'NO'} | "
+            f"{row['memory']['real'] / 1e6:.0f} | {row['runtime_bytes'] / 1e6:.0f} | "
+            f"{'yes' if row['download_equal'] else 'NO'} | {'yes' if row['upload_equal_but_for_untouched'] else 'NO'} | "
             f"{min(row['upload_real_over_plan']):.3f} to {max(row['upload_real_over_plan']):.3f} | "
             f"{row['seconds_real_over_plan']:.2f} |",
             flush=True,

@@ -17,8 +17,8 @@ def write_run(folder: Path, method: str = "ubsmoe", seed: int = 0, phi: bool = T
     )
     draw = torch.Generator().manual_seed(seed)
     with RunFolder.create(folder, to_json(settings)) as run:
-        counts = {"task": 30, "<other>": 10}
-        share = {"size": 40, "counts": counts}
+        counts = {"task": 30 + seed, "<other>": 10}  # another seed, another split
+        share = {"size": 40 + seed, "counts": counts}
         report = {
             "field": "task",
             "mean_total_variation": 0.25,

@@ -56,7 +56,9 @@ class TierSettings(Settings):
     ranks: tuple[Rank, ...] = Field(
         (4, 8, 16, 32), min_length=1, description="LoRA rank of each tier, for methods that vary the rank instead of K"
     )
-    k_max: PositiveInt | None = Field(None, description="experts per token at budget 1; the base's own when left out")
+    k_max: PositiveInt | None = Field(
+        None, description="K_max, experts per token at budget 1; the base's own when left out"
+    )
     rescale: Literal["none", "ratio", "mass"] = Field(
         "mass",  # measured: docs/decisions/0002-output-scale.md
         description="layer output at K < K_max: as it is, times K_max / K, or with the routing mass of K_max",
@@ -90,7 +92,9 @@ class PartitionSettings(Settings):
 
     kind: Literal["iid", "natural", "dirichlet", "quantity"] = Field("iid", description="rule of the split")
     field: str = Field("task", description="the examples' field that natural and dirichlet group by")
-    alpha: PositiveFloat = Field(0.5, description="Dirichlet concentration; small is more unequal")
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = Field(
+        0.5, description="Dirichlet concentration; small is more unequal"
+    )
     min_examples: PositiveInt = Field(1, description="a client with fewer examples is refused")
 
 
@@ -293,6 +297,10 @@ class RunSettings(Settings):
         return self.clients.per_round or self.clients.count
 
 
+BUILT_IN = {DataSettings.model_fields["train"].default, ModelSettings.model_fields["base"].default}
+"""Names of things that come with the package, whatever files are called so."""
+
+
 def load_run(path: str | Path, overrides: dict[str, Any] | None = None) -> RunSettings:
     """Read and validate a run file.
 
@@ -367,11 +375,12 @@ def to_json(settings: RunSettings) -> str:
 
 
 def _resolve_paths(table: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Let a run file name files beside itself, wherever the command is started."""
+    """Files beside the run file, or else where the command is started, by their whole path: a run folder is read anywhere."""
     for section, key in (("data", "train"), ("data", "test"), ("model", "base"), ("adapter", "start")):
         part = table.get(section)
-        if isinstance(part, dict) and isinstance(part.get(key), str) and (folder / part[key]).exists():
-            part[key] = str(folder / part[key])
+        if isinstance(part, dict) and isinstance(part.get(key), str) and part[key] not in BUILT_IN:
+            found = (place for place in (folder / part[key], Path(part[key])) if place.exists())
+            part[key] = next((str(place.absolute()) for place in found), part[key])
     return table
 
 

@@ -198,9 +198,17 @@ def _answer(example: Example, text: str) -> str | None:
     return found.group(0) if found else None
 
 
+_SPACED = r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uac00-\ud7af]"
+"""A word's character, but for Thai, Lao, Burmese, Khmer, Japanese, Chinese and Korean."""
+
+
 def _label(*labels: str) -> re.Pattern[str]:
-    """Any of these labels as a whole word, the longest first: "not-true" is not "true", nor "A" the start of "Apple"."""
-    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(labels, key=len, reverse=True)))})(?!\w)")
+    """Any of these labels as a whole word, the longest first: "not-true" is not "true", nor "A" the start of "Apple".
+
+    Where a script puts no space between words, as in "答案是A", any of its letters may stand beside a label.
+    """
+    either = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
+    return re.compile(rf"(?<!{_SPACED})(?:{either})(?!{_SPACED})")
 
 
 def _right_answers(example: Example) -> tuple[str, ...]:

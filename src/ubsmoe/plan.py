@@ -50,7 +50,8 @@ def run_costs(settings: RunSettings, sequence_length: int | None = None) -> list
 def run_method(settings: RunSettings, shape: ModelShape) -> Method:
     """The run's method on a base of this shape. Raises UserError if there is none, or a setting of it is wrong."""
     k_max = checked_k_max(settings.tiers.k_max, shape.k_max, settings.model.base)
-    base = Base(shape.num_moe_layers, shape.num_experts, k_max, settings.adapter.rank, settings.adapter.alpha)
+    adapter = settings.adapter
+    base = Base(shape.num_moe_layers, shape.num_experts, k_max, adapter.rank, adapter.alpha, shared_a=adapter.shared_a)
     return build(settings.method.name, base, settings.method.settings)
 
 

@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,37 @@ def test_a_finished_run_can_be_scored_again(
     assert ubsmoe(monkeypatch, "eval", out, "--json", "--tier", "2") == 0
     (tier,) = json.loads(capsys.readouterr().out)["tiers"]
     assert tier["scores"] == json.loads((out / "summary.json").read_text())["after"][1]
+
+
+def test_a_run_is_scored_with_its_own_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tiny_run: dict, write_toml: WriteToml, tmp_path: Path
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", asked.append)
+    file = write_toml(with_overrides(tiny_run, {"threads": 3, "train.rounds": 1, "train.local_steps": 1}))
+    ubsmoe(monkeypatch, "run", file, "--out", tmp_path / "run")
+    assert asked == [3]
+    assert ubsmoe(monkeypatch, "eval", tmp_path / "run", "--tier", "1") == 0
+    assert asked == [3, 3]
+
+
+def test_ctrl_c_says_what_is_saved_and_the_same_command_goes_on(
+    tiny_run: dict, write_toml: WriteToml, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    file = write_toml(with_overrides(tiny_run, {"train.rounds": 500, "train.local_steps": 1, "keep_checkpoints": 1}))
+    command = [sys.executable, "-m", "ubsmoe", "run", str(file), "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
+        while not list(out.glob("checkpoints/round-0000[2-9]")):
+            assert running.poll() is None
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        said = running.communicate(timeout=60)[1]
+    assert running.returncode == 130
+    stopped = re.fullmatch(
+        rf"ubsmoe: stopped after round (\d+) of 500, saved in {re.escape(str(out))}; .* goes on .*\n", said
+    )
+    assert stopped and (out / "checkpoints" / f"round-{int(stopped[1]):05}").is_dir()
 
 
 def test_methods_lists_every_method_with_its_settings(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -1,6 +1,7 @@
 """A run exported and used again, method by method, and the Python interface on top."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ def test_export_import_and_generate_from_the_command_line(
     )
 
     again = with_overrides(tiny_run, {"train.rounds": 1, "evaluate.max_examples": 1, "method.name": "fedavg"})
-    assert command(monkeypatch, "import", tmp_path / "peft", write_toml(again), "--out", tmp_path / "again") == 0
+    quoted = shutil.copytree(tmp_path / "peft", tmp_path / 'it\'s "mine"')
+    assert command(monkeypatch, "import", quoted, write_toml(again), "--out", tmp_path / "again") == 0
     goes_on, ended = (json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "again", place))
     assert goes_on["before"] == ended["after"] != ended["before"]
 

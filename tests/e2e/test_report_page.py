@@ -54,7 +54,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     write_run(folder / "compare" / "runs" / "fedavg-seed0", "fedavg", phi=False)
-    write_run(folder / "compare" / "runs" / "ubsmoe-seed0", "ubsmoe")
+    write_run(folder / "compare" / "runs" / "ubsmoe-seed1", "ubsmoe", seed=1)
     runs = read_series([folder / "compare"])
     costs = [[cost.as_dict() for cost in run_costs(parse_run(run.record.config))] for run in runs]
     write_report(runs, costs, folder / "report.html")
@@ -82,7 +82,7 @@ def test_it_opens_without_errors_or_requests_and_draws_every_chart(opened: Any) 
     charts = opened.execute_script("return [...document.querySelectorAll('.chart')].map(chart => chart.id)")
     assert set(charts) == {
         "loss", "accuracy", "cost-MFLOPs", "cost-seconds", "cost-MB",
-        "entropy", "gini", "phi", "partition", "experts-use", "experts-phi",
+        "entropy", "gini", "phi", "partition-1", "partition-2", "experts-use", "experts-phi",
     }  # fmt: skip
     assert charts_drawn(opened) == len(charts)
     assert [line for line in opened.get_log("browser") if line["level"] in ("SEVERE", "WARNING")] == []

@@ -182,7 +182,7 @@ def test_fedexs_residual_is_what_the_mean_of_factors_gets_wrong(lab):
         a, b = after.adapters[f"{name}.A"].double(), after.adapters[f"{name}.B"].double()
         expected = mean_of_products(updates, 6.0)[name] - 6.0 / 4 * (b @ a)
         torch.testing.assert_close(residual, expected, rtol=1e-5, atol=1e-6)
-        assert torch.linalg.matrix_rank(residual, rtol=1e-5).max() <= (len(updates) - 1) * lab.base.rank
+        assert after.adapters[f"side.{name}.A"].shape[1] == (len(updates) - 1) * lab.base.rank
 
 
 def test_fedexs_residual_is_zero_to_the_bit_where_clients_agree(lab):

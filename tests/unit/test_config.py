@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,10 @@ def test_settings_survive_a_round_trip_through_json() -> None:
         ({"train": {"learning_rate": float("inf")}}, "train.learning_rate: Input should be a finite number (got inf)"),
         ({"tiers": {"budgets": [float("nan")]}}, "tiers.budgets.0: Input should be"),
         ({"adapter": {"rank": 10**8}}, "adapter.rank: Input should be less than or equal to 4096 (got 100000000)"),
+        (
+            {"data": {"partition": {"alpha": 1e308}}},
+            "alpha: Input should be less than or equal to 1000000 (got 1e+308)",
+        ),
         ({"clients": {"count": 2, "per_round": 3}}, "clients.per_round is 3 but there are only 2 clients"),
     ],
 )
@@ -54,6 +59,21 @@ def test_paths_are_taken_beside_the_run_file(tmp_path) -> None:
     (tmp_path / "mine.jsonl").write_text("{}\n")
     (tmp_path / "run.toml").write_text('[data]\ntrain = "mine.jsonl"\n')
     assert load_run(tmp_path / "run.toml").data.train == str(tmp_path / "mine.jsonl")
+
+
+def test_paths_are_kept_whole_so_that_a_run_folder_is_read_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "run.toml").write_text('[data]\ntrain = "beside.jsonl"\ntest = "here.jsonl"\n')
+    for name in ("runs/beside.jsonl", "here.jsonl", "runs/here", "world"):
+        (tmp_path / name).write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    settings = load_run("runs/run.toml")
+    assert settings.data.train == str(tmp_path / "runs" / "beside.jsonl")
+    assert settings.data.test == str(tmp_path / "here.jsonl")
+    assert load_run("runs/run.toml", {"data.train": "world"}).data.train == "world"  # no file's name
+    assert load_run("runs/run.toml", {"data.train": "nowhere.jsonl"}).data.train == "nowhere.jsonl"
 
 
 def test_overrides_replace_one_setting_and_leave_the_table_alone() -> None:

@@ -130,6 +130,11 @@ def test_ranking_is_left_out_where_it_means_nothing(federation: Federation, mode
         (Example("", "x", "mine", "o1", ("o1", "o10")), "o10", "o10", False),
         (Example("", "x", "ARC-or-openbookqa", "answer2", ("answer1", "answer2")), "the answer2", "answer2", True),
         (Example("", "x", "mine", "b", ("a", "b")), "neither", None, False),
+        # scripts that put no space between words
+        (Example("", "x", "mine", "B", ("A", "B")), "答案是B。", "B", True),
+        (Example("", "x", "mine", "B", ("A", "B")), "정답은 B입니다", "B", True),
+        (Example("", "x", "mine", "不是", ("是", "不是")), "我觉得不是", "不是", True),
+        (Example("", "x", "mine", "B", ("A", "B")), "Ärger mit Bär", None, False),
         # free text, as a whole
         (Example("", " Paris\n", "free"), "Paris ", "Paris", True),
         (Example("", "so it is 42", "free", "42"), "so it is 42", "so it is 42", True),

@@ -73,6 +73,10 @@ def test_more_tiers_than_clients_are_all_judged(tiny_run: dict[str, Any]) -> Non
         ({"method.name": "hetlora", "tiers.ranks": [1, 2]}, "tiers.ranks has 2 entries and tiers.budgets 4"),
         ({"method.name": "fedavgg"}, "no method 'fedavgg'; did you mean 'fedavg'"),
         ({"method.momentum": float("nan")}, "method.momentum: Input should be a finite number"),
+        (
+            {"adapter.shared_a": False},
+            "pg_mode 'client_mean' averages .* set adapter.shared_a = true or another pg_mode",
+        ),
         ({"method.epsilon": 0.0}, "method.epsilon must be > 0, got 0.0"),
         ({"method.phi_penalty": -1}, "method.phi_penalty must be >= 0, got -1"),
         ({"method.activation_power": -1}, "method.activation_power must be >= 0, got -1"),

@@ -1,5 +1,8 @@
 """Verbs that train and score: run, import, compare, eval."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,6 +78,7 @@ def run_command(
         tracking.on_event(event, round, fields)
 
     with (
+        _resumable(place, settings.train.rounds),
         federation_workers(federation, workers) as crew,
         RunFolder.open_or_create(place, to_json(settings)) as folder,
         RunConsole(console) as shown,
@@ -87,6 +91,20 @@ def run_command(
     costs = [cost.as_dict() for cost in run_costs(settings)]
     show(console, result_table(summary, costs))
     console.print(f"adapter {place / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}", soft_wrap=True)
+
+
+@contextmanager
+def _resumable(place: Path, rounds: int) -> Iterator[None]:
+    """Let Ctrl-C end in a sentence that says what is saved; exit code 130, as of a program that the signal ends."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from ubsmoe.storage.runfolder import saved_round
+
+        done = saved_round(place)
+        where = "before anything was saved" if done is None else f"after round {done} of {rounds}, saved in {place}"
+        typer.echo(f"ubsmoe: stopped {where}; the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
 
 
 def _run_on_flower(run_file: Path, out: Path | None, changes: list[str] | None, simulated: bool) -> None:
@@ -114,7 +132,7 @@ def import_command(
     set_: Set = None,
 ) -> None:
     """Start a run from a PEFT adapter: `run` with adapter.start set to it."""
-    run_command(run_file, out, [*(set_ or []), f"adapter.start={str(adapter)!r}"])
+    run_command(run_file, out, [*(set_ or []), f"adapter.start={json.dumps(str(adapter))}"])
 
 
 @app.command("compare")

@@ -77,7 +77,7 @@ def phi_range_penalty(phi: Float[Tensor, "..."], low: float, high: float) -> Flo
 def mass_ratio(scores: Float[Tensor, "T M"], k_max: int, chosen: Int[Tensor, "T K"]) -> Float[Tensor, "T 1"]:
     """Routing mass a token would send through its K_max best experts over the mass of the K it was given.
 
-    Multiplying the gate weights by it gives a layer at K < K_max the output scale the base was trained with. Ours.
+    Multiplying the gate weights by it gives a layer at K < K_max the output scale that it has at K_max. Ours.
     """
     full = scores.topk(k_max, dim=-1).values.sum(dim=-1, keepdim=True)
     return full / scores.gather(-1, chosen).sum(dim=-1, keepdim=True)

@@ -1,11 +1,11 @@
 """FedEx-LoRA: average the factors, and put what that gets wrong into the frozen base.
 
     A <- sum_c p_c A_c,    B <- sum_c p_c B_c,    p_c = n_c / sum n
-    W <- W + s (sum_c p_c B_c A_c - B A),    and the bracket = sum_c p_c (B_c - B)(A_c - A)
+    W <- W + s (sum_c p_c B_c A_c - B A),    and the bracket = sum_{c<K} p_c (B_c - B_K)(A_c - A),    K the last client
 
-so that base and adapter together hold the exact mean of the updates. The second form of the residual is a sum of
-products of deviations: small numbers are added, no large ones subtracted, and it is zero to the bit where clients
-agree.
+so that base and adapter together hold the exact mean of the updates. The second form of the residual holds because
+sum_c p_c (A_c - A) = 0. It is a sum of products of deviations: small numbers are added, no large ones subtracted, it is
+zero to the bit where clients agree, and its rank is (K - 1) r, below the K r + r of the first form.
 
 Ours: weights p_c where the paper has 1 / K; the residual stays in factors, as the paper's text proposes and its code
 does not, summed up in a side factor (side.py) that every payload carries. Ranks are uniform (the mean of factors
@@ -52,9 +52,12 @@ def fedex_lora(base: Base) -> Method:
         for update in updates:
             mean.add(update.adapters, update.num_examples)
         adapters = mean.result(adapter_part(state.adapters))
-        weights, clients = shares(updates), [pairs(update.adapters, base.alpha) for update in updates]
+        *others, last = (pairs(update.adapters, base.alpha) for update in updates)
+        if not others:
+            return State(state.adapters | adapters)
+        weights = shares(updates)[:-1]
         residuals = {
-            name: stack([deviation(client[name], middle) for client in clients], weights)
+            name: stack([deviation(client[name], middle, last[name]) for client in others], weights)
             for name, middle in pairs(adapters, base.alpha).items()
         }
         return State(adapters | fold(state.adapters, residuals))
@@ -71,9 +74,9 @@ def fedex_lora(base: Base) -> Method:
     )
 
 
-def deviation(pair: LoraPair, middle: LoraPair) -> LoraPair:
-    """(B_c - B)(A_c - A) at the same scale."""
-    return LoraPair(pair.a - middle.a, pair.b - middle.b, pair.scale)
+def deviation(pair: LoraPair, middle: LoraPair, last: LoraPair) -> LoraPair:
+    """(B_c - B_K)(A_c - A) at the same scale."""
+    return LoraPair(pair.a - middle.a, pair.b - last.b, pair.scale)
 
 
 def _side(shape: ModelShape, rank: int) -> int:

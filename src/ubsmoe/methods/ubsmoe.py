@@ -75,6 +75,11 @@ def ubsmoe(
         ValueError: for a setting out of range.
     """
     pseudo = PseudoGradient(pg_mode, pg_strength, tuple(pg_scope), pg_sparsity, pg_fraction, pg_limit, pg_decay)
+    if pseudo.mode == "client_mean" and "experts" in pseudo.scope and pseudo.strength > 0 and not base.shared_a:
+        raise ValueError(
+            "pg_mode 'client_mean' averages gradients over experts, which says nothing unless they start from one A; "
+            "set adapter.shared_a = true or another pg_mode"
+        )
     n_p = min(2 * base.k_max, base.num_experts) if num_candidates is None else num_candidates
     if not base.k_max <= n_p <= base.num_experts:
         raise ValueError(f"num_candidates must lie in K_max..M = {base.k_max}..{base.num_experts}, got {n_p}")

@@ -142,11 +142,27 @@ def phi_correlation(runs: Sequence[Series]) -> Chart | None:
     return chart if traces else None
 
 
-def partition(run: Series) -> Chart | None:
-    """How many examples of which kind each client holds; None where the data have no kinds."""
-    report = next((event["report"] for event in run.events("partition")), None)
-    if report is None:
-        return None
+def partitions(runs: Sequence[Series]) -> list[Chart]:
+    """One chart for each different split of the data among the runs; none where the data have no kinds."""
+    holders: list[tuple[dict[str, Any], list[Series]]] = []
+    for run in runs:
+        report = next((event["report"] for event in run.events("partition")), None)
+        same = next((own for other, own in holders if other == report), None)
+        if same is not None:
+            same.append(run)
+        elif report is not None:
+            holders.append((report, [run]))
+    return [
+        _partition(f"partition-{number}", report, f" in {_these(own)}" if len(holders) > 1 else "")
+        for number, (report, own) in enumerate(holders, 1)
+    ]
+
+
+def _these(runs: Sequence[Series]) -> str:
+    return run_name(runs[0]) + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
+
+
+def _partition(id: str, report: dict[str, Any], where: str) -> Chart:
     clients = [f"client-{client['client']}" for client in report["clients"]]
     traces = [
         {
@@ -159,8 +175,9 @@ def partition(run: Series) -> Chart | None:
         for index, kind in enumerate(report["clients"][0]["counts"])
     ]
     layout = {"barmode": "stack", "yaxis": {"title": {"text": "examples"}}}
-    caption = f"Training examples of each client by {report['field']}; mean total variation {report['mean_total_variation']:.2f}."
-    return Chart("partition", "Who holds what", caption, traces, layout)
+    apart = report["mean_total_variation"]
+    caption = f"Training examples of each client by {report['field']}; mean total variation {apart:.2f}."
+    return Chart(id, f"Who holds what{where}", caption, traces, layout)
 
 
 def heat_maps(runs: Sequence[Series]) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def _charts(runs: Sequence[Series], costs: Sequence[list[dict[str, Any]]]) -> di
         charts.balance_over_rounds(runs, "entropy"),
         charts.balance_over_rounds(runs, "gini"),
         charts.phi_correlation(runs),
-        charts.partition(runs[0]),
+        *charts.partitions(runs),
     ]
     return {chart.id: chart for chart in every if chart}
 
@@ -74,7 +74,7 @@ def _body(runs: Sequence[Series], costs: Sequence[list[dict[str, Any]]], drawn: 
         "Learning": figures("loss", "accuracy"),
         "Cost": figures(*(f"cost-{unit}" for unit in charts.COSTS)) + cost_table(runs, costs),
         "Experts": _slider(runs) + figures("entropy", "gini", "phi"),
-        "Clients": figures("partition") + client_table(runs),
+        "Clients": figures(*(name for name in drawn if name.startswith("partition"))) + client_table(runs),
         "Settings": "".join(_settings(run) for run in runs),
     }
     return "".join(

@@ -111,6 +111,11 @@ def saved_checkpoints(folder: str | Path) -> list[Path]:
     return [path for _, path in _saved(Path(folder))]
 
 
+def newest_round(folder: str | Path) -> int | None:
+    """The round of the newest checkpoint in a folder, None if there is none; its contents are not looked at."""
+    return max((number for number, _ in _saved(Path(folder))), default=None)
+
+
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read one checkpoint folder.
 

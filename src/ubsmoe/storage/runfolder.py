@@ -216,6 +216,11 @@ def read_states(path: str | Path) -> Iterator[Checkpoint]:
     return map(checkpoints.load_checkpoint, found)
 
 
+def saved_round(path: str | Path) -> int | None:
+    """The round of the newest checkpoint, by its name alone; None if there is none."""
+    return checkpoints.newest_round(Path(path) / CHECKPOINTS)
+
+
 def current_versions() -> dict[str, str]:
     """The versions that results depend on, asked of the installed packages without importing them."""
     versions = {

@@ -285,13 +285,16 @@ def test_counts_ignore_padding_during_generation_too() -> None:
 
 @pytest.mark.parametrize("family", UNNORMALISED)
 @pytest.mark.parametrize("rescale", ["none", "ratio", "mass"])
-def test_rescale_gives_the_output_of_a_small_budget_the_scale_it_promises(family: str, rescale: Any) -> None:
+@pytest.mark.parametrize("below", [0, 1])  # how far the run's K_max is below the base's own K
+def test_rescale_gives_the_output_of_a_small_budget_the_scale_of_k_max(family: str, rescale: Any, below: int) -> None:
     sparse, hidden = SparseModel(tiny(family), rescale), torch.randn(11, HIDDEN, generator=generator())
+    sparse.limit_k_max(sparse.k_max - below)
     layer = sparse.layers[0]
     assert not layer.convention.renormalises and layer.convention.scoring == "softmax"
     _, full, index = layer.router(hidden)
     assert index.shape[1] == sparse.k_max
     plain = SparseModel(tiny(family)).layers[0].router
+    plain.top_k = sparse.k_max
     assert torch.equal(full, plain(hidden)[1])  # at K_max nothing is rescaled
     for top_k in range(1, sparse.k_max):
         sparse.set_top_k(top_k)

@@ -26,10 +26,22 @@ def test_the_page_is_one_file_below_six_megabytes_with_every_chart(tmp_path) -> 
     page = build(read_series([write_run(tmp_path / "run")]))
     assert len(page.encode()) < 6e6 and "@@" not in page[: page.index("<script>")]
     assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="(?!data:)', page)
-    wanted = {"loss", "accuracy", *(f"cost-{unit}" for unit in charts.COSTS), "entropy", "gini", "phi", "partition"}
+    wanted = {"loss", "accuracy", *(f"cost-{unit}" for unit in charts.COSTS), "entropy", "gini", "phi", "partition-1"}
     assert {chart["id"] for chart in data(page)["charts"]} == wanted
     assert all(f'id="{name}" role="img"' in page for name in wanted)
     assert "&lt;other&gt;" not in page[page.index('id="charts"') :] and "<other>" not in page
+
+
+def test_each_different_split_has_a_chart_that_says_whose_it_is(tmp_path) -> None:
+    one, alike, other = (
+        write_run(tmp_path / name, name, seed) for name, seed in (("fedavg", 0), ("flora", 0), ("ubsmoe", 1))
+    )
+    first, second = charts.partitions(read_series([one, alike, other]))
+    assert (first.id, first.title) == ("partition-1", "Who holds what in fedavg, seed 0 and 1 more")
+    assert (second.id, second.title) == ("partition-2", "Who holds what in ubsmoe, seed 1")
+    assert first.data[0]["y"] == [30] * 4 and second.data[0]["y"] == [31] * 4
+    (alone,) = charts.partitions(read_series([other]))
+    assert alone.title == "Who holds what"
 
 
 def test_heat_maps_hold_every_rounds_shares(tmp_path) -> None:
