@@ -17,6 +17,7 @@ from typing import Any
 
 from ubsmoe.config import ConfigError, RunSettings, parse_run, to_json, with_overrides
 from ubsmoe.plan import run_costs
+from ubsmoe.report.tracking import Tracking, check_trackers
 from ubsmoe.storage.runfolder import RunFolder, RunRecord, atomic_write, differing_settings, read_run
 
 METRICS = ("accuracy", "unparsed", "likelihood", "loss")
@@ -81,6 +82,7 @@ def compare(
     out: Path,
     jobs: int = 1,
     report: Callable[[str, int, int], None] | None = None,
+    track: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Run the grid, or what is left of it, and write comparison.csv.
 
@@ -91,15 +93,17 @@ def compare(
         out: the comparison's folder.
         jobs: runs at a time, each in a process of its own with its share of the threads.
         report: called with (label, seed, runs done) after each run.
+        track: where each run draws its curves too (`report/tracking.py`); its name there is its folder's.
 
     Returns:
         Tidy rows: method, seed, tier, task, metrics, costs.
 
     Raises:
-        ConfigError: for a method or setting that does not exist, before anything runs.
+        UserError: for a method, setting or tracker that does not exist, before anything runs.
         RunFolderError: if a folder of the grid holds a run of other settings.
     """
     grid = {(variant.label, seed): variant.settings_in(settings, seed) for seed in seeds for variant in variants}
+    check_trackers(track)
     for variant in variants:
         run_costs(grid[variant.label, seeds[0]])  # builds the method: a misspelt setting fails here, not in an hour
     folders = {key: out / "runs" / f"{_file_name(key[0])}-seed{key[1]}" for key in grid}
@@ -107,7 +111,7 @@ def compare(
     with ProcessPoolExecutor(
         jobs, get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
     ) as pool:
-        futures = {pool.submit(run_cell, cell, folders[key]): key for key, cell in grid.items()}
+        futures = {pool.submit(run_cell, cell, folders[key], track): key for key, cell in grid.items()}
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 future.result()
@@ -137,7 +141,7 @@ def foresee(settings: RunSettings, variants: Sequence[Variant], seed: int) -> It
         yield variant.label, found["run"]["flops"], found["run"]["seconds_one_after_another"]
 
 
-def run_cell(settings: RunSettings, folder: Path) -> None:
+def run_cell(settings: RunSettings, folder: Path, track: Sequence[str] = ()) -> None:
     """One run of the grid, quietly; a run that has ended is left alone."""
     import torch
 
@@ -155,9 +159,10 @@ def run_cell(settings: RunSettings, folder: Path) -> None:
     ):
         return
     federation = build_federation(settings)
-    with RunFolder.open_or_create(folder, to_json(settings)) as opened:
+    tracking = Tracking(track, folder, settings.model_dump(mode="json"))
+    with RunFolder.open_or_create(folder, to_json(settings)) as opened, tracking:
         engine = as_simulated(LocalEngine(federation.trainer, federation.examples), federation)
-        run(federation, opened, engine, lambda *_: None)
+        run(federation, opened, engine, tracking.on_event)
 
 
 def check_same_work(records: Iterable[RunRecord], varied: Collection[str] = ()) -> None:

@@ -82,9 +82,16 @@ def test_ctrl_c_says_what_is_saved_and_the_same_command_goes_on(
     tiny_run: dict, write_toml: WriteToml, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    file = write_toml(with_overrides(tiny_run, {"train.rounds": 500, "train.local_steps": 1, "keep_checkpoints": 1}))
+    changes = {"threads": 1, "train.rounds": 500, "train.local_steps": 1, "keep_checkpoints": 1}
+    file = write_toml(with_overrides(tiny_run, changes))
     command = [sys.executable, "-m", "ubsmoe", "run", str(file), "--out", str(out)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    ) as running:
         while not list(out.glob("checkpoints/round-0000[2-9]")):
             assert running.poll() is None
             time.sleep(0.05)

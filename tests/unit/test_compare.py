@@ -66,6 +66,16 @@ def test_a_misspelt_method_or_setting_fails_before_anything_runs(tiny_run: dict[
     assert not (tmp_path / "out").exists()
 
 
+def test_every_run_of_the_grid_draws_its_curves(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    settings = parse_run(with_overrides(tiny_run, {"train.rounds": 1, "train.local_steps": 1}))
+    with pytest.raises(UserError, match="--track 'paper': expected one of tensorboard"):
+        compare(settings, parse_variants("fedavg"), [0], tmp_path / "out", track=["paper"])
+    assert not (tmp_path / "out").exists()
+    compare(settings, parse_variants("fedavg"), [0, 1], tmp_path / "out", track=["tensorboard"])
+    assert len(list((tmp_path / "out" / "runs").glob("fedavg-seed*/tensorboard/events.*"))) == 2
+
+
 def record(name: str, config: dict[str, Any], base: str = "x") -> RunRecord:
     return RunRecord(Path(name), config, {}, [], {"base_sha256": base})
 

@@ -153,6 +153,7 @@ def compare_command(
     jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
     out: Annotated[Path | None, typer.Option(help="folder; out/<name of the run file>-compare when left out")] = None,
     set_: Set = None,
+    track: Track = None,
     plan: Annotated[bool, typer.Option("--plan", help="only say what it will take")] = False,
 ) -> None:
     """Run several methods on the same work; write comparison.csv and comparison.md. Goes on where it stopped."""
@@ -182,7 +183,7 @@ def compare_command(
     def done(label: str, seed: int, count: int) -> None:
         console.print(f"{count}/{total}  {label}  seed {seed}", highlight=False)
 
-    rows = compare(settings, variants, range(first_seed, first_seed + seeds), place, jobs, done)
+    rows = compare(settings, variants, range(first_seed, first_seed + seeds), place, jobs, done, track or [])
     text = comparison_markdown(rows, against)
     atomic_write(place / "comparison.md", text.encode())
     typer.echo(text)

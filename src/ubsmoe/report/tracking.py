@@ -39,11 +39,7 @@ class Tracking:
     """
 
     def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> None:
-        for name in names:
-            if name not in TRACKERS:
-                raise UserError(f"--track {name!r}: expected one of {', '.join(TRACKERS)}")
-            if find_spec(name) is None:
-                raise UserError(f"--track {name} needs {name}: pip install 'ubsmoe[{name}]'")
+        check_trackers(names)
         self._names, self._folder, self._settings = names, folder, settings
         self._trackers: list[Tracker] | None = None
         self._clients: list[dict[str, Any]] = []
@@ -73,6 +69,15 @@ class Tracking:
     def __exit__(self, *error: object) -> None:
         for tracker in self._trackers or []:
             tracker.close()
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise UserError for a tracker that does not exist or is not installed."""
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"--track {name!r}: expected one of {', '.join(TRACKERS)}")
+        if find_spec(name) is None:
+            raise UserError(f"--track {name} needs {name}: pip install 'ubsmoe[{name}]'")
 
 
 def round_scalars(fields: Mapping[str, Any], clients: Sequence[Mapping[str, Any]], dropped: int) -> Scalars:
