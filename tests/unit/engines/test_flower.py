@@ -18,7 +18,7 @@ from ubsmoe.engines.flower.server import FlowerEngine
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.federation import Federation, build_federation, build_server
 from ubsmoe.messages import Dropped, Reply, Task, Update
-from ubsmoe.rounds import one_round, start_state
+from ubsmoe.rounds import noise_key, one_round, start_state
 from ubsmoe.wire.codec import decode_task, decode_update, encode_update
 from ubsmoe.wire.packed import Packed, WireError
 from unit.engines.loop_grid import LoopGrid, as_process
@@ -65,21 +65,40 @@ def site(tiny_run: dict[str, Any], write_toml: Callable[..., Path]) -> Callable[
     )
 
 
-def test_two_rounds_give_the_bits_of_the_local_engine(site: Callable[..., Site], tiny_run: dict[str, Any]) -> None:
-    here = site()
+PROTECTED = {
+    "plain": {},
+    "trimmed mean": {"robust__rule": "trimmed_mean", "robust__attackers": 1, "robust__utilization_cap": 1.1},
+    "multi-Krum, clipped": {"robust__rule": "multi_krum", "robust__attackers": 1, "robust__clip_norm": 0.05},
+    "private": {"privacy__noise_multiplier": 0.5, "privacy__clip_norm": 0.1, "privacy__seed": 7},
+    "private, drawn": {
+        "privacy__noise_multiplier": 0.5, "privacy__clip_norm": 0.1, "privacy__seed": 7,
+        "clients__per_round": 3, "clients__sampling": "poisson",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", PROTECTED.values(), ids=PROTECTED)
+def test_two_rounds_give_the_bits_of_the_local_engine(site: Callable[..., Site], changes: dict[str, Any]) -> None:
+    here = site(clients__count=5, **changes)  # seed 3 draws 4 of them, then 3, where 3 is the mean
     local = build_federation(here.server.settings)
     here.engine.join(10)
     assert here.server.clients == local.clients
     engines = {"flower": (here.server, here.engine), "local": (local, LocalEngine(local.trainer, local.examples))}
-    results = {}
+    results, dropped = {}, dict[str, list[str]]()
     for name, (federation, engine) in engines.items():
-        state = start_state(federation)
+        state, lost = start_state(federation), dropped.setdefault(name, [])
         for number in (1, 2):
-            state = one_round(federation, engine, state, number, lambda *a, **k: None)
+            state = one_round(
+                federation, engine, state, number,
+                lambda event, _, lost=lost, **fields: lost.append(fields["client"]) if event == "dropped" else None,
+                noise_key(federation.settings),
+            )  # fmt: skip
         results[name] = {**state.adapters, **state.extras}
     assert results["flower"].keys() == results["local"].keys()
     assert all(torch.equal(value, results["local"][key]) for key, value in results["flower"].items())
-    assert "client-1 is node 69: 10 examples, tier 2" in here.said
+    assert dropped["flower"] == dropped["local"]
+    assert len(dropped["local"]) == (2 if changes.get("robust__rule") == "multi_krum" else 0)
+    assert "client-1 is node 69: 8 examples, tier 2" in here.said
 
 
 def test_nodes_are_asked_who_they_are_before_anything_is_sent(site: Callable[..., Site]) -> None:

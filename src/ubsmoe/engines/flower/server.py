@@ -51,7 +51,7 @@ class FlowerEngine:
     ) -> None:
         self.clients: list[Profile] = federation.clients  # the same list: who joins here is drawn there
         self._grid, self._federation, self._say, self._clock = grid, federation, say, clock
-        self._rounds, self._wanted = federation.settings.rounds, federation.settings.clients_per_round
+        self._settings = federation.settings
         self._nodes: dict[str, int] = {}
         self._registered: dict[int, str] = {}
         self._greeted: set[int] = set()
@@ -63,15 +63,15 @@ class FlowerEngine:
         Raises:
             ConfigError: if fewer came than a round's quorum.
         """
-        count, end = self._federation.settings.clients.count, self._clock() + seconds
+        count, end = self._settings.clients.count, self._clock() + seconds
         self._look_around()
         while len(self.clients) < count and self._clock() < end:
             time.sleep(POLL_SECONDS)
             self._look_around()
-        if len(self.clients) < max(1, self._rounds.quorum * self._wanted):
+        if len(self.clients) < max(1, self._settings.rounds.quorum * self._settings.clients_per_round):
             raise ConfigError(
                 f"{len(self.clients)} clients came within {seconds:g} s, clients.count is {count} and rounds.quorum "
-                f"{self._rounds.quorum:g}; start more nodes, or wait longer (join-seconds)"
+                f"{self._settings.rounds.quorum:g}; start more nodes, or wait longer (join-seconds)"
             )
 
     def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
@@ -81,7 +81,7 @@ class FlowerEngine:
         asked than wanted: then the first to answer count and all must be looked at.
         """
         self._look_around()
-        began, limit = self._clock(), self._rounds.deadline_seconds
+        began, limit = self._clock(), self._settings.rounds.deadline_seconds
         asked: dict[str, tuple[Task, int]] = {}
         waiting: dict[str, str] = {}
         replies: dict[str, Reply] = {}
@@ -93,27 +93,22 @@ class FlowerEngine:
                 replies[client] = Dropped(client, task.round, "wire", "Flower did not take the task")
             else:
                 waiting[message_id] = client
-        race, counted = len(asked) > self._wanted, 0
+        wanted = len(asked) if self._settings.clients.sampling == "poisson" else self._settings.clients_per_round
+        race, counted = len(asked) > wanted, 0
         for client, (task, _) in asked.items():
             while client not in replies:
                 late = limit is not None and self._clock() - began > limit
-                wanted = [ours for ours, whose in waiting.items() if race or late or whose == client]
-                came = [_reply_of(message, *asked[whose]) for message, whose in self._pull(wanted, waiting)]
+                ids = [ours for ours, whose in waiting.items() if race or late or whose == client]
+                came = [_reply_of(message, *asked[whose]) for message, whose in self._pull(ids, waiting)]
                 for reply in came:
                     counted += isinstance(reply, Update)
-                    too_many = isinstance(reply, Update) and counted > self._wanted
-                    replies[reply.client] = self._lost(reply.client, task.round) if too_many else reply
-                if client not in replies and (late or counted >= self._wanted):
-                    replies[client] = self._lost(client, task.round, limit if late else None)
+                    too_many = isinstance(reply, Update) and counted > wanted
+                    replies[reply.client] = _lost(reply.client, task.round, wanted) if too_many else reply
+                if client not in replies and (late or counted >= wanted):
+                    replies[client] = _lost(client, task.round, wanted, limit if late else None)
                 elif not came:
                     time.sleep(POLL_SECONDS)
             yield replies.pop(client)
-
-    def _lost(self, client: str, number: int, limit: float | None = None) -> Dropped:
-        reason = f"the round had its {self._wanted} updates before"
-        if limit is not None:
-            reason = f"no answer within rounds.deadline_seconds = {limit:g}"
-        return Dropped(client, number, "deadline", reason)
 
     def _pull(self, ids: list[str], waiting: dict[str, Any]) -> list[tuple[Message, Any]]:
         """The answers that are there, each with what `waiting` says of it; a second answer to the same message is nothing."""
@@ -156,10 +151,10 @@ class FlowerEngine:
         if holder != node and holder in online and self._registered[holder] == name:
             raise ConfigError(f"node {holder} is that client already")
         others = [other for other in self.clients if other.client != one.client]
-        if len(others) >= self._federation.settings.clients.count:
-            raise ConfigError(f"clients.count = {self._federation.settings.clients.count} are there")
+        if len(others) >= self._settings.clients.count:
+            raise ConfigError(f"clients.count = {self._settings.clients.count} are there")
         self._nodes[one.client] = node
-        names = client_names(self._federation.settings)
+        names = client_names(self._settings)
         self.clients[:] = sorted([*others, profile], key=lambda p: (_place(p.client, names), p.client))
         self._say(f"{one.client} is node {node}: {one.num_examples} examples, tier {profile.tier + 1}")
 
@@ -196,6 +191,13 @@ def _reply_of(message: Message, task: Task, node: int) -> Reply:
     if update.client != client:
         return Dropped(client, task.round, "validation", _short(f"answered in the name of {update.client!r}"))
     return update
+
+
+def _lost(client: str, number: int, wanted: int, limit: float | None = None) -> Dropped:
+    reason = f"the round had its {wanted} updates before"
+    if limit is not None:
+        reason = f"no answer within rounds.deadline_seconds = {limit:g}"
+    return Dropped(client, number, "deadline", reason)
 
 
 def _short(text: str) -> str:
