@@ -19,8 +19,8 @@ import json
 import resource
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,12 +29,11 @@ from transformers import AutoTokenizer
 from ubsmoe import FederatedMoE
 from ubsmoe.data.records import read_file
 from ubsmoe.data.tasks import TASKS, Example
-from ubsmoe.data.tokens import Tokens, collate_prompts, pad_id
-from ubsmoe.evaluate import Question, candidate_logs
 from ubsmoe.model.upcycle import load_dense
 
 RESULTS = Path(__file__).parent / "results" / "upcycled_smollm2.jsonl"
 TESTS = ("piqa", "ARC-Easy")
+ROW = 256  # tokens of one forward pass
 
 
 def in_words(example: Example) -> dict[str, Any]:
@@ -61,41 +60,86 @@ def write_records(data: Path, out: Path) -> None:
         (out / f"{target}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def questions(examples: list[Example], tokenizer: Any) -> list[Question]:
-    """Prompts and candidates without an end of text, those with like candidates beside each other."""
-    made = []
-    for example in examples:
-        prompt = tokenizer(example.prompt).input_ids
-        answers = [tuple(tokenizer(f" {text}", add_special_tokens=False).input_ids) for text in example.candidates]
-        gold = example.candidates.index(example.answer)
-        made.append(Question(example, Tokens((*prompt, *answers[gold]), len(prompt)), answers, gold))
-    return sorted(made, key=lambda one: max(map(len, one.candidates)))
+@dataclass(frozen=True)
+class Asked:
+    """A question's tokens: its prompt, then every candidate, each of which follows the prompt and does not see the others."""
+
+    prompt: list[int]
+    candidates: list[list[int]]
+    characters: list[int]
+    gold: int
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.candidates))
+
+
+def asked(example: Example, tokenizer: Any) -> Asked:
+    """Prompts and candidates without an end of text."""
+    texts = example.candidates
+    candidates = [tokenizer(f" {text}", add_special_tokens=False).input_ids for text in texts]
+    prompt = tokenizer(example.prompt).input_ids
+    return Asked(prompt, candidates, [len(text) for text in texts], texts.index(example.answer))
+
+
+def rows(questions: list[Asked]) -> Iterator[list[Asked]]:
+    """As many questions in one row as fit into ROW tokens; one that is longer has a row of its own."""
+    row: list[Asked] = []
+    for one in questions:
+        if row and sum(map(len, row)) + len(one) > ROW:
+            yield row
+            row = []
+        row.append(one)
+    yield row
 
 
 @torch.no_grad()
-def score(model: Any, tokenizer: Any, examples: list[Example], batch_size: int = 16) -> dict[str, float]:
-    asked, plain, normalised = questions(examples, tokenizer), 0, 0
-    for start in range(0, len(asked), batch_size):
-        batch = asked[start : start + batch_size]
-        inputs = collate_prompts([one.tokens for one in batch], pad_id(tokenizer))
-        for one, logs in zip(batch, candidate_logs(model, inputs, batch), strict=True):
-            lengths = torch.tensor([len(text) for text in one.example.candidates])
-            plain += int(logs.argmax()) == one.gold
-            normalised += int((logs / lengths).argmax()) == one.gold
-    return {"items": len(examples), "accuracy": plain / len(examples), "normalised": normalised / len(examples)}
+def log_probabilities(model: Any, row: list[Asked]) -> list[list[float]]:
+    """Of every candidate of every question in a row, with one forward pass and no padding between them."""
+    ids, positions, question, branch, parents, targets = ([] for _ in range(6))
+    for number, one in enumerate(row):
+        last = len(ids) + len(one.prompt) - 1
+        for way, part in enumerate([one.prompt, *one.candidates]):
+            start = len(ids)
+            if way:
+                parents += [last, *range(start, start + len(part) - 1)]
+                targets += part
+            ids += part
+            positions += range(way and len(one.prompt), (way and len(one.prompt)) + len(part))
+            question += [number] * len(part)
+            branch += [way] * len(part)
+    fill = max(ROW - len(ids), 0)  # one size for all: a bfloat16 product is compiled for its number of rows
+    which, way = torch.tensor(question + [-1] * fill), torch.tensor(branch + [0] * fill)
+    seen = (which[:, None] == which) & ((way == 0) | (way[:, None] == way)).tril()
+    hidden = model.model(
+        input_ids=torch.tensor([ids + [0] * fill]), position_ids=torch.tensor([positions + [0] * fill]),
+        attention_mask=seen[None, None], use_cache=False,
+    ).last_hidden_state[0, parents]  # fmt: skip
+    logs = model.get_output_embeddings()(hidden).float().log_softmax(-1)
+    parts = logs[range(len(targets)), targets].split([len(part) for one in row for part in one.candidates])
+    sums = iter([float(part.sum()) for part in parts])
+    return [[next(sums) for _ in one.candidates] for one in row]
+
+
+def score(model: Any, questions: list[Asked]) -> dict[str, float]:
+    plain = normalised = 0
+    for row in rows(questions):
+        for one, logs in zip(row, log_probabilities(model, row), strict=True):
+            per_character = [log / length for log, length in zip(logs, one.characters, strict=True)]
+            plain += logs.index(max(logs)) == one.gold
+            normalised += per_character.index(max(per_character)) == one.gold
+    return {"items": len(questions), "accuracy": plain / len(questions), "normalised": normalised / len(questions)}
 
 
 def load(place: str, top_k: int | None) -> tuple[Any, Any]:
     if top_k is None:
         dense, tokenizer = load_dense(place)
-        return SimpleNamespace(model=dense.to(torch.bfloat16)), tokenizer
+        return dense.to(torch.bfloat16), tokenizer
     tier = top_k if (Path(place) / "summary.json").is_file() else None  # runs/smollm2.toml: tier 1 has K = 1, and so on
     model = FederatedMoE.from_pretrained(place, tier=tier)
     if tier is None:
         model.set_budget(top_k / model.k_max)
     assert model.top_k == top_k, f"this tier runs K = {model.top_k}"
-    model.model.to(torch.bfloat16)
-    return model, model.tokenizer
+    return model.model.to(torch.bfloat16), model.tokenizer
 
 
 def pieces(given: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -129,7 +173,8 @@ def main() -> None:
     model, tokenizer = load(given.model, given.top_k)
     for task, about in todo:
         started, busy = time.perf_counter(), time.process_time()
-        found = score(model, tokenizer, read_file(given.data / f"{task}.jsonl", AutoTokenizer)[: given.items])
+        examples = read_file(given.data / f"{task}.jsonl", AutoTokenizer)[: given.items]
+        found = score(model, [asked(example, tokenizer) for example in examples])
         record = {
             **about,
             **found,

@@ -27,6 +27,7 @@ from ubsmoe.data.tokens import batches, collate, pad_id
 from ubsmoe.federation import Federation, build_federation
 from ubsmoe.maths.pseudo_gradient import Mode, PseudoGradient, parameter_signal
 from ubsmoe.messages import Profile
+from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.rounds import unpack
 from ubsmoe.seeds import generator_for
@@ -173,7 +174,9 @@ def _gradients(
     found: list[dict[str, Tensor]] = []
     for layer in model.layers:
         own = {name: value.grad for name, value in model.adapter.items() if name.startswith(f"layers.{layer.index}.")}
-        found.append({name: grad for name, grad in own.items() if grad is not None and not name.endswith(".router")})
+        found.append(
+            {name: grad for name, grad in own.items() if grad is not None and layer_of_experts(name) is not None}
+        )
     return found
 
 

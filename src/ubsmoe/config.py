@@ -44,6 +44,9 @@ class AdapterSettings(Settings):
     alpha: PositiveFloat = Field(16.0, description="LoRA numerator: the update is alpha / rank * B A")
     shared_a: bool = Field(True, description="start all experts of a layer from one A (pseudo-gradients need it)")
     router: Literal["frozen", "trained"] = Field("frozen", description="whether the routers' weights are trained too")
+    attention: Literal["frozen", "trained"] = Field(
+        "frozen", description="whether the attention projections of layers with experts have LoRA of that rank too"
+    )
     start: str | None = Field(None, description="folder of a PEFT adapter to go on from; a fresh one when left out")
 
 

@@ -165,6 +165,7 @@ def build_method(settings: RunSettings, model: SparseModel) -> tuple[Base, Metho
         alpha=adapter.alpha,
         seed=settings.seed,
         shared_a=adapter.shared_a,
+        attention=adapter.attention == "trained",
         mean=mean_of(settings.robust),
     )
     method = build(settings.method.name, base, settings.method.settings)

@@ -27,10 +27,10 @@ from ubsmoe.maths.costs import (
     pseudo_gradient_flops_per_token,
 )
 from ubsmoe.maths.memory import Memory, peak_memory_bytes
-from ubsmoe.maths.shape import ModelShape
+from ubsmoe.maths.shape import ModelShape, Trained
 from ubsmoe.model.load import load_tokenizer
 from ubsmoe.model.presets import load_config, shape_from_config
-from ubsmoe.plan import run_costs, run_method
+from ubsmoe.plan import run_costs, run_method, trained_beside
 from ubsmoe.seeds import generator_for
 
 GIB = 1 << 30
@@ -173,7 +173,7 @@ def _labels(one: Tokens, loss_on_prompt: bool) -> int:
 def _tier(
     settings: RunSettings, shape: ModelShape, cost: TierCost, works: list[Work], speed: float, pair_fraction: float
 ) -> TierForecast:
-    router = settings.adapter.router == "trained"
+    trained = trained_beside(settings.adapter)
     accumulation = settings.train.gradient_accumulation
 
     def flops(work: Work) -> float:
@@ -181,7 +181,7 @@ def _tier(
         key = generator_for(settings.seed, work.client, 1, "elastic")
         budgets = elastic_top_ks(settings.tiers, cost.top_k, 0, steps, key)
         return sum(
-            batch_flops(shape, budgets[i // accumulation], cost.rank, batch, router, pair_fraction)
+            batch_flops(shape, budgets[i // accumulation], cost.rank, batch, trained, pair_fraction)
             for i, batch in enumerate(work.batches)
         )
 
@@ -195,7 +195,7 @@ def _tier(
         largest.rows,
         largest.length,
         dtype_bytes=2 if settings.model.dtype == "bfloat16" else 4,
-        router_trained=router,
+        trained=trained,
         optimizer_moments=2 if settings.train.optimizer == "adamw" else 1,
         labelled=labelled,
         accumulating=accumulation > 1,
@@ -221,11 +221,11 @@ def _tier(
 
 
 def batch_flops(
-    shape: ModelShape, top_k: int, rank: int, batch: Batch, router_trained: bool, pair_fraction: float
+    shape: ModelShape, top_k: int, rank: int, batch: Batch, trained: Trained, pair_fraction: float
 ) -> float:
     """FLOPs of a batch, forward and backward; logits are computed where there is a label, and nowhere else."""
     passes = (forward_flops_per_token, backward_flops_per_token)
-    parts = [count(shape, top_k, rank, batch.length, router_trained) for count in passes]
+    parts = [count(shape, top_k, rank, batch.length, trained) for count in passes]
     head = sum(part.head for part in parts)
     body = sum(part.total for part in parts) - head
     extra = pseudo_gradient_flops_per_token(shape, top_k, rank, pair_fraction)

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from ubsmoe.config import ConfigError, RunSettings
+from ubsmoe.config import AdapterSettings, ConfigError, RunSettings
 from ubsmoe.maths.costs import TierCost, tier_costs
-from ubsmoe.maths.shape import ModelShape
+from ubsmoe.maths.shape import ModelShape, Trained
 from ubsmoe.maths.traffic import count_bytes
 from ubsmoe.methods import build
 from ubsmoe.methods.base import Base, Method
@@ -38,7 +38,7 @@ def run_costs(settings: RunSettings, sequence_length: int | None = None) -> list
         ranks=tier_ranks(settings, method) if method.varies == "rank" else None,
         k_max=k_max,
         dtype_bytes=2 if settings.model.dtype == "bfloat16" else 4,
-        router_trained=settings.adapter.router == "trained",
+        trained=trained_beside(settings.adapter),
         pseudo_gradient_fraction=method.pair_fraction,
         wire_dtype=settings.wire.dtype,
         factors_up=method.factors_up,
@@ -51,8 +51,16 @@ def run_method(settings: RunSettings, shape: ModelShape) -> Method:
     """The run's method on a base of this shape. Raises UserError if there is none, or a setting of it is wrong."""
     k_max = checked_k_max(settings.tiers.k_max, shape.k_max, settings.model.base)
     adapter = settings.adapter
-    base = Base(shape.num_moe_layers, shape.num_experts, k_max, adapter.rank, adapter.alpha, shared_a=adapter.shared_a)
+    base = Base(
+        shape.num_moe_layers, shape.num_experts, k_max, adapter.rank, adapter.alpha,
+        shared_a=adapter.shared_a, attention=adapter.attention == "trained",
+    )  # fmt: skip
     return build(settings.method.name, base, settings.method.settings)
+
+
+def trained_beside(adapter: AdapterSettings) -> Trained:
+    """What a run trains beside the experts."""
+    return Trained(router=adapter.router == "trained", attention=adapter.attention == "trained")
 
 
 def tier_ranks(settings: RunSettings, method: Method) -> tuple[int, ...]:

@@ -180,6 +180,7 @@ def start_state(federation: Federation) -> State:
         generator_for(federation.settings.seed, "adapter"),
         shared_a=adapter.shared_a,
         router=adapter.router == "trained",
+        attention=adapter.attention == "trained",
     )
     return federation.method.start(fresh)
 
@@ -194,8 +195,9 @@ def _start_from(federation: Federation, folder: str) -> State:
             f"adapter.start: {folder} has rank {theirs} and alpha {alpha:g}, this run {rank} and {settings.alpha:g}; "
             f"set adapter.rank = {theirs} (or the top of tiers.ranks) and adapter.alpha = {alpha:g}"
         )
-    if (settings.router == "trained") != any(name.endswith(".router") for name in adapter):
-        raise ConfigError(f"adapter.router is {settings.router!r}, but {folder} says otherwise; set it to match")
+    for key, wanted in (("router", settings.router), ("attention", settings.attention)):
+        if (wanted == "trained") != any(name.split(".")[2] == key for name in adapter):
+            raise ConfigError(f"adapter.{key} is {wanted!r}, but {folder} says otherwise; set it to match")
     state = method.start(adapter)
     if not all(name in state.adapters and torch.equal(state.adapters[name], value) for name, value in adapter.items()):
         raise ConfigError(f"adapter.start: {method.name} begins from an adapter of its own; choose another method")

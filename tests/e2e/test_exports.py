@@ -119,6 +119,7 @@ def test_export_import_and_generate_from_the_command_line(
     [
         ({"adapter.rank": 2}, "has rank 3 and alpha 6, this run 2 and 6; set adapter.rank = 3"),
         ({"adapter.router": "trained"}, "adapter.router is 'trained'"),
+        ({"adapter.attention": "trained"}, "adapter.attention is 'trained'"),
         ({"method.name": "fed_sb"}, "fed_sb begins from an adapter of its own"),
         ({"method.name": "flora", "tiers.ranks": [3, 3, 3, 3]}, "flora begins from an adapter of its own"),
     ],

@@ -11,6 +11,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from ubsmoe.maths.shape import ModelShape
 from ubsmoe.messages import Profile, Update
 from ubsmoe.methods.base import Base, Method, State
+from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.presets import shape_from_config
 from ubsmoe.model.surgery import SparseModel
 
@@ -27,7 +28,10 @@ def generator(*seed: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Lab:
-    """Every size differs from every other, ranks exceed no layer, alpha / rank is rarely a power of two."""
+    """Every size differs from every other, ranks exceed no layer, alpha / rank is rarely a power of two.
+
+    Routers and attention are trained as well.
+    """
 
     model: SparseModel
     shape: ModelShape
@@ -35,7 +39,7 @@ class Lab:
 
     def start(self, method: Method) -> State:
         rank = self.profile(method, TOP).rank
-        return method.start(self.model.fresh_adapter(rank, generator(1), shared_a=True, router=True))
+        return method.start(self.model.fresh_adapter(rank, generator(1), shared_a=True, router=True, attention=True))
 
     def profile(self, method: Method, tier: int, client: str = "someone") -> Profile:
         return method.profile(self.base, client, tier, BUDGETS[tier], RANKS[tier], EXAMPLES[tier])
@@ -65,7 +69,7 @@ class Lab:
         draw = generator(4, seed, tier)
         for name, parameter in self.model.adapter.items():
             step = noise * torch.randn(parameter.shape, generator=draw)
-            moved = step if name.endswith(".router") else step * touched[:, None, None]
+            moved = step if layer_of_experts(name) is None else step * touched[:, None, None]
             parameter.data.add_(moved)
         tokens = 20
         update = Update(
@@ -95,7 +99,9 @@ class Lab:
         dense = {}
         for layer in self.model.layers:
             assert layer.adapter is not None
-            for name, matrix in zip(("up", "down"), layer.adapter, strict=True):
+            matrices = dict(zip(("up", "down"), layer.adapter, strict=True))
+            matrices |= {f"attention.{name}": matrix for name, matrix in layer.attention.adapters.items()}
+            for name, matrix in matrices.items():
                 a, b = matrix.joined()
                 dense[f"layers.{layer.index}.{name}"] = layer.lora_scale * (b.detach().double() @ a.detach().double())
         self.model.clear()
@@ -126,7 +132,7 @@ def lab() -> Lab:
         eos_token_id=1,
     )
     model = SparseModel(OlmoeForCausalLM(config).eval())
-    return Lab(model, shape_from_config(config), Base(LAYERS, EXPERTS, K_MAX, rank=4, alpha=6.0))
+    return Lab(model, shape_from_config(config), Base(LAYERS, EXPERTS, K_MAX, rank=4, alpha=6.0, attention=True))
 
 
 @pytest.fixture

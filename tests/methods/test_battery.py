@@ -14,10 +14,12 @@ from ubsmoe.client import Trainer, train
 from ubsmoe.config import TierSettings, TrainSettings
 from ubsmoe.data.tokens import Tokens
 from ubsmoe.maths.robust import TrimmedMean
+from ubsmoe.maths.shape import Trained
 from ubsmoe.maths.traffic import count_bytes, payload_bytes, update_bytes
 from ubsmoe.messages import Task, Tensors
 from ubsmoe.methods import METHODS, build, summary_line
 from ubsmoe.methods.base import LAWS, Method, State
+from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.load import weights_sha256
 from ubsmoe.storage.checkpoints import read_tensors, tensor_bytes
 from ubsmoe.wire.checks import check_update
@@ -25,7 +27,9 @@ from ubsmoe.wire.codec import Packed, decode_task, decode_update, encode_task, e
 from ubsmoe.wire.gate import expected_form
 
 TIERS, TOP, EXPERTS = range(4), 3, 6
-ADAPTER_NAME = re.compile(r"(side\.)?layers\.\d+\.(up|down)\.[AB]|layers\.\d+\.(up|down)\.R|layers\.\d+\.router")
+MATRIX = r"layers\.\d+\.(up|down|attention\.[qkvo]_proj)"
+ADAPTER_NAME = re.compile(rf"(side\.)?{MATRIX}\.[AB]|{MATRIX}\.R|layers\.\d+\.router")
+ALL = Trained(router=True, attention=True)
 
 
 @pytest.fixture(params=METHODS)
@@ -146,11 +150,11 @@ def directions(adapters: Tensors, expert: int) -> Tensors:
     """One expert's factors; those of a side factor without the directions that do nothing, which may be padding."""
     found = {}
     for name, value in adapters.items():
-        if name.startswith("side."):
+        if name.startswith("side.") and "attention" not in name:
             a, b = adapters[f"{name[:-2]}.A"][expert], adapters[f"{name[:-2]}.B"][expert]
             live = (a != 0).any(dim=1) & (b != 0).any(dim=0)
             found[name] = a[live] if name.endswith(".A") else b[:, live]
-        elif not name.endswith(".router"):
+        elif layer_of_experts(name) is not None:
             found[name] = value[expert]
     return found
 
@@ -197,7 +201,7 @@ def test_bytes_are_what_costs_predict(lab, method, begin):
     for tier in TIERS:
         profile = lab.profile(method, tier)
         down, up = method.extra_elements(lab.shape, profile.rank)
-        wire = payload_bytes(lab.shape, profile.rank, router_trained=True, factors_up=method.factors_up)
+        wire = payload_bytes(lab.shape, profile.rank, ALL, factors_up=method.factors_up)
         update, _ = lab.update(method, state, tier)
         assert num_bytes(update.adapters) + num_bytes(update.extras) == wire.upload_bytes + 4 * up
         sent = num_bytes(method.dispatch(state, profile))
@@ -229,17 +233,17 @@ def test_a_change_on_the_wire_is_as_long_as_costs_predict_and_as_exact_as_its_dt
             assert ((back.adapters[name] - value).abs() <= bound * (1 + 1e-4) + (1e-6 if bound.any() else 0)).all()
         if dtype == "float32":
             equal(back.adapters, update.adapters)
-        rank, router = lab.profile(method, tier).rank, any(name.endswith(".router") for name in update.adapters)
-        # a router row and a client's own A change whoever was chosen, so only factors that were sent down can stay behind
+        rank = lab.profile(method, tier).rank
+        # routers, attention and a client's own A change whoever was chosen, so only factors that were sent down can stay behind
         if not untouched:
-            predicted = update_bytes(lab.shape, rank, dtype, factors=method.factors_up, router_trained=router)
+            predicted = update_bytes(lab.shape, rank, dtype, factors=method.factors_up, trained=ALL)
             assert blob_bytes(packed) == predicted + num_bytes(update.extras) + count_bytes(lab.shape) - 16
         elif any(name in payload for name in update.adapters if name.endswith((".A", ".B", ".R"))):
             touched = [EXPERTS - len(untouched)] * lab.shape.num_moe_layers
             predicted = update_bytes(lab.shape, rank, dtype, factors=method.factors_up, touched=touched)
-            whole = update_bytes(lab.shape, rank, dtype, factors=method.factors_up, router_trained=router)
-            routers = whole - update_bytes(lab.shape, rank, dtype, factors=method.factors_up)
-            assert blob_bytes(packed) == predicted + routers + num_bytes(update.extras) + count_bytes(lab.shape) - 16
+            whole = update_bytes(lab.shape, rank, dtype, factors=method.factors_up, trained=ALL)
+            beside = whole - update_bytes(lab.shape, rank, dtype, factors=method.factors_up)
+            assert blob_bytes(packed) == predicted + beside + num_bytes(update.extras) + count_bytes(lab.shape) - 16
 
 
 def blob_bytes(packed: Packed) -> int:

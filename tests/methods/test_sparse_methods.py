@@ -73,13 +73,14 @@ def test_llb_adds_the_loss_of_every_layer_on_real_tokens(lab, model, install):
     assert hooks.penalty().item() == pytest.approx(0.3 * expected, rel=1e-5)
 
 
-def test_llb_reaches_routers_and_the_experts_below_them_and_no_others(lab, model, install):
+def test_llb_reaches_routers_and_what_lies_below_them_and_no_more(lab, model, install):
     hooks = install(build("smoe_llb", lab.base))
     language_loss(model, BATCH)
     hooks.penalty().backward()
     moved = {name for name, p in model.adapter.items() if p.grad is not None and p.grad.abs().sum() > 0}
     lower = {f"layers.0.{key}" for key in ("up.A", "up.B", "down.A", "down.B")}
-    assert moved == lower | {"layers.0.router", "layers.1.router"}
+    attention = {name for name in model.adapter if "attention" in name}
+    assert moved == lower | attention | {"layers.0.router", "layers.1.router"}
 
 
 def test_glb_weighs_clients_by_data_and_not_by_their_budget():
@@ -306,10 +307,11 @@ def test_hfedmoe_only_the_chosen_experts_have_a_gradient_and_the_output_is_the_s
 
 def test_hfedmoe_averages_experts_over_those_who_used_them_enough():
     method = one_layer("hfedmoe", 4, threshold=0.4)  # tau = 0.1
-    names = ("layers.0.up.A", "layers.0.router")
+    names = ("layers.0.up.A", "layers.0.router", "layers.0.attention.q_proj.A")
 
     def client(value: float, examples: int, usage: list[float], weight: list[float]) -> Update:
-        adapters = {name: torch.full((4, 1, 1) if "up" in name else (4, 1), value) for name in names}
+        shapes = ((4, 1, 1), (4, 1), (1, 1, 2))
+        adapters = {name: torch.full(shape, value) for name, shape in zip(names, shapes, strict=True)}
         extras = {"usage": torch.tensor([usage]), "importance": torch.tensor([weight])}
         return update(adapters, [1, 1, 1, 1], examples=examples, **extras)
 
@@ -322,6 +324,7 @@ def test_hfedmoe_averages_experts_over_those_who_used_them_enough():
     assert after["layers.0.up.A"].flatten().tolist() == [4.0, 1.0, 9.0, 9.0]
     # alpha = .6 .5 + .2 .5 = .4 and .4 .25 = .1, normalised
     torch.testing.assert_close(after["layers.0.router"], torch.full((4, 1), (0.4 * 1 + 0.1 * 5) / 0.5))
+    assert after["layers.0.attention.q_proj.A"].flatten().tolist() == [4.0, 4.0]  # (1 * 1 + 3 * 5) / 4
 
 
 def test_hfedmoe_does_not_count_an_expert_that_never_learnt_even_without_a_threshold():

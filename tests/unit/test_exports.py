@@ -24,11 +24,13 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 BUDGETS = (1, 2, 3)
 
 
-def adapted(family: str, *, top_k: int | None = None, routed: bool = False, router: bool = False) -> SparseModel:
+def adapted(
+    family: str, *, top_k: int | None = None, routed: bool = False, router: bool = False, attention: bool = False
+) -> SparseModel:
     """A base with a random adapter in place; `routed`: with phi on K_max + 1 candidates and the mass scale too."""
     sparse = SparseModel(tiny(family), rescale="mass" if routed else "none")
     generator = torch.Generator().manual_seed(5)
-    shapes = sparse.fresh_adapter(3, generator, shared_a=False, router=router)
+    shapes = sparse.fresh_adapter(3, generator, shared_a=False, router=router, attention=attention)
     tensors = {name: 0.3 * torch.randn(value.shape, generator=generator) for name, value in shapes.items()}
     sparse.load_adapter(tensors, alpha=1.5)
     sparse.set_top_k(top_k or sparse.k_max)
@@ -59,11 +61,11 @@ def assert_close(theirs: Tensor, ours: Tensor, tolerance: float) -> None:
 # peft looks for the patterns' names among modules and warns, then applies them to the parameter all the same
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match any targeted module:RuntimeWarning")
 @every_family
-@pytest.mark.parametrize("router", [False, True])
-def test_peft_gives_our_logits_at_every_budget(family: str, router: bool, tmp_path: Path) -> None:
-    exported(adapted(family, router=router), "peft", tmp_path / "out")
+@pytest.mark.parametrize("more", [{}, {"router": True}, {"attention": True}], ids=["experts", "router", "attention"])
+def test_peft_gives_our_logits_at_every_budget(family: str, more: dict[str, bool], tmp_path: Path) -> None:
+    exported(adapted(family, **more), "peft", tmp_path / "out")
     for top_k in (*BUDGETS, tiny(family).config.num_experts_per_tok):
-        ours = logits(adapted(family, top_k=top_k, router=router).model)
+        ours = logits(adapted(family, top_k=top_k, **more).model)
         base = tiny(family, num_experts_per_tok=top_k)
         stock = logits(base)
         theirs = logits(PeftModel.from_pretrained(base, tmp_path / "out"))
@@ -74,7 +76,7 @@ def test_peft_gives_our_logits_at_every_budget(family: str, router: bool, tmp_pa
 @every_family
 @pytest.mark.parametrize("top_k", BUDGETS)
 def test_a_merged_model_gives_our_logits_and_carries_k_in_its_config(family: str, top_k: int, tmp_path: Path) -> None:
-    sparse = adapted(family, top_k=top_k, router=True)
+    sparse = adapted(family, top_k=top_k, router=True, attention=True)
     ours = logits(sparse.model)
     exported(sparse, "merged", tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
@@ -121,9 +123,9 @@ def test_a_learned_output_scale_is_merged_into_the_weights(tmp_path: Path) -> No
     assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), ours, 1e-4)
 
 
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3"])
 def test_a_peft_adapter_comes_back_as_it_went(family: str, tmp_path: Path) -> None:
-    sparse = adapted(family, router=True)
+    sparse = adapted(family, router=True, attention=True)
     before = read_installed(sparse)
     exported(sparse, "peft", tmp_path / "out")
     adapter, alpha = exports.read_peft(tmp_path / "out", sparse, weights_sha256(sparse.model))

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 
 from ubsmoe.maths.memory import peak_memory_bytes
 from ubsmoe.maths.routing import budget_top_k
-from ubsmoe.maths.shape import ModelShape
+from ubsmoe.maths.shape import EXPERTS_ONLY, ModelShape, Trained
 from ubsmoe.maths.traffic import WireDtype, payload_bytes
 
 
@@ -28,6 +28,7 @@ class Flops:
 
     attention_projections: int
     attention_scores: int
+    attention_lora: int
     router: int
     experts: int
     expert_lora: int
@@ -66,21 +67,22 @@ class TierCost:
 
 
 def forward_flops_per_token(
-    shape: ModelShape, top_k: int, rank: int, sequence_length: int, router_trained: bool = False
+    shape: ModelShape, top_k: int, rank: int, sequence_length: int, trained: Trained = EXPERTS_ONLY
 ) -> Flops:
     """FLOPs of one forward pass per token of a sequence of that length, logits included.
 
         2 [ L (attention + S heads (head_dim + value_dim)) + L_m (M h + K ((u+1) f h + r (2 h + (u+1) f)) + shared)
             + dense + V h ]
 
-    Affine in K, in r and in S. A trained router is a difference beside the frozen one, so it doubles M h.
+    Affine in K, in r and in S. A trained router is a difference beside the frozen one, so it doubles M h. LoRA on attention
+    adds r (out + in) for each projection of an MoE layer.
 
     Args:
         shape: the model.
         top_k: K, experts per token.
         rank: LoRA rank of every expert matrix; 0 for none.
         sequence_length: S, padding included.
-        router_trained: whether every router has a trained difference.
+        trained: what is trained beside the experts.
 
     Raises:
         ValueError: if `top_k` is not in 1..M, or `rank` or `sequence_length` is impossible.
@@ -94,7 +96,8 @@ def forward_flops_per_token(
     return Flops(
         attention_projections=2 * shape.num_layers * shape.attention_weights,
         attention_scores=2 * shape.num_layers * _score_products(shape, sequence_length),
-        router=moe * (1 + router_trained) * shape.router_weights,
+        attention_lora=moe * trained.attention * shape.attention_lora_weights(rank),
+        router=moe * (1 + trained.router) * shape.router_weights,
         experts=moe * top_k * shape.expert_weights,
         expert_lora=moe * top_k * shape.lora_weights(rank),
         shared_expert=moe * shape.shared_weights,
@@ -104,15 +107,17 @@ def forward_flops_per_token(
 
 
 def backward_flops_per_token(
-    shape: ModelShape, top_k: int, rank: int, sequence_length: int, router_trained: bool = False
+    shape: ModelShape, top_k: int, rank: int, sequence_length: int, trained: Trained = EXPERTS_ONLY
 ) -> Flops:
-    """FLOPs of one backward pass per token when only the experts' LoRA (and the routers, if asked) is trained.
+    """FLOPs of one backward pass per token when only the experts' LoRA (and what else is asked for) is trained.
 
     - A frozen matrix passes the gradient on, 1x its forward, and gets no weight gradient. Scores have two inputs: 2x.
     - LoRA's thin matrices do both: 2x their forward.
     - Nothing under m0 is trained, so the gradient stops at the first MoE layer's own input: no backward for the layers
       below, for that layer's attention, router and shared expert, nor through its gate_up and A towards the input.
     - A trained router's difference adds its weight gradient in every MoE layer, and passes on like the frozen one.
+    - With LoRA on attention the gradient reaches that layer's feed-forward input and its attention too, and stops at the
+      projections that read the layer's own input.
 
     No recomputation: gradient checkpointing adds a forward, flash attention half of the scores' backward.
 
@@ -121,21 +126,26 @@ def backward_flops_per_token(
         top_k: K, experts per token.
         rank: LoRA rank of every expert matrix.
         sequence_length: S, padding included.
-        router_trained: whether every router has a trained difference.
+        trained: what is trained beside the experts.
 
     Raises:
         ValueError: as `forward_flops_per_token`; and if `rank` is below 1, since then no expert is trained.
     """
     shape.check(top_k, rank, sequence_length, least_rank=1)
-    experts, expert_lora = _expert_backward(shape, rank, shape.moe_layers_above)
-    moe_and_above = shape.num_moe_layers + shape.moe_layers_above
+    attention = trained.attention
+    reached = shape.moe_layers_above + attention  # MoE layers whose feed-forward input carries a gradient
+    experts, expert_lora = _expert_backward(shape, rank, reached)
+    later = sum(out * into for out, into in shape.attention_later)
+    unreached = rank * sum(into for _, into in shape.attention_first)
+    lora = 2 * shape.num_moe_layers * shape.attention_lora_weights(rank) - unreached
     return Flops(
-        attention_projections=2 * shape.layers_above * shape.attention_weights,
-        attention_scores=4 * shape.layers_above * _score_products(shape, sequence_length),
-        router=2 * (shape.moe_layers_above + router_trained * moe_and_above) * shape.router_weights,
+        attention_projections=2 * (shape.layers_above * shape.attention_weights + attention * later),
+        attention_scores=4 * (shape.layers_above + attention) * _score_products(shape, sequence_length),
+        attention_lora=2 * attention * lora,
+        router=2 * (reached + trained.router * (shape.num_moe_layers + reached)) * shape.router_weights,
         experts=top_k * experts,
         expert_lora=top_k * expert_lora,
-        shared_expert=2 * shape.moe_layers_above * shape.shared_weights,
+        shared_expert=2 * reached * shape.shared_weights,
         dense=2 * shape.dense_layers_above * shape.dense_weights,
         head=2 * shape.vocab * shape.hidden,
     )
@@ -179,7 +189,7 @@ def tier_costs(
     ranks: Sequence[int] | None = None,
     k_max: int | None = None,
     dtype_bytes: int = 4,
-    router_trained: bool = False,
+    trained: Trained = EXPERTS_ONLY,
     pseudo_gradient_fraction: float = 0.0,
     wire_dtype: WireDtype = "float32",
     factors_up: str = "AB",
@@ -205,7 +215,7 @@ def tier_costs(
         ranks: LoRA rank of each tier; then every tier runs K_max.
         k_max: experts per token at budget 1, if not the model's own.
         dtype_bytes: of the base and the activations.
-        router_trained: whether the routers are trained, and travel, too.
+        trained: what is trained beside the experts, and travels.
         pseudo_gradient_fraction: as in `pseudo_gradient_flops_per_token`.
         wire_dtype: of the updates; tasks travel in float32.
         factors_up: as in `update_bytes`.
@@ -225,19 +235,19 @@ def tier_costs(
     bills = []
     for tier, budget in enumerate(budgets):
         top_k, r = (budget_top_k(k_max, budget), rank) if ranks is None else (k_max, ranks[tier])
-        forward = forward_flops_per_token(shape, top_k, r, sequence_length, router_trained).total
-        backward = backward_flops_per_token(shape, top_k, r, sequence_length, router_trained).total
+        forward = forward_flops_per_token(shape, top_k, r, sequence_length, trained).total
+        backward = backward_flops_per_token(shape, top_k, r, sequence_length, trained).total
         extra = pseudo_gradient_flops_per_token(shape, top_k, r, pseudo_gradient_fraction)
         wire = payload_bytes(
             shape,
             r,
-            router_trained,
+            trained,
             wire_dtype=wire_dtype,
             factors_up=factors_up,
             extra_upload_bytes=extra_upload_bytes,
             extra_download_bytes=extra_download_bytes,
         )
-        memory = peak_memory_bytes(shape, top_k, r, batch_size, sequence_length, dtype_bytes, router_trained)
+        memory = peak_memory_bytes(shape, top_k, r, batch_size, sequence_length, dtype_bytes, trained)
         bills.append(
             TierCost(
                 tier=tier,

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from ubsmoe.maths.shape import ModelShape
+from ubsmoe.maths.shape import EXPERTS_ONLY, ModelShape, Trained
 
 FLOAT32, INT64 = 4, 8
 
@@ -32,7 +32,7 @@ def peak_memory_bytes(
     batch_size: int,
     sequence_length: int,
     dtype_bytes: int,
-    router_trained: bool = False,
+    trained: Trained = EXPERTS_ONLY,
     optimizer_moments: int = 2,
     labelled: int | None = None,
     accumulating: bool = False,
@@ -58,7 +58,7 @@ def peak_memory_bytes(
         batch_size: sequences per forward pass.
         sequence_length: tokens per sequence, padding included.
         dtype_bytes: 4 for float32, 2 for bfloat16.
-        router_trained: whether the routers are trained too.
+        trained: what is trained beside the experts.
         optimizer_moments: float32 numbers kept per trained element: 2 for AdamW, 1 for SGD with momentum.
         labelled: positions that have a label, whose logits alone are computed; all when left out.
         accumulating: whether gradients of an earlier forward pass are there already.
@@ -69,24 +69,24 @@ def peak_memory_bytes(
     """
     shape.check(top_k, rank, sequence_length)
     tokens = batch_size * sequence_length
-    trained = FLOAT32 * shape.trained_elements(rank, router_trained)
+    adapter = FLOAT32 * shape.trained_elements(rank, trained)
     loss = (tokens if labelled is None else labelled) * shape.vocab * (3 * FLOAT32 + dtype_bytes % FLOAT32)
-    layer = dtype_bytes * _held_by_layer(shape, tokens, top_k) + 2 * trained // shape.num_moe_layers
+    layer = dtype_bytes * _held_by_layer(shape, tokens, top_k) + 2 * adapter // shape.num_moe_layers
     pairs = top_k + pair_fraction * (shape.num_experts - top_k)
     experts = _saved_by_experts(shape, pairs, rank)
     routing = shape.num_moe_layers * pairs * (INT64 + dtype_bytes)  # which token a pair is of, and its weight
-    others = _saved_by_attention(shape) + _saved_by_dense(shape)
+    others = _saved_by_attention(shape, rank, trained.attention) + _saved_by_dense(shape, trained.attention)
     b_again = shape.num_moe_layers * shape.num_experts * rank * (shape.hidden + shape.up_matrices * shape.expert_width)
     activations = dtype_bytes * b_again + tokens * (
-        dtype_bytes * (experts + others) + FLOAT32 * _saved_by_norms(shape) + routing
+        dtype_bytes * (experts + others) + FLOAT32 * _saved_by_norms(shape, trained.attention) + routing
     )
-    always = {"weights": shape.parameters * dtype_bytes, "task": trained, "adapters": trained}
-    always["optimizer"] = optimizer_moments * trained
+    always = {"weights": shape.parameters * dtype_bytes, "task": adapter, "adapters": adapter}
+    always["optimizer"] = optimizer_moments * adapter
     largest = FLOAT32 * shape.num_experts * rank * max(shape.hidden, shape.up_matrices * shape.expert_width)
     backward = Memory(
-        **always, gradients=accumulating * trained, activations=round(activations), working=max(loss, layer)
+        **always, gradients=accumulating * adapter, activations=round(activations), working=max(loss, layer)
     )
-    step = Memory(**always, gradients=trained, activations=0, working=2 * largest)
+    step = Memory(**always, gradients=adapter, activations=0, working=2 * largest)
     return max(backward, step, key=lambda tide: tide.total)
 
 
@@ -106,19 +106,33 @@ def _saved_by_experts(shape: ModelShape, pairs: float, rank: int) -> float:
     return shape.num_moe_layers * (pairs * pair + shape.hidden)
 
 
-def _saved_by_attention(shape: ModelShape) -> int:
-    """Elements per token: queries, keys, values and output of each layer above m0."""
+def _saved_by_attention(shape: ModelShape, rank: int, trained: bool) -> int:
+    """Elements per token: queries, keys, values and output of each layer above m0; LoRA's inputs and narrow parts.
+
+    The output is kept once, as what the last projection read too. Latent values are a view of what their projection wrote,
+    and keep all of it; their output is copied before it is projected.
+    """
     kv_heads = shape.heads if shape.latent else shape.kv_heads
-    return shape.layers_above * (shape.heads + kv_heads) * (shape.head_dim + shape.value_dim)
+    each = (shape.heads + kv_heads) * (shape.head_dim + shape.value_dim)
+    if shape.latent:
+        each += shape.heads * (shape.head_dim - shape.latent.rope_dim)
+    first, later = shape.attention_first, shape.attention_later
+    inputs = shape.hidden + (sum(into for _, into in later) if shape.latent else 0)
+    lora = inputs + rank * len(first + later)
+    return (shape.layers_above + trained) * each + trained * shape.num_moe_layers * lora
 
 
-def _saved_by_dense(shape: ModelShape) -> int:
+def _saved_by_dense(shape: ModelShape, attention: bool) -> int:
     """Elements per token: both factors of the gated activation and its input, or the input alone; the shared output."""
-    width = shape.moe_layers_above * shape.shared_width + shape.dense_layers_above * shape.dense_width
-    return (2 * shape.up_matrices - 1) * width + shape.moe_layers_above * shape.hidden * shape.shared_gate
+    reached = shape.moe_layers_above + attention
+    width = reached * shape.shared_width + shape.dense_layers_above * shape.dense_width
+    return (2 * shape.up_matrices - 1) * width + reached * shape.hidden * shape.shared_gate
 
 
-def _saved_by_norms(shape: ModelShape) -> int:
+def _saved_by_norms(shape: ModelShape, attention: bool) -> int:
     """Elements per token, in float32: the input of every norm above m0, of the last one, and the routers' softmax."""
     qk = (shape.heads + shape.kv_heads) * shape.head_dim if shape.qk_norm else 0
-    return shape.layers_above * (2 * shape.hidden + qk) + shape.hidden + shape.moe_layers_above * shape.num_experts
+    if shape.latent:
+        qk = (shape.latent.q_rank or 0) + shape.latent.kv_rank + shape.latent.rope_dim
+    above = shape.layers_above * (2 * shape.hidden + qk) + shape.hidden + shape.moe_layers_above * shape.num_experts
+    return above + attention * (shape.hidden + qk + shape.num_experts)

@@ -17,6 +17,17 @@ class LatentAttention:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What is trained beside the experts' LoRA: the routers' differences, LoRA on the attention of every MoE layer."""
+
+    router: bool = False
+    attention: bool = False
+
+
+EXPERTS_ONLY = Trained()
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """The sizes that a model's costs depend on. Build one with `ubsmoe.model.presets.shape_from_config`.
 
@@ -64,7 +75,7 @@ class ModelShape:
 
     @property
     def layers_above(self) -> int:
-        """Layers over m0: those whose input carries a gradient when only experts and routers are trained."""
+        """Layers over m0: those whose input carries a gradient."""
         return self.num_layers - self.first_moe_layer - 1
 
     @property
@@ -88,15 +99,30 @@ class ModelShape:
         return 2 if self.gated else 1
 
     @property
+    def attention_first(self) -> list[tuple[int, int]]:
+        """(out, in) of the attention projections that read the layer's input."""
+        queries, latent = self.heads * self.head_dim, self.latent
+        if latent is None:
+            outs = [queries, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
+        else:
+            outs = [latent.q_rank or queries, latent.kv_rank + latent.rope_dim]
+        return [(out, self.hidden) for out in outs]
+
+    @property
+    def attention_later(self) -> list[tuple[int, int]]:
+        """(out, in) of those that read what others wrote."""
+        found = [(self.hidden, self.heads * self.value_dim)]
+        if self.latent:
+            keys_values = self.heads * (self.head_dim - self.latent.rope_dim + self.value_dim)
+            found.append((keys_values, self.latent.kv_rank))
+            if self.latent.q_rank:
+                found.append((self.heads * self.head_dim, self.latent.q_rank))
+        return found
+
+    @property
     def attention_weights(self) -> int:
         """Elements of one layer's attention projections."""
-        output = self.heads * self.value_dim * self.hidden
-        if self.latent is None:
-            return output + self.hidden * (self.heads + 2 * self.kv_heads) * self.head_dim
-        queries, latent = self.heads * self.head_dim, self.latent
-        query = latent.q_rank * (self.hidden + queries) if latent.q_rank else self.hidden * queries
-        keys_values = self.heads * (self.head_dim - latent.rope_dim + self.value_dim)
-        return output + query + self.hidden * (latent.kv_rank + latent.rope_dim) + latent.kv_rank * keys_values
+        return sum(out * into for out, into in self.attention_first + self.attention_later)
 
     @property
     def router_weights(self) -> int:
@@ -134,10 +160,14 @@ class ModelShape:
         """Elements of one expert's fused LoRA: r (h + u f) for gate_up and r (f + h) for down."""
         return rank * (2 * self.hidden + (self.up_matrices + 1) * self.expert_width)
 
-    def trained_elements(self, rank: int, router_trained: bool = False) -> int:
-        """Trained elements of the whole model: every expert's LoRA, and the routers if they are trained."""
-        router = self.router_weights if router_trained else 0
-        return self.num_moe_layers * (self.num_experts * self.lora_weights(rank) + router)
+    def attention_lora_weights(self, rank: int) -> int:
+        """Elements of LoRA on one layer's attention projections: r (out + in) for each."""
+        return rank * sum(out + into for out, into in self.attention_first + self.attention_later)
+
+    def trained_elements(self, rank: int, trained: Trained = EXPERTS_ONLY) -> int:
+        """Trained elements of the whole model: every expert's LoRA, and what else is trained."""
+        beside = trained.router * self.router_weights + trained.attention * self.attention_lora_weights(rank)
+        return self.num_moe_layers * (self.num_experts * self.lora_weights(rank) + beside)
 
     def check(self, top_k: int, rank: int, sequence_length: int, least_rank: int = 0) -> None:
         """Raise ValueError unless this model can run with K = `top_k` and LoRA of that rank."""

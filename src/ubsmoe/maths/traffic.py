@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ubsmoe.maths.shape import ModelShape
+from ubsmoe.maths.shape import EXPERTS_ONLY, ModelShape, Trained
 
 WireDtype = Literal["float32", "bfloat16", "int8"]
 _WIDTH = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -21,7 +21,7 @@ class Payload:
 def payload_bytes(
     shape: ModelShape,
     rank: int,
-    router_trained: bool = False,
+    trained: Trained = EXPERTS_ONLY,
     *,
     wire_dtype: WireDtype = "float32",
     factors_up: str = "AB",
@@ -35,8 +35,8 @@ def payload_bytes(
     >>> payload_bytes(ModelShape(1, 1, 4, 3, 8, 2, 2, 2, 2, vocab=10), rank=1)  # 8 experts x (2 h + 3 f) x 4 bytes
     Payload(upload_bytes=544, download_bytes=544)
     """
-    down = 4 * shape.trained_elements(rank, router_trained)
-    up = update_bytes(shape, rank, wire_dtype, factors=factors_up, router_trained=router_trained)
+    down = 4 * shape.trained_elements(rank, trained)
+    up = update_bytes(shape, rank, wire_dtype, factors=factors_up, trained=trained)
     return Payload(up + extra_upload_bytes, down + extra_download_bytes)
 
 
@@ -46,23 +46,23 @@ def update_bytes(
     dtype: WireDtype = "float32",
     *,
     factors: str = "AB",
-    router_trained: bool = False,
+    trained: Trained = EXPERTS_ONLY,
     touched: Sequence[int] | None = None,
 ) -> int:
     """Bytes of the trained tensors in one update, exactly.
 
-        sum over SMoE layers of    T (elements w + 4 rows [int8]) + M tensors [T < M],    w = 4, 2 or 1
+        sum over SMoE layers of    T (elements w + 4 rows [int8]) + M tensors [T < M] + attention,    w = 4, 2 or 1
 
     Per expert, fused: gate_up A [r, h] and B [u f, r], down A [r, f] and B [h, r], or cores R [r, r]; a router's row [h].
     int8 adds one float32 per row: r on either side of every matrix, one for a router. Where not all experts travel, each
-    tensor says in M bytes which do.
+    tensor says in M bytes which do. LoRA on attention is counted as one expert's, and always travels.
 
     Args:
         shape: the model.
         rank: LoRA rank of every expert matrix.
         dtype: the run's wire.dtype.
         factors: which of A, B and R the client trains and returns.
-        router_trained: whether the routers are trained too.
+        trained: what is trained beside the experts.
         touched: T, how many experts of each layer changed; all when left out.
 
     >>> shape = ModelShape(1, 1, 4, 3, 8, 2, 2, 2, 2, vocab=10)
@@ -73,13 +73,22 @@ def update_bytes(
     """
     h, f, wide = shape.hidden, shape.expert_width, shape.up_matrices * shape.expert_width
     elements = {"A": rank * (h + f), "B": rank * (wide + h), "R": 2 * rank * rank}
-    router = (h, 1) if router_trained else (0, 0)
-    expert = _WIDTH[dtype] * (sum(elements[factor] for factor in factors) + router[0])
-    if dtype == "int8":
-        expert += 4 * (2 * rank * len(factors) + router[1])
-    tensors, experts = 2 * len(factors) + router_trained, shape.num_experts
+    projections = shape.attention_first + shape.attention_later
+    on_projections = {
+        "A": rank * sum(into for _, into in projections),
+        "B": rank * sum(out for out, _ in projections),
+        "R": len(projections) * rank * rank,
+    }
+
+    def size(elements: int, rows: int) -> int:
+        return _WIDTH[dtype] * elements + (4 * rows if dtype == "int8" else 0)
+
+    expert = size(sum(elements[factor] for factor in factors), 2 * rank * len(factors)) + trained.router * size(h, 1)
+    attention = size(sum(on_projections[factor] for factor in factors), len(projections) * rank * len(factors))
+    tensors, experts = 2 * len(factors) + trained.router, shape.num_experts
     layers = [experts] * shape.num_moe_layers if touched is None else touched
-    return sum(count * expert + (tensors * experts if count < experts else 0) for count in layers)
+    per_layer = trained.attention * attention
+    return sum(count * expert + (tensors * experts if count < experts else 0) + per_layer for count in layers)
 
 
 def count_bytes(shape: ModelShape) -> int:

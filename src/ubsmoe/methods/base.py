@@ -20,6 +20,7 @@ from ubsmoe.maths.means import Mean, Weight, WeightedMean
 from ubsmoe.maths.routing import budget_top_k
 from ubsmoe.maths.shape import ModelShape
 from ubsmoe.messages import Profile, Tensors, Update
+from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.surgery import SparseModel
 
 
@@ -28,7 +29,8 @@ class Base:
     """What a method may know about the run: sizes of the base and of the adapter.
 
     `seed` is the run's, for draws that server and clients make alike; `shared_a` says that all experts of a layer start
-    from one A. `mean` makes the running mean that methods average with: plain, or a rule that stands liars.
+    from one A, `attention` that there is LoRA on attention projections too. `mean` makes the running mean that methods
+    average with: plain, or a rule that stands liars.
     """
 
     num_layers: int
@@ -38,6 +40,7 @@ class Base:
     alpha: float
     seed: int = 0
     shared_a: bool = True
+    attention: bool = False
     mean: Callable[[], Mean] = WeightedMean
 
 
@@ -154,13 +157,12 @@ def side_part(payload: Tensors) -> dict[str, Tensor]:
 def activation_weights(update: Update, power: float, total: int) -> dict[str, Weight]:
     """Weight of each tensor in activation-aware averaging, per expert: (tokens routed to it / total)^power times examples.
 
-    A trained router learns from every token, whoever was chosen: its weight is the examples alone. So is all at power 0.
+    A trained router and attention learn from every token, whoever was chosen: their weight is the examples alone. So is all
+    at power 0.
     """
     share = (update.expert_tokens.double() / max(total, 1)) ** power * update.num_examples
-    return {
-        name: update.num_examples if name.endswith(".router") else share[int(name.split(".")[1])]
-        for name in update.adapters
-    }
+    layers = {name: layer_of_experts(name) for name in update.adapters}
+    return {name: update.num_examples if layer is None else share[layer] for name, layer in layers.items()}
 
 
 def install_adapter(model: SparseModel, payload: Tensors, profile: Profile, alpha: float) -> None:

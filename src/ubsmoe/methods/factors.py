@@ -14,6 +14,7 @@ from ubsmoe.maths.lora import LoraPair, pad_rank, truncate_rank, with_scale
 from ubsmoe.maths.means import WeightedMean
 from ubsmoe.maths.spectra import Split
 from ubsmoe.messages import Tensors, Update
+from ubsmoe.model.adapter import layer_of_experts
 
 
 def pairs(tensors: Tensors, alpha: float) -> dict[str, LoraPair]:
@@ -83,9 +84,10 @@ def keep_untouched(before: Tensors, after: Tensors, expert_tokens: Int[Tensor, "
     """
 
     def kept(name: str, value: Tensor) -> Tensor:
-        if name.endswith(".router"):
+        layer = layer_of_experts(name)
+        if layer is None:
             return value
-        touched = expert_tokens[int(name.split(".")[1])] > 0
+        touched = expert_tokens[layer] > 0
         return torch.where(touched[:, None, None], value, before[name])
 
     return {name: kept(name, value) for name, value in after.items()}

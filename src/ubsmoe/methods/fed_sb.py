@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ubsmoe.errors import UserError
-from ubsmoe.maths.shape import ModelShape
+from ubsmoe.maths.shape import ModelShape, Trained
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.base import Base, Hooks, Method, State
 from ubsmoe.methods.factors import routers
@@ -43,8 +43,11 @@ def fed_sb(base: Base) -> Method:
                 raise UserError(
                     f"adapter.rank is {base.rank}, more than {name[:-2]} has; fed_sb needs independent directions"
                 )
-        core = torch.zeros(base.num_experts, base.rank, base.rank)
-        cores = {f"{name[:-2]}.R": core.clone() for name in adapter if name.endswith(".A")}
+        cores = {
+            f"{name[:-2]}.R": torch.zeros(len(value), base.rank, base.rank)
+            for name, value in adapter.items()
+            if name.endswith(".A")
+        }
         return State(cores | routers(adapter))
 
     def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
@@ -53,19 +56,25 @@ def fed_sb(base: Base) -> Method:
         model.set_top_k(profile.top_k)
         return Hooks()
 
-    return replace(fedavg(base), name="fed_sb", start=start, install=install, factors_up="R", extra_down=_core_instead)
+    def core_instead(shape: ModelShape, rank: int) -> int:
+        """A core for each of an expert's two matrices and each projection of attention, minus the adapter."""
+        attention = base.attention * len(shape.attention_first + shape.attention_later)
+        cores = shape.num_moe_layers * (2 * shape.num_experts + attention) * rank * rank
+        return cores - shape.trained_elements(rank, Trained(attention=base.attention))
+
+    return replace(fedavg(base), name="fed_sb", start=start, install=install, factors_up="R", extra_down=core_instead)
 
 
 def basis(model: SparseModel, base: Base) -> dict[str, Tensor]:
     """The fixed factors of every matrix, the same for all experts of a layer."""
     tensors = {}
     for layer in model.layers:
-        for name, (out_features, in_features) in layer.shapes().items():
+        for name, (experts, out_features, in_features) in layer.matrices(base.attention).items():
             key = f"layers.{layer.index}.{name}"
             generator = generator_for(base.seed, "basis", key)
             b, a = (orthonormal(size, base.rank, generator) for size in (out_features, in_features))
-            tensors[f"{key}.A"] = a.T.expand(base.num_experts, -1, -1)
-            tensors[f"{key}.B"] = b.expand(base.num_experts, -1, -1)
+            tensors[f"{key}.A"] = a.T.expand(experts, -1, -1)
+            tensors[f"{key}.B"] = b.expand(experts, -1, -1)
     return tensors
 
 
@@ -74,8 +83,3 @@ def orthonormal(size: int, rank: int, generator: torch.Generator) -> Float[Tenso
     q, r = torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64))
     columns: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0)
     return columns.float()
-
-
-def _core_instead(shape: ModelShape, rank: int) -> int:
-    """A core for each of an expert's two matrices, minus its adapter."""
-    return shape.num_moe_layers * shape.num_experts * 2 * rank * rank - shape.trained_elements(rank)

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from ubsmoe.maths.lora import LoraPair, stack
 from ubsmoe.maths.means import WeightedMean
-from ubsmoe.maths.shape import ModelShape
 from ubsmoe.messages import Profile, Tensors, Update
 from ubsmoe.methods.base import FACTORS_APART, Base, Hooks, Method, State, adapter_part, install_adapter
 from ubsmoe.methods.factors import pairs, shares
@@ -69,7 +68,7 @@ def fedex_lora(base: Base) -> Method:
         install,
         aggregate,
         refuses=FACTORS_APART,
-        extra_down=_side,
+        extra_down=lambda shape, rank: full_side(shape, base.attention),
         unpromised={"predicted_bytes": "the side factor grows from rank 0; what is predicted is its largest size"},
     )
 
@@ -77,7 +76,3 @@ def fedex_lora(base: Base) -> Method:
 def deviation(pair: LoraPair, middle: LoraPair, last: LoraPair) -> LoraPair:
     """(B_c - B_K)(A_c - A) at the same scale."""
     return LoraPair(pair.a - middle.a, pair.b - last.b, pair.scale)
-
-
-def _side(shape: ModelShape, rank: int) -> int:
-    return full_side(shape)

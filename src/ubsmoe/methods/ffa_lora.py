@@ -32,15 +32,18 @@ def ffa_lora(base: Base) -> Method:
         return State({name: value for name, value in adapter.items() if not name.endswith(".A")})
 
     def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
-        drawn = model.fresh_adapter(base.rank, generator_for(base.seed, "adapter"), shared_a=base.shared_a)
+        drawn = model.fresh_adapter(
+            base.rank, generator_for(base.seed, "adapter"), shared_a=base.shared_a, attention=base.attention
+        )
         frozen = {name for name in drawn if name.endswith(".A")}
         model.load_adapter({**drawn, **payload}, base.alpha, frozen=frozen)
         model.set_top_k(profile.top_k)
         return Hooks()
 
-    return replace(fedavg(base), name="ffa_lora", start=start, install=install, factors_up="B", extra_down=_without_a)
+    def without_a(shape: ModelShape, rank: int) -> int:
+        """Minus the elements of every A: r h for gate and up, r f for down, r in for a projection of attention."""
+        experts = shape.num_experts * (shape.hidden + shape.expert_width)
+        attention = base.attention * sum(into for _, into in shape.attention_first + shape.attention_later)
+        return -shape.num_moe_layers * rank * (experts + attention)
 
-
-def _without_a(shape: ModelShape, rank: int) -> int:
-    """Minus the elements of every A: r h for gate and up, r f for down."""
-    return -shape.num_moe_layers * shape.num_experts * rank * (shape.hidden + shape.expert_width)
+    return replace(fedavg(base), name="ffa_lora", start=start, install=install, factors_up="B", extra_down=without_a)

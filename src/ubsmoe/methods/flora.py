@@ -16,6 +16,7 @@ Source: FLoRA (Wang et al. 2024, arXiv 2409.05976).
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -65,6 +66,6 @@ def folding(name: str, base: Base, summed: Summed) -> Method:
         aggregate,
         varies="rank",
         refuses=FACTORS_APART,
-        extra_down=side_for_adapter,
+        extra_down=partial(side_for_adapter, attention=base.attention),
         unpromised={"predicted_bytes": "the side factor grows from rank 0; what is predicted is its largest size"},
     )

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ubsmoe.messages import Profile, Tensors, Update
 from ubsmoe.methods.base import USE_WEIGHS, Base, Hooks, Method, State, install_adapter
+from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.surgery import SparseModel
 
 
@@ -139,12 +140,17 @@ class Selection:
 
 
 def usage_weights(update: Update, tau: float) -> dict[str, float | Tensor]:
-    """Each tensor's weight: examples where usage reaches tau, per expert; alpha_c of the layer for a trained router."""
+    """Each tensor's weight: examples where usage reaches tau, per expert, and for attention; alpha_c of the layer for a router."""
     usage, weight = update.extras["usage"].double(), update.extras["importance"].double()
     counts = (usage >= tau) & (usage > 0)
     alpha = (usage * weight * counts).sum(-1)
     weights: dict[str, float | Tensor] = {}
     for name in update.adapters:
         layer = int(name.split(".")[1])
-        weights[name] = alpha[layer] if name.endswith(".router") else update.num_examples * counts[layer].double()
+        if name.endswith(".router"):
+            weights[name] = alpha[layer]
+        elif layer_of_experts(name) is None:
+            weights[name] = update.num_examples
+        else:
+            weights[name] = update.num_examples * counts[layer].double()
     return weights

@@ -1,7 +1,8 @@
 """The side factor: what rounds have merged into the frozen base, kept as factors beside it.
 
 Merging W <- W + S would need a private copy of every expert per run, loses small updates in 16 bits and cannot be
-done on a quantised base. So S stays B A with scale 1, `side.layers.{l}.{up|down}.A` [M, R, in] and `.B` [M, out, R].
+done on a quantised base. So S stays B A with scale 1, `side.layers.{l}.{up|down}.A` [M, R, in] and `.B` [M, out, R],
+and `side.layers.{l}.attention.{q_proj|...}.A` and `.B` with M = 1 where attention is trained.
 Its rank R grows by what is added and ends at min(out, in) of the matrix, from where on the sum is recompressed, which
 cuts nothing.
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ubsmoe.maths.lora import LoraPair, pad_rank, stack
-from ubsmoe.maths.shape import ModelShape
+from ubsmoe.maths.shape import ModelShape, Trained
 from ubsmoe.maths.spectra import truncated_svd
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods import factors
@@ -49,18 +50,22 @@ def install_fresh(
     model: SparseModel, payload: Tensors, profile: Profile, base: Base, generator: torch.Generator
 ) -> None:
     """The side factor in place, and beside it a new adapter of the client's own rank and draw, with B zero."""
-    fresh = model.fresh_adapter(profile.rank, generator, shared_a=base.shared_a)
+    fresh = model.fresh_adapter(profile.rank, generator, shared_a=base.shared_a, attention=base.attention)
     model.load_adapter(fresh | adapter_part(payload), base.alpha, side_part(payload))
     model.set_top_k(profile.top_k)
 
 
-def full_side(shape: ModelShape) -> int:
+def full_side(shape: ModelShape, attention: bool) -> int:
     """Elements of the side factor once its rank has reached min(out, in) of every matrix."""
     wide, width, hidden = shape.up_matrices * shape.expert_width, shape.expert_width, shape.hidden
-    per_expert = sum(min(out, into) * (out + into) for out, into in ((wide, hidden), (hidden, width)))
-    return shape.num_moe_layers * shape.num_experts * per_expert
+
+    def full(*matrices: tuple[int, int]) -> int:
+        return sum(min(out, into) * (out + into) for out, into in matrices)
+
+    experts = shape.num_experts * full((wide, hidden), (hidden, width))
+    return shape.num_moe_layers * (experts + attention * full(*shape.attention_first, *shape.attention_later))
 
 
-def side_for_adapter(shape: ModelShape, rank: int) -> int:
+def side_for_adapter(shape: ModelShape, rank: int, attention: bool) -> int:
     """Elements more than an adapter that a client gets which is sent a side factor instead."""
-    return full_side(shape) - shape.trained_elements(rank)
+    return full_side(shape, attention) - shape.trained_elements(rank, Trained(attention=attention))

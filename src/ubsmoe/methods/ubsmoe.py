@@ -27,6 +27,7 @@ from ubsmoe.maths.pseudo_gradient import Mode, PseudoGradient, Scope, Sparsity, 
 from ubsmoe.maths.shape import ModelShape
 from ubsmoe.messages import Profile, Tensors, Update
 from ubsmoe.methods.base import USE_WEIGHS, Base, Hooks, Method, State, activation_weights, install_adapter
+from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.surgery import SparseModel
 
 
@@ -167,8 +168,8 @@ def ubsmoe(
 
 
 def _expert_names(adapter: Tensors) -> list[str]:
-    """The tensors of an adapter that belong to experts: all but the routers'."""
-    return [name for name in adapter if not name.endswith(".router")]
+    """The tensors of an adapter that belong to experts: neither routers' nor attention's."""
+    return [name for name in adapter if layer_of_experts(name) is not None]
 
 
 def _add_signal(model: SparseModel, pseudo: PseudoGradient, payload: Tensors) -> None:

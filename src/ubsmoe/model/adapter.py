@@ -11,11 +11,22 @@ import torch
 from torch import Tensor
 
 
+def layer_of_experts(name: str) -> int | None:
+    """The layer whose experts a tensor of an adapter belongs to; None for what every token uses: routers and attention.
+
+    >>> layer_of_experts("layers.3.up.A"), layer_of_experts("layers.3.router"), layer_of_experts("layers.3.attention.q_proj.A")
+    (3, None, None)
+    """
+    _, layer, matrix, *_ = name.split(".")
+    return int(layer) if matrix in ("up", "down") else None
+
+
 @dataclass(frozen=True)
 class MatrixAdapter:
     """The adapter of one matrix of all experts; what is trained among these is an nn.Parameter, the rest is frozen.
 
-    `a` [M, r, in], `b` [M, out, r], `core` [M, r, r]. `side` is (A_side, B_side / s), since the kernel multiplies by s.
+    `a` [M, r, in], `b` [M, out, r], `core` [M, r, r]. `side` is (A_side, B_side / s), since the kernel multiplies by s. An
+    attention projection, which has no experts, has M = 1.
     """
 
     a: Tensor

@@ -22,8 +22,9 @@ from ubsmoe.model.surgery import SparseModel
 class Installed:
     """One tier's adapter and routing, whichever method made them.
 
-    `adapter` holds `layers.{l}.{up|down}.A` [M, r, in] and `.B` [M, out, r], all of one rank r, and maybe
-    `layers.{l}.router` [M, h], float32 on the CPU. `routing` is what a `Sidecar` says under the same names.
+    `adapter` holds `layers.{l}.{up|down}.A` [M, r, in] and `.B` [M, out, r], maybe `layers.{l}.attention.{q_proj|...}.A`
+    [1, r, in] and `.B` [1, out, r], all of one rank r, and maybe `layers.{l}.router` [M, h], float32 on the CPU. `routing` is
+    what a `Sidecar` says under the same names.
     """
 
     adapter: dict[str, Tensor]
@@ -50,6 +51,8 @@ def read_installed(sparse: SparseModel) -> Installed:
             raise ValueError("no adapter is in place on this model, so there is nothing to export")
         for name, matrix in zip(("up", "down"), layer.adapter, strict=True):
             factors[f"layers.{layer.index}.{name}"] = _plain(matrix)
+        for name, matrix in layer.attention.adapters.items():
+            factors[f"layers.{layer.index}.attention.{name}"] = _plain(matrix)
         if layer.router_delta is not None:
             adapter[f"layers.{layer.index}.router"] = _on_cpu(layer.router_delta)
     rank = max(a.shape[1] for a, _ in factors.values())
@@ -94,10 +97,14 @@ def merge(sparse: SparseModel, installed: Installed) -> dict[str, Any]:
     left = dict(installed.routing)
     scale, scales = installed.alpha / installed.rank, left.pop("output_scale")
     modules: list[tuple[Any, Any]] = [(layer.router, layer.experts) for layer in sparse.layers]
+    attention = [layer.attention.projections for layer in sparse.layers]
     for index, (router, experts) in enumerate(modules):
         for name, stored in (("up", up_name(experts)), ("down", "down_proj")):
             matrix = f"layers.{index}.{name}"
             _add(getattr(experts, stored), installed.adapter, matrix, scale, experts.is_transposed)
+        for name, projection in attention[index].items():
+            if f"layers.{index}.attention.{name}.A" in installed.adapter:
+                _add(projection.weight[None], installed.adapter, f"layers.{index}.attention.{name}", scale, False)
         if (difference := installed.adapter.get(f"layers.{index}.router")) is not None:
             router.weight.copy_(router.weight.float() + difference.to(router.weight.device))
         if scales:

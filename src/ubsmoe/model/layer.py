@@ -4,7 +4,7 @@ A router keeps its object and gets a subclass of its own class: its logits are s
 weights rescaled on the way out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ubsmoe.maths import routing
 from ubsmoe.maths.pseudo_gradient import ExpertMeans, Mass, PseudoGradient
 from ubsmoe.model.adapter import MatrixAdapter
+from ubsmoe.model.attention import AttentionLora
 from ubsmoe.model.conventions import observe_router
 from ubsmoe.model.expert_weights import Lora, up_name
 
@@ -24,10 +25,13 @@ Learners = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class SparseLayer:
-    """One SMoE layer seen by us: its router, its experts, and what the current client has set on them."""
+    """One SMoE layer seen by us: its router, its experts, its attention, and what the current client has set on them."""
 
-    def __init__(self, index: int, router: nn.Module, experts: nn.Module) -> None:
+    def __init__(
+        self, index: int, router: nn.Module, experts: nn.Module, projections: Mapping[str, nn.Linear] | None = None
+    ) -> None:
         self.index, self.router, self.experts = index, router, experts
+        self.attention = AttentionLora(projections or {})
         self.num_experts = int(experts.num_experts)  # type: ignore[arg-type]
         self.k_max = int(router.top_k)  # type: ignore[arg-type]
         self.convention = observe_router(router, self.num_experts)
@@ -42,6 +46,7 @@ class SparseLayer:
         self.phi: Tensor | None = None
         self.num_candidates = self.num_experts
         self.adapter: tuple[MatrixAdapter, MatrixAdapter] | None = None
+        self.attention.clear()
         self.lora_scale = 1.0
         self.router_delta: Tensor | None = None
         self.pseudo: PseudoGradient | None = None
@@ -119,6 +124,17 @@ class SparseLayer:
     def add_mass(self, mass: Mass) -> None:
         """Accumulate routing mass over the micro-batches of a step."""
         self.mass = mass if self.mass is None else self.mass + mass
+
+    def matrices(self, attention: bool) -> dict[str, tuple[int, int, int]]:
+        """(M, out, in) of what an adapter can sit on: "up", "down", and with `attention` "attention.q_proj" and so on.
+
+        Raises:
+            UnsupportedModel: if `attention` is asked for and there is none.
+        """
+        found = {name: (self.num_experts, *shape) for name, shape in self.shapes().items()}
+        if attention:
+            found |= {f"attention.{name}": (1, *shape) for name, shape in self.attention.shapes().items()}
+        return found
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of the two expert matrices, whatever way they are stored."""

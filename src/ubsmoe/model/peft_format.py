@@ -4,20 +4,22 @@
     lora_B.weight [out, r M]    rank-major:    B.view(out, r, M).permute(2, 0, 1)
 
 The two matrices of a layer nest: the one that the experts' class declares first is the inner, with `.base_layer` in its name; the
-other has no mark at all. A router's difference D [M, h] becomes a pair of its own rank M: A = D, B = identity.
+other has no mark at all. A router's difference D [M, h] becomes a pair of its own rank M: A = D, B = identity. On an attention
+projection, M = 1, this is LoRA's usual layout.
 
 Source: peft 0.21 (`peft.tuners.lora.layer.ParamWrapper`); the tests compare logits, since names prove nothing.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ubsmoe.errors import UserError
+from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.expert_weights import up_name
 from ubsmoe.model.layer import SparseLayer
 from ubsmoe.model.surgery import SparseModel
@@ -36,7 +38,8 @@ def to_peft(
 
     Args:
         sparse: the base it belongs to; gives the names.
-        adapter: `layers.{l}.{up|down}.A` [M, r, in] and `.B` [M, out, r], and maybe `layers.{l}.router` [M, h].
+        adapter: `layers.{l}.{up|down}.A` [M, r, in] and `.B` [M, out, r], maybe `layers.{l}.attention.{q_proj|...}.A` and
+            `.B` with M = 1, and maybe `layers.{l}.router` [M, h].
         alpha: LoRA's numerator.
         base: name or folder of the base, for PEFT to find.
 
@@ -47,7 +50,9 @@ def to_peft(
     paths = _paths(sparse)
     for layer in sparse.layers:
         for name, (key, _) in _places(layer, paths).items():
-            a, b = adapter[f"layers.{layer.index}.{name}.A"], adapter[f"layers.{layer.index}.{name}.B"]
+            if f"{name}.A" not in adapter:
+                continue  # an attention projection that has none
+            a, b = adapter[f"{name}.A"], adapter[f"{name}.B"]
             tensors[f"{key}.lora_A.weight"] = a.reshape(-1, a.shape[2])
             tensors[f"{key}.lora_B.weight"] = b.permute(1, 2, 0).reshape(b.shape[1], -1)
         difference = adapter.get(f"layers.{layer.index}.router")
@@ -55,6 +60,12 @@ def to_peft(
             key = _wrapped(paths[layer.router])
             tensors[f"{key}.lora_A.weight"] = difference
             tensors[f"{key}.lora_B.weight"] = torch.eye(len(difference))
+    projections = {
+        paths[module]
+        for layer in sparse.layers
+        for name, module in layer.attention.projections.items()
+        if f"layers.{layer.index}.attention.{name}.A" in adapter
+    }
     routers = sorted(
         {_suffix(paths[layer.router]) for layer in sparse.layers if f"layers.{layer.index}.router" in adapter}
     )
@@ -68,7 +79,7 @@ def to_peft(
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": [],
+        "target_modules": _targets(projections, paths.values()),
         "target_parameters": sorted(".".join(pair) for pair in experts) + sorted(own_rank),
         "rank_pattern": {re.escape(name): rank for name, rank in own_rank.items()},
         "alpha_pattern": {re.escape(name): rank for name, rank in own_rank.items()},
@@ -88,16 +99,18 @@ def from_peft(
     rank, alpha = _rank_and_alpha(config)
     given, adapter, paths = dict(tensors), {}, _paths(sparse)
     for layer in sparse.layers:
-        for name, (key, shape) in _places(layer, paths).items():
+        for name, (key, (experts, *shape)) in _places(layer, paths).items():
+            if layer_of_experts(f"{name}.A") is None and f"{key}.lora_A.weight" not in given:
+                continue
             a, b = (_take(given, f"{key}.lora_{factor}.weight") for factor in "AB")
-            need = (layer.num_experts * rank, shape[1]), (shape[0], rank * layer.num_experts)
+            need = (experts * rank, shape[1]), (shape[0], rank * experts)
             if (tuple(a.shape), tuple(b.shape)) != need:
                 raise AdapterMismatch(
                     f"{key} has factors {tuple(a.shape)} and {tuple(b.shape)}; rank {rank} on {layer.num_experts} experts of "
                     f"this base ({sparse.model.config.model_type}) needs {need[0]} and {need[1]}"
                 )
-            adapter[f"layers.{layer.index}.{name}.A"] = a.view(layer.num_experts, rank, -1).float()
-            adapter[f"layers.{layer.index}.{name}.B"] = b.view(-1, rank, layer.num_experts).permute(2, 0, 1).float()
+            adapter[f"{name}.A"] = a.view(experts, rank, -1).float()
+            adapter[f"{name}.B"] = b.view(-1, rank, experts).permute(2, 0, 1).float()
         key = _wrapped(paths[layer.router])
         if f"{key}.lora_A.weight" in given:
             own = _own_scale(config, f"{paths[layer.router]}.weight", alpha / rank)
@@ -105,9 +118,17 @@ def from_peft(
             adapter[f"layers.{layer.index}.router"] = own * (b.float() @ a.float())
     if given:
         raise AdapterMismatch(
-            f"the adapter also changes {', '.join(sorted(given)[:3])}; only LoRA on fused experts and routers can be used here"
+            f"the adapter also changes {', '.join(sorted(given)[:3])}; only LoRA on fused experts, on the "
+            "attention of layers with experts, and on routers can be used here"
         )
     return adapter, alpha
+
+
+def _targets(projections: set[str], paths: Iterable[str]) -> list[str]:
+    """What names these modules and no others: q_proj and so on, or whole paths where other layers have the like."""
+    short = {path.rpartition(".")[2] for path in projections}
+    alike = {path for path in paths if path.rpartition(".")[2] in short}
+    return sorted(short if alike == projections else projections)
 
 
 def _rank_and_alpha(config: Mapping[str, Any]) -> tuple[int, float]:
@@ -134,12 +155,14 @@ def _paths(sparse: SparseModel) -> dict[Any, str]:
     return {module: name for name, module in sparse.model.named_modules()}
 
 
-def _places(layer: SparseLayer, paths: Mapping[Any, str]) -> dict[str, tuple[str, tuple[int, int]]]:
-    """Of "up" and "down": what PEFT calls its wrapper, and the (out, in) of the matrix."""
-    key, names = _wrapped(paths[layer.experts]), {up_name(layer.experts): "up", "down_proj": "down"}
+def _places(layer: SparseLayer, paths: Mapping[Any, str]) -> dict[str, tuple[str, tuple[int, int, int]]]:
+    """Of every matrix that can have an adapter, by our name: what PEFT calls its wrapper, and (M, out, in)."""
+    experts, names = _wrapped(paths[layer.experts]), {up_name(layer.experts): "up", "down_proj": "down"}
     inner, outer = (names[stored] for stored in _stored(layer))
-    shapes = layer.shapes()
-    return {inner: (f"{key}.base_layer", shapes[inner]), outer: (key, shapes[outer])}
+    keys = {inner: f"{experts}.base_layer", outer: experts}
+    keys |= {f"attention.{name}": _wrapped(paths[module]) for name, module in layer.attention.projections.items()}
+    shapes = layer.matrices(attention=bool(layer.attention.projections))
+    return {f"layers.{layer.index}.{name}": (key, shapes[name]) for name, key in keys.items()}
 
 
 def _stored(layer: SparseLayer) -> list[str]:

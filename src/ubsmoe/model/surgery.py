@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ubsmoe.maths.pseudo_gradient import PseudoGradient
-from ubsmoe.model.adapter import MatrixAdapter
+from ubsmoe.model.adapter import MatrixAdapter, layer_of_experts
+from ubsmoe.model.attention import find_projections
 from ubsmoe.model.conventions import UnsupportedModel, find_blocks
 from ubsmoe.model.experts import IMPLEMENTATION
 from ubsmoe.model.layer import Learners, Rescale, SparseLayer, attach, is_attached
@@ -35,7 +36,7 @@ class SparseModel:
         if any(is_attached(router) for router, _ in blocks):
             raise ValueError("this model already belongs to a SparseModel: use that one, or load the base again")
         self.model = model.requires_grad_(False)
-        self.layers = [SparseLayer(i, *pair) for i, pair in enumerate(blocks)]
+        self.layers = [SparseLayer(i, *pair, find_projections(model, pair[0])) for i, pair in enumerate(blocks)]
         if not self.layers:
             raise UnsupportedModel(
                 f"{type(model).__name__} has no mixture-of-experts layers: this project varies the number of experts, "
@@ -117,20 +118,24 @@ class SparseModel:
             layer.learners = rule
 
     def fresh_adapter(
-        self, rank: int, generator: torch.Generator, *, shared_a: bool, router: bool = False
+        self, rank: int, generator: torch.Generator, *, shared_a: bool, router: bool = False, attention: bool = False
     ) -> dict[str, Tensor]:
         """A new adapter: A uniform in +-1/sqrt(in) (one A for all experts of a layer if `shared_a`), B zero, float32.
 
         Returns:
-            `layers.{l}.{up|down}.A` [M, rank, in], `.B` [M, out, rank], and `layers.{l}.router` [M, h] zero if `router`.
+            `layers.{l}.{up|down}.A` [M, rank, in], `.B` [M, out, rank], with `router` `layers.{l}.router` [M, h] zero, with
+            `attention` `layers.{l}.attention.{q_proj|...}.A` [1, rank, in] and `.B` [1, out, rank].
+
+        Raises:
+            UnsupportedModel: if `attention` is asked for and a layer has none.
         """
         tensors: dict[str, Tensor] = {}
         for layer in self.layers:
-            for name, (out_features, in_features) in layer.shapes().items():
-                first = (1 if shared_a else layer.num_experts, rank, in_features)
+            for name, (experts, out_features, in_features) in layer.matrices(attention).items():
+                first = (1 if shared_a else experts, rank, in_features)
                 a = (torch.rand(first, generator=generator) * 2 - 1) / math.sqrt(in_features)
-                tensors[f"layers.{layer.index}.{name}.A"] = a.expand(layer.num_experts, -1, -1).clone()
-                tensors[f"layers.{layer.index}.{name}.B"] = torch.zeros(layer.num_experts, out_features, rank)
+                tensors[f"layers.{layer.index}.{name}.A"] = a.expand(experts, -1, -1).clone()
+                tensors[f"layers.{layer.index}.{name}.B"] = torch.zeros(experts, out_features, rank)
             if router:
                 hidden = layer.shapes()["up"][1]
                 tensors[f"layers.{layer.index}.router"] = torch.zeros(layer.num_experts, hidden)
@@ -146,9 +151,10 @@ class SparseModel:
         """Put copies of `tensors` in place as trainable parameters; the rank is theirs, the factor alpha / rank.
 
         Args:
-            tensors: A and B of every matrix; maybe cores R [M, rank, rank] between them, maybe the routers' differences.
+            tensors: A and B of every expert matrix, maybe of attention projections; maybe cores R [M, rank, rank] between
+                them, maybe the routers' differences.
             alpha: LoRA's numerator.
-            side: `side.layers.{l}.{up|down}.A` and `.B`, a frozen adapter of factor 1 and any rank beside `tensors`.
+            side: `side.layers.{l}.{up|down}.A` and `.B` and so on, a frozen adapter of factor 1 and any rank beside `tensors`.
             frozen: names in `tensors` that are used but not trained; `adapter` leaves them out.
 
         Raises:
@@ -175,6 +181,9 @@ class SparseModel:
             prefix = f"layers.{layer.index}"
             layer.lora_scale = alpha / values[f"{prefix}.up.A"].shape[1]
             layer.adapter = on(f"{prefix}.up", layer.lora_scale), on(f"{prefix}.down", layer.lora_scale)
+            names = [name for name in layer.attention.projections if f"{prefix}.attention.{name}.A" in values]
+            on_attention = {name: on(f"{prefix}.attention.{name}", layer.lora_scale) for name in names}
+            layer.attention.put(on_attention, layer.lora_scale)
             layer.router_delta = values.get(f"{prefix}.router")
         self.model.set_experts_implementation(IMPLEMENTATION)
 
@@ -230,17 +239,19 @@ class SparseModel:
         needs: dict[str, tuple[int, ...]] = {}
         optional: dict[str, tuple[int, ...]] = {}
         for layer in self.layers:
-            experts, prefix = layer.num_experts, f"layers.{layer.index}"
+            prefix = f"layers.{layer.index}"
             rank = _rank(tensors, f"{prefix}.up.A")  # one for both matrices, since alpha / rank is one factor
-            for name, (out_features, in_features) in layer.shapes().items():
+            for name, (experts, out_features, in_features) in layer.matrices(bool(layer.attention.projections)).items():
                 key = f"{prefix}.{name}"
+                if layer_of_experts(key) is None and not any(f"{key}.{factor}" in tensors for factor in "ABR"):
+                    continue  # no adapter has to sit on an attention projection
                 needs |= {f"{key}.A": (experts, rank, in_features), f"{key}.B": (experts, out_features, rank)}
                 optional[f"{key}.R"] = (experts, rank, rank)
                 beside = _rank(side, f"side.{key}.A")
                 if side:
                     needs[f"side.{key}.A"] = (experts, beside, in_features)
                     needs[f"side.{key}.B"] = (experts, out_features, beside)
-            optional[f"{prefix}.router"] = (experts, layer.shapes()["up"][1])
+            optional[f"{prefix}.router"] = (layer.num_experts, layer.shapes()["up"][1])
         given = {**tensors, **side}
         if missing := [key for key in needs if key not in given]:
             raise ValueError(f"the adapter lacks {missing[0]}: it was made for another base")

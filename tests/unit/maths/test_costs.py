@@ -4,7 +4,7 @@ Sizes differ from one another, so that a swapped pair cannot pass. Models are bu
 """
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
@@ -24,7 +24,7 @@ from ubsmoe.maths.costs import (
     tier_costs,
 )
 from ubsmoe.maths.pseudo_gradient import PseudoGradient, Scope
-from ubsmoe.maths.shape import ModelShape
+from ubsmoe.maths.shape import EXPERTS_ONLY, ModelShape, Trained
 from ubsmoe.maths.traffic import Payload, count_bytes, payload_bytes
 from ubsmoe.model.presets import FAMILIES, load_config, shape_from_config
 from ubsmoe.model.surgery import SparseModel
@@ -60,7 +60,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v2": dict(**MIXED, **LATENT, n_routed_experts=11, first_k_dense_replace=1, q_lora_rank=None),
     "deepseek_v3": dict(**MIXED, **LATENT, **GROUPS, n_routed_experts=11, first_k_dense_replace=2, q_lora_rank=17),
 }
-TRAINED = ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"]
+TRAINED = ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
+every_way = pytest.mark.parametrize(
+    "trained",
+    [EXPERTS_ONLY, Trained(router=True), Trained(attention=True), Trained(router=True, attention=True)],
+    ids=["experts", "router", "attention", "router and attention"],
+)
 # the product's experts add LoRA in place; torch's counter knows addmm but not addmm_
 IN_PLACE = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}
 
@@ -103,10 +108,12 @@ def build(family: str, attention: str = "eager", **sizes: Any) -> tuple[Any, Mod
 stock = cache(build)  # for tests that leave the model as it was
 
 
-def build_trainable(family: str, top_k: int, router: bool = False, **kwargs: Any) -> tuple[SparseModel, ModelShape]:
+def build_trainable(
+    family: str, top_k: int, trained: Trained = EXPERTS_ONLY, **kwargs: Any
+) -> tuple[SparseModel, ModelShape]:
     model, shape = build(family, **kwargs)
     sparse = SparseModel(model)
-    adapter = sparse.fresh_adapter(RANK, torch.Generator().manual_seed(0), shared_a=True, router=router)
+    adapter = sparse.fresh_adapter(RANK, torch.Generator().manual_seed(0), shared_a=True, **asdict(trained))
     sparse.load_adapter(adapter, alpha=2.0)
     sparse.set_top_k(top_k)
     return sparse, shape
@@ -144,15 +151,15 @@ def test_forward_flops_are_those_torch_counts_at_every_budget(family):
         assert counter.get_total_flops() == ids.numel() * forward_flops_per_token(shape, top_k, 0, LENGTH).total
 
 
-@pytest.mark.parametrize("router", [False, True], ids=["router frozen", "router trained"])
+@every_way
 @pytest.mark.parametrize("family", TRAINED)
-def test_a_training_step_costs_what_torch_counts(family, router):
-    sparse, shape = build_trainable(family, top_k=8, router=router)
+def test_a_training_step_costs_what_torch_counts(family, trained):
+    sparse, shape = build_trainable(family, top_k=8, trained=trained)
     for top_k in (8, 2):
         sparse.set_top_k(top_k)
         forward, backward = counted_step(sparse)
-        assert forward == ids.numel() * forward_flops_per_token(shape, top_k, RANK, LENGTH, router).total
-        assert backward == ids.numel() * backward_flops_per_token(shape, top_k, RANK, LENGTH, router).total
+        assert forward == ids.numel() * forward_flops_per_token(shape, top_k, RANK, LENGTH, trained).total
+        assert backward == ids.numel() * backward_flops_per_token(shape, top_k, RANK, LENGTH, trained).total
 
 
 class PlainLora(nn.Module):
@@ -213,10 +220,10 @@ def test_flops_are_affine_in_top_k(shape, rank, length):
 
 
 @settings(max_examples=40, deadline=None)
-@given(shapes, st.integers(1, 64), st.booleans())
-def test_payload_bytes_are_linear_in_rank(shape, rank, router):
+@given(shapes, st.integers(1, 64), st.booleans(), st.booleans())
+def test_payload_bytes_are_linear_in_rank(shape, rank, router, attention):
     def upload(r):
-        return payload_bytes(shape, r, router_trained=router).upload_bytes
+        return payload_bytes(shape, r, Trained(router, attention)).upload_bytes
 
     fixed = upload(0)
     assert upload(rank) - fixed == rank * (upload(1) - fixed)
@@ -238,11 +245,12 @@ def test_all_missing_pairs_cost_what_the_missing_experts_would(shape, top_k, ran
     )
 
 
-@pytest.mark.parametrize("router", [False, True], ids=["router frozen", "router trained"])
-def test_payload_bytes_are_those_of_the_adapters_a_client_gets(router):
-    sparse, shape = build_trainable("qwen2_moe", top_k=2, router=router)
+@every_way
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2", "deepseek_v3"])
+def test_payload_bytes_are_those_of_the_adapters_a_client_gets(family, trained):
+    sparse, shape = build_trainable(family, top_k=2, trained=trained)
     size = sum(tensor.numel() * tensor.element_size() for tensor in sparse.adapter.values())
-    assert payload_bytes(shape, RANK, router_trained=router) == Payload(size, size)
+    assert payload_bytes(shape, RANK, trained) == Payload(size, size)
     counts = [
         torch.zeros(shape.num_moe_layers, shape.num_experts, dtype=torch.int64),
         torch.zeros(2, dtype=torch.int64),
@@ -250,9 +258,13 @@ def test_payload_bytes_are_those_of_the_adapters_a_client_gets(router):
     assert count_bytes(shape) == sum(tensor.numel() * tensor.element_size() for tensor in counts)
 
 
+@pytest.mark.parametrize("attention", [False, True], ids=["experts", "attention"])
 @pytest.mark.parametrize(("family", "top_k"), [("olmoe", 8), ("olmoe", 2), ("qwen2_moe", 2), ("deepseek_v3", 8)])
-def test_saved_activations_are_near_what_autograd_keeps(family, top_k):
-    sparse, shape = build_trainable(family, top_k, attention="sdpa", hidden_size=96)
+def test_saved_activations_are_near_what_autograd_keeps(family, top_k, attention):
+    trained = Trained(attention=attention)
+    # torch's fused attention, which keeps no scores, wants queries and values of one width
+    latent = {"v_head_dim": 16} if family == "deepseek_v3" else {}
+    sparse, shape = build_trainable(family, top_k, trained, attention="sdpa", hidden_size=96, **latent)
     resident = {t.untyped_storage().data_ptr() for t in (*sparse.model.parameters(), *sparse.adapter.values())}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -264,10 +276,10 @@ def test_saved_activations_are_near_what_autograd_keeps(family, top_k):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = sparse.model(ids, use_cache=False)
-    predicted = peak_memory_bytes(shape, top_k, RANK, BATCH, LENGTH, dtype_bytes=4).activations
+    predicted = peak_memory_bytes(shape, top_k, RANK, BATCH, LENGTH, dtype_bytes=4, trained=trained).activations
     measured = sum(storage.nbytes() for storage in kept.values())
     measured += sum(
-        t.nbytes for name, t in sparse.adapter.items() if name.endswith(".B")
+        t.nbytes for name, t in sparse.adapter.items() if name.endswith(".B") and "attention" not in name
     )  # the kernel's copies, out of sight
     assert output.logits.requires_grad
     assert predicted == pytest.approx(measured, rel=0.05)

@@ -22,9 +22,11 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random_adapter(sparse: SparseModel, rank: int = 3, *, router: bool = False, seed: int = 5) -> dict[str, Tensor]:
+def random_adapter(
+    sparse: SparseModel, rank: int = 3, *, router: bool = False, attention: bool = False, seed: int = 5
+) -> dict[str, Tensor]:
     """An adapter that changes something: no factor is zero."""
-    tensors = sparse.fresh_adapter(rank, generator(seed), shared_a=False, router=router)
+    tensors = sparse.fresh_adapter(rank, generator(seed), shared_a=False, router=router, attention=attention)
     return {name: 0.3 * torch.randn(value.shape, generator=generator(seed)) for name, value in tensors.items()}
 
 
@@ -420,6 +422,72 @@ def test_a_router_delta_is_an_addition_to_the_routers_weight() -> None:
     torch.testing.assert_close(ours, merged.model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
+@every_family
+def test_lora_on_attention_is_an_addition_to_the_projections_weights(family: str) -> None:
+    """Logits, and the gradient of A, against a base whose projections hold s B A."""
+    sparse, merged, ids = SparseModel(tiny(family)), SparseModel(tiny(family)), words()
+    tensors = random_adapter(sparse, attention=True)
+    experts = {name: value for name, value in tensors.items() if "attention" not in name}
+    assert len(tensors) == len(experts) + 2 * sum(len(layer.attention.projections) for layer in sparse.layers)
+    assert len(tensors) >= len(experts) + 8 * len(sparse.layers)
+    sparse.load_adapter(tensors, alpha=2.0)
+    out = sparse.model(input_ids=ids, labels=ids)
+    out.loss.backward()
+    merged.load_adapter(experts, alpha=2.0)
+    without = merged.model(ids).logits
+    weights = {}
+    for layer in merged.layers:
+        for name, projection in layer.attention.projections.items():
+            key = f"layers.{layer.index}.attention.{name}"
+            projection.weight.data += 2.0 / 3 * (tensors[f"{key}.B"][0] @ tensors[f"{key}.A"][0])
+            weights[key] = projection.weight.requires_grad_()
+    theirs = merged.model(input_ids=ids, labels=ids)
+    theirs.loss.backward()
+    torch.testing.assert_close(out.logits, theirs.logits, rtol=1e-4, atol=1e-5)
+    assert (out.logits - without).abs().max() > 0.01
+    for key, weight in weights.items():
+        expected = 2.0 / 3 * tensors[f"{key}.B"][0].T @ weight.grad
+        torch.testing.assert_close(sparse.adapter[f"{key}.A"].grad[0], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_lora_on_attention_comes_off_without_a_trace() -> None:
+    sparse, ids = SparseModel(tiny("deepseek_v3")), words()
+    stock = sparse.model(ids).logits
+    tensors = random_adapter(sparse, attention=True)
+    for _ in range(2):  # the second in place of the first, not on top of it
+        sparse.load_adapter(tensors, alpha=2.0)
+    once = sparse.model(ids).logits
+    sparse.load_adapter(tensors, alpha=2.0)
+    assert torch.equal(sparse.model(ids).logits, once)
+    sparse.load_adapter({name: value for name, value in tensors.items() if "attention" not in name}, alpha=2.0)
+    assert not sparse.layers[0].attention.adapters
+    sparse.clear()
+    assert torch.equal(sparse.model(ids).logits, stock)
+
+
+def test_lora_on_attention_leaves_the_draw_of_the_experts_alone() -> None:
+    sparse = SparseModel(tiny("mixtral"))
+    with_it = sparse.fresh_adapter(3, generator(), shared_a=True, attention=True)
+    assert torch.equal(with_it["layers.0.up.A"], sparse.fresh_adapter(3, generator(), shared_a=True)["layers.0.up.A"])
+    assert with_it["layers.1.attention.k_proj.A"].shape == (1, 3, 24)
+    assert (
+        with_it["layers.1.attention.k_proj.B"].shape == (1, 8, 3) and not with_it["layers.1.attention.k_proj.B"].any()
+    )
+
+
+def test_a_layer_without_attention_projections_is_refused_only_when_they_are_asked_for() -> None:
+    model = tiny("olmoe")
+    layer = model.model.layers[1]
+    layer.linear_attn = layer.self_attn
+    del layer.self_attn
+    sparse = SparseModel(model)
+    assert sparse.fresh_adapter(3, generator(), shared_a=True)
+    with pytest.raises(
+        UnsupportedModel, match=r'without attention projections \(self_attn\); set adapter.attention = "froz'
+    ):
+        sparse.fresh_adapter(3, generator(), shared_a=True, attention=True)
+
+
 def test_a_fresh_adapter_has_zero_b_and_one_a_for_all_experts_if_asked() -> None:
     sparse = SparseModel(tiny("gpt_oss"))
     for shared in (True, False):
@@ -451,12 +519,15 @@ def test_load_adapter_takes_copies() -> None:
         ("layers.1.up.B", (7, 3, 40), "layers.1.up.B has shape"),
         ("layers.1.down.A", (7, 4, 20), r"layers.1.down.A has shape \(7, 4, 20\), this base needs \(7, 3, 20\)"),
         ("layers.1.router", (1, 24), r"layers.1.router has shape \(1, 24\), this base needs \(7, 24\)"),
+        ("layers.1.attention.k_proj.B", None, "lacks layers.1.attention.k_proj.B"),
+        ("layers.1.attention.k_proj.B", (8, 3), r"k_proj.B has shape \(8, 3\), this base needs \(1, 8, 3\)"),
+        ("layers.1.attention.qkv_proj.A", (1, 3, 24), "does not know: layers.1.attention.qkv_proj.A"),
         ("layers.9.up.A", (7, 3, 24), "does not know: layers.9.up.A"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(name: str, shape: tuple[int, ...] | None, message: str) -> None:
     sparse = SparseModel(tiny("olmoe"))
-    tensors = random_adapter(sparse)
+    tensors = random_adapter(sparse, attention=True)
     if shape is None:
         del tensors[name]
     else:
