@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "errors": set(),
     "seeds": set(),
     "messages": set(),
-    "config": {"errors"},
+    "config": {"config", "errors"},
     "maths": {"maths"},
     "model": {"config", "data", "errors", "maths", "model"},
     "data": {"config", "data", "errors", "seeds"},

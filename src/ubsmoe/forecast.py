@@ -114,6 +114,7 @@ def forecast(
         "model": settings.model.base,
         "method": settings.method.name,
         "parameters": shape.parameters,
+        "runtime_bytes": RUNTIME_BYTES,
         "lengths": "data.max_length, every position labelled: an upper bound" if examples else "read from the data",
         "flops_per_second": speed,
         "speed": "given" if flops_per_second else "measured on this machine",
@@ -266,7 +267,7 @@ def fitting(plan: dict[str, Any], memory: str) -> dict[str, Any]:
         raise ConfigError(f"--memory {memory!r}: expected a size in GiB or GB, as in 16GiB")
     size = round(float(match[1]) * (GIB if match[2] == "GiB" else 10**9))
     held = [tier["tier"] + 1 for tier in plan["tiers"] if tier["memory_bytes"] + RUNTIME_BYTES <= size]
-    return {"memory_bytes": size, "runtime_bytes": RUNTIME_BYTES, "tiers": held}
+    return {"memory_bytes": size, "tiers": held}
 
 
 def measured_speed(shape: ModelShape, settings: RunSettings, seconds: float = 0.3) -> float:

@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,13 +14,13 @@ from ubsmoe.config import ConfigError, RunSettings
 from ubsmoe.evaluate import Score, evaluate
 from ubsmoe.exports import read_peft
 from ubsmoe.federation import Federation
-from ubsmoe.maths import balance, routing
 from ubsmoe.messages import Dropped, Profile, Reply, Task, Update
 from ubsmoe.methods.base import State
 from ubsmoe.privacy import noisy_mean, spent
 from ubsmoe.protection import protected
 from ubsmoe.seeds import generator_for
 from ubsmoe.storage.runfolder import RunFolder
+from ubsmoe.tally import Tally
 from ubsmoe.wire.change import upload_bytes
 from ubsmoe.wire.gate import Gate, expected_form
 
@@ -34,40 +34,6 @@ class Engine(Protocol):
     def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
         """Yield each task's update, or why there is none."""
         ...
-
-
-@dataclass
-class Watch:
-    """Looks at the updates as they pass: what the round cost, how evenly the experts were used."""
-
-    report: Callable[[Update], None]
-    used: Tensor
-    examples: int = 0
-    loss: float = 0.0
-
-    def heard(self, updates: Iterable[Update]) -> Iterator[Update]:
-        """The same updates, each told of."""
-        for update in updates:
-            self.report(update)
-            yield update
-
-    def over(self, updates: Iterable[Update]) -> Iterator[Update]:
-        """The same updates, looked at."""
-        for update in updates:
-            self.used += update.num_examples * routing.utilization(update.expert_tokens, update.tokens)
-            self.loss += update.num_examples * update.loss
-            self.examples += update.num_examples
-            yield update
-
-    def figures(self) -> dict[str, Any]:
-        """Mean loss; utilization entropy (over ln M) and Gini per layer; how many experts nobody used."""
-        used = self.used / max(self.examples, 1)
-        return {
-            "loss": self.loss / max(self.examples, 1),
-            "entropy": balance.normalised_entropy(used).tolist(),
-            "gini": balance.gini(used).tolist(),
-            "dead_experts": int(balance.dead_experts(used).sum()),
-        }
 
 
 def run(
@@ -250,20 +216,20 @@ def one_round(
         asked = {"download_bytes": task.num_bytes} if task else {}
         note("dropped", number, client=reply.client, stage=reply.stage, reason=reply.reason, **asked)
 
-    watch = Watch(seen, torch.zeros(federation.base.num_layers, federation.base.num_experts, dtype=torch.float64))
+    tally = Tally(seen, torch.zeros(federation.base.num_layers, federation.base.num_experts, dtype=torch.float64))
     gate = gate_of(federation, len(profiles), lost)
     passed = gate.passed(engine.exchange(gate.ask(tasks())))
     if settings.privacy:
-        counted: Iterable[Update] = [_noisy_mean(federation, watch.heard(passed), state, number, noise)]
+        counted: Iterable[Update] = [_noisy_mean(federation, tally.heard(passed), state, number, noise)]
     else:
-        counted = watch.heard(protected(passed, state, settings.robust, lost))
-    state = federation.method.aggregate(state, watch.over(counted))
+        counted = tally.heard(protected(passed, state, settings.robust, lost))
+    state = federation.method.aggregate(state, tally.over(counted))
     extras: dict[str, Any] = {"phi": state.extras["phi"].tolist()} if "phi" in state.extras else {}
     if settings.privacy:
         extras |= spent(settings, number)
-    utilization = (watch.used / max(watch.examples, 1)).tolist()
+    utilization = (tally.used / max(tally.examples, 1)).tolist()
     seconds = time.perf_counter() - began
-    note("round", number, seconds=seconds, **watch.figures(), utilization=utilization, **extras)
+    note("round", number, seconds=seconds, **tally.figures(), utilization=utilization, **extras)
     return state
 
 

@@ -2,23 +2,14 @@
 
 import csv
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from drawn_runs import ROUNDS, write_run
-from ubsmoe import cli, lab
-
-
-def ubsmoe(monkeypatch: pytest.MonkeyPatch, *args: str | Path) -> int:
-    monkeypatch.setattr(sys, "argv", ["ubsmoe", *map(str, args)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+from e2e.test_cli import ubsmoe
+from ubsmoe import lab
 
 
 def test_figures_report_and_watch_read_a_run_folder(

@@ -270,6 +270,7 @@ def test_hetlora_prunes_for_good_when_the_tail_shrinks(lab):
         told = {"client": "shrinking", "adapters": trained, "extras": hooks.extras()}
         state = method.aggregate(state, [replace(lab.update(method, state, TOP)[0], **told)])
         assert int(state.extras["rank.shrinking"]) == expected
+        assert not state.adapters["layers.0.up.B"][:, :, expected:].any()  # the tail was cut on arrival
         payload = method.dispatch(state, profile)
         assert {value.shape[1] for name, value in payload.items() if name.endswith(".A")} == {expected}
     assert method.dispatch(state, lab.profile(method, TOP, "another"))["layers.0.up.A"].shape[1] == 7
@@ -300,6 +301,11 @@ def test_fed_sbs_fixed_factors_are_orthonormal_and_its_core_alone_travels(lab):
     for name, value in fixed.items():
         gram = value @ value.mT if name.endswith(".A") else value.mT @ value
         torch.testing.assert_close(gram, torch.eye(4).expand(len(value), -1, -1), atol=1e-6, rtol=0)
+    again, other = basis(lab.model, lab.base), basis(lab.model, replace(lab.base, seed=1))
+    for key in ("up.A", "up.B", "down.A", "down.B"):  # one draw per layer and matrix from the run's seed
+        name = f"layers.0.{key}"
+        assert torch.equal(fixed[name], again[name]) and not torch.allclose(fixed[name], other[name])
+        assert not torch.allclose(fixed[name], fixed[f"layers.1.{key}"])
     sent = method.dispatch(lab.start(method), lab.profile(method, 0))
     shapes = {(layer_of_experts(name) is None, *value.shape) for name, value in sent.items() if name.endswith(".R")}
     assert shapes == {(False, EXPERTS, 4, 4), (True, 1, 4, 4)}

@@ -12,7 +12,7 @@ from ubsmoe.config import TierSettings, TrainSettings, parse_run
 from ubsmoe.data.tokens import Tokens, collate
 from ubsmoe.federation import Federation, build_federation
 from ubsmoe.messages import Task
-from ubsmoe.methods.base import install_adapter
+from ubsmoe.methods.base import Hooks, install_adapter
 from ubsmoe.model.load import weights_sha256
 from ubsmoe.seeds import generator_for
 
@@ -70,6 +70,23 @@ def test_accumulated_micro_batches_are_one_large_batch(federation: Federation, t
     for name, value in large.adapters.items():
         assert not torch.equal(value, task.payload[name])
         torch.testing.assert_close(small.adapters[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_penalty_counts_once_a_step_however_many_micro_batches_it_has(federation: Federation, task: Task) -> None:
+    """0.3 |theta|^2 moves theta by -0.5 * 0.6 theta, whatever the data do."""
+
+    def install(model: Any, *given: Any) -> Hooks:
+        hooks = federation.method.install(model, *given)
+        hooks.penalty = lambda: 0.3 * torch.stack([value.square().sum() for value in model.adapter.values()]).sum()
+        return hooks
+
+    penalised = replace(federation.method, install=install)
+    for sizes in ({"batch_size": 6}, {"batch_size": 2, "gradient_accumulation": 3}):
+        settings = SGD.model_copy(update=sizes)
+        plain = trained(federation, task, settings, MIXED)
+        update = trained(federation, task, settings, MIXED, method=penalised)
+        for name, start in task.payload.items():
+            torch.testing.assert_close(update.adapters[name], plain.adapters[name] - 0.3 * start, rtol=1e-4, atol=1e-6)
 
 
 def test_a_plain_step_is_the_learning_rate_times_the_gradient(federation: Federation, task: Task) -> None:

@@ -60,6 +60,14 @@ def test_loss_and_ranking_are_those_of_full_forward_passes(federation: Federatio
         assert scores[task].loss == pytest.approx(loss, rel=1e-5)
 
 
+def test_majority_is_the_share_of_the_most_frequent_answer(federation: Federation, model: Any) -> None:
+    question = federation.questions["boolq"][0]
+    answers = ["true", "false", "false", "true", "false"]
+    asked = [replace(question, example=replace(question.example, answer=answer)) for answer in answers]
+    scores = evaluate(model, federation.tokenizer, {"boolq": asked}, EvaluateSettings(max_new_tokens=1))
+    assert scores["boolq"].majority == 0.6
+
+
 def test_generation_is_greedy_decoding_without_padding(federation: Federation, model: Any) -> None:
     from ubsmoe.data.tokens import collate_prompts
     from ubsmoe.evaluate import _generate

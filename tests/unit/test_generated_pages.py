@@ -33,7 +33,7 @@ def test_every_setting_has_a_description(generate: ModuleType) -> None:
     for prefix, section in [("", RunSettings), *generate._sections(RunSettings, "")]:
         for name, field in section.model_fields.items():
             known = field.description or generate._section_of(field) or (prefix, name) == ("method", "name")
-            assert known, f"{prefix}.{name} has no description: Field(..., description=...) in config.py"
+            assert known, f"{prefix}.{name} has no description: Field(..., description=...) in config/settings.py"
 
 
 @pytest.mark.parametrize("name", METHODS)

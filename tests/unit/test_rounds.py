@@ -14,8 +14,9 @@ from ubsmoe.federation import Federation, build_federation
 from ubsmoe.finished import evaluate_run
 from ubsmoe.messages import Update
 from ubsmoe.methods.base import State
-from ubsmoe.rounds import Watch, _pack, run, sample_clients, unpack
+from ubsmoe.rounds import _pack, run, sample_clients, unpack
 from ubsmoe.storage.runfolder import RunFolder
+from ubsmoe.tally import Tally
 
 
 @pytest.fixture
@@ -47,15 +48,15 @@ def update(client: str, examples: int, counts: list[list[int]], loss: float) -> 
     return Update(client, 1, examples, {}, torch.tensor(counts), tokens, 2 * tokens, loss, 0.1)
 
 
-def test_the_watch_weighs_clients_by_their_examples() -> None:
+def test_the_tally_weighs_clients_by_their_examples() -> None:
     """Worked by hand: two clients, one layer of three experts, K = 2."""
     seen: list[str] = []
-    watch = Watch(lambda one: seen.append(one.client), torch.zeros(1, 3, dtype=torch.float64))
+    tally = Tally(lambda one: seen.append(one.client), torch.zeros(1, 3, dtype=torch.float64))
     updates = [update("a", 1, [[4, 4, 0]], 1.0), update("b", 3, [[4, 4, 0]], 2.0)]
-    assert list(watch.over(watch.heard(updates))) == updates and seen == ["a", "b"]
-    figures = watch.figures()
+    assert list(tally.over(tally.heard(updates))) == updates and seen == ["a", "b"]
+    figures = tally.figures()
     # each token used experts 0 and 1: u = (1, 1, 0), sum u = K = 2
-    assert (watch.used / watch.examples).tolist() == [[1.0, 1.0, 0.0]]
+    assert (tally.used / tally.examples).tolist() == [[1.0, 1.0, 0.0]]
     assert figures["loss"] == 1.75 and figures["dead_experts"] == 1
     assert figures["entropy"] == pytest.approx([0.6309297], abs=1e-6)  # ln 2 / ln 3
     assert figures["gini"] == pytest.approx([4 / 12])  # sum |u_i - u_j| = 4, 2 M sum u = 12

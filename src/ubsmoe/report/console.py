@@ -111,14 +111,11 @@ def watch(path: Path, shown: RunConsole, pause: Callable[[], None]) -> None:
 def result_table(summary: dict[str, Any], costs: Sequence[dict[str, Any]]) -> Table:
     """Tier, K, FLOPs against the top tier, accuracy before and after: what a run is run for."""
     macro = summary["after"][0]["macro"]
-    table = Table(
-        title=f"{summary['method']}: per tier, {len(summary['after'][0]) - 1} tasks, "
+    table = _table(
+        f"{summary['method']}: per tier, {len(summary['after'][0]) - 1} tasks, "
         f"{macro['examples']} questions, before → after",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        ("tier", "β", "K", "rank", "MFLOPs", "vs top", "accuracy %", "unparsed %", "ranked %"),
     )
-    for heading in ("tier", "β", "K", "rank", "MFLOPs", "vs top", "accuracy %", "unparsed %", "ranked %"):
-        table.add_column(heading, justify="right", no_wrap=True)
     for profile, cost, before, after in zip(summary["tiers"], costs, summary["before"], summary["after"], strict=True):
         table.add_row(
             str(profile["tier"] + 1),
@@ -139,14 +136,11 @@ def result_table(summary: dict[str, Any], costs: Sequence[dict[str, Any]]) -> Ta
 
 def cost_table(model: str, tiers: Sequence[dict[str, Any]]) -> Table:
     """FLOPs, bytes and memory per tier."""
-    table = Table(
-        title=f"{model}: cost per tier",
+    table = _table(
+        f"{model}: cost per tier",
+        ("tier", "budget", "K", "rank", "forward", "training", "vs top", "MB up", "MB down", "GB memory"),
         caption="MFLOPs per token, 2 per multiply-add, without norms, softmax and look-ups; MB per round; GB at the peak",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
     )
-    for heading in ("tier", "budget", "K", "rank", "forward", "training", "vs top", "MB up", "MB down", "GB memory"):
-        table.add_column(heading, justify="right", no_wrap=True)
     for tier in tiers:
         table.add_row(
             str(tier["tier"] + 1),
@@ -165,10 +159,7 @@ def cost_table(model: str, tiers: Sequence[dict[str, Any]]) -> Table:
 
 def task_table(results: Sequence[dict[str, dict[str, Any]]], labels: Sequence[str]) -> Table:
     """Accuracy per task, one column per tier, beside chance and majority."""
-    table = Table(title="accuracy % per task (unparsed %)", box=SIMPLE_HEAD, padding=0)
-    table.add_column("task", no_wrap=True)
-    for label in (*labels, "chance", "majority"):
-        table.add_column(label, justify="right", no_wrap=True)
+    table = _table("accuracy % per task (unparsed %)", (*labels, "chance", "majority"), words=["task"])
     for task in results[0]:
         scores = [result[task] for result in results]
         cells = [f"{score['accuracy'] * 100:.1f} ({score['unparsed'] * 100:.1f})" for score in scores]
@@ -178,11 +169,7 @@ def task_table(results: Sequence[dict[str, dict[str, Any]]], labels: Sequence[st
 
 def harness_table(results: Sequence[dict[str, dict[str, Any]]], labels: Sequence[str]) -> Table:
     """The harness' metrics, a row for each of a task's, one column per tier."""
-    table = Table(title="lm-evaluation-harness", box=SIMPLE_HEAD, padding=0)
-    for label in ("task", "metric"):
-        table.add_column(label, no_wrap=True)
-    for label in labels:
-        table.add_column(label, justify="right", no_wrap=True)
+    table = _table("lm-evaluation-harness", labels, words=["task", "metric"])
     for task, metrics in results[0].items():
         for name, value in metrics.items():
             if isinstance(value, float):
@@ -192,17 +179,17 @@ def harness_table(results: Sequence[dict[str, dict[str, Any]]], labels: Sequence
 
 def plan_table(plan: dict[str, Any]) -> Table:
     """What a client of each tier needs in one round."""
-    table = Table(
-        title=f"{plan['model']}, {plan['method']}: one client, one round",
-        caption=f"lengths: {plan['lengths']}; {plan['flops_per_second'] / 1e9:.4g} GFLOP/s, {plan['speed']}; "
-        "fits: the smallest of the usual devices that holds the tier and 0.4 GiB for python and its libraries",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    libraries = f"{plan['runtime_bytes'] / 2**30:.1g} GiB"
+    table = _table(
+        f"{plan['model']}, {plan['method']}: one client, one round",
+        (
+            *("tier", "β", "K", "rank", "clients", "steps", "tokens", "TFLOPs", "seconds"),
+            *("MB up", "MB down", "GB memory", "fits"),
+        ),
+        caption=f"lengths: {plan['lengths']}; {plan['flops_per_second'] / 1e9:.4g} GFLOP/s, {plan['speed']}; MB up: at most, "
+        "when no expert stays as it was; fits: the smallest of the usual devices that holds the tier and "
+        f"{libraries} for python and its libraries",
     )
-    for heading in ("tier", "β", "K", "rank", "clients", "steps", "tokens", "TFLOPs", "seconds", "MB up", "MB down"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("GB memory", "fits"):
-        table.add_column(heading, justify="right", no_wrap=True)
     for tier in plan["tiers"]:
         table.add_row(
             str(tier["tier"] + 1),
@@ -240,9 +227,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
 def alignment_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Cosine of every signal with the missing gradient, per round and tier, weighted over experts, mean over runs."""
     signals = list(dict.fromkeys(row["signal"] for row in rows))
-    table = Table(title="cosine with the gradient that top-K leaves out", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("round", "tier", "K", "experts", *signals):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = _table("cosine with the gradient that top-K leaves out", ("round", "tier", "K", "experts", *signals))
     for place in sorted({(row["round"], row["tier"], row["top_k"], row["experts"]) for row in rows}):
         own = [row for row in rows if (row["round"], row["tier"], row["top_k"], row["experts"]) == place]
         by_signal = [[row for row in own if row["signal"] == signal] for signal in signals]
@@ -251,6 +236,16 @@ def alignment_table(rows: Sequence[dict[str, Any]]) -> Table:
     table.caption = (
         "some: used by part of the batch's tokens; never: by none. sampled q: a share q of the missing pairs is run"
     )
+    return table
+
+
+def _table(title: str, numbers: Sequence[str], words: Sequence[str] = (), caption: str | None = None) -> Table:
+    """An empty table: columns of words, then of numbers, by their headings; with words there is no room to spare."""
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=0 if words else (0, 1, 0, 0))
+    for heading in words:
+        table.add_column(heading, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 

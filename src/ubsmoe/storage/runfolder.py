@@ -14,22 +14,19 @@
 
 import hashlib
 import json
-import platform
-import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
 
-import ubsmoe
 from ubsmoe.errors import UserError
 from ubsmoe.storage import checkpoints, disk, tensors
 from ubsmoe.storage.checkpoints import Checkpoint
 from ubsmoe.storage.disk import atomic_write as atomic_write
 from ubsmoe.storage.events import Event, EventLog, read_events
+from ubsmoe.storage.versions import current_versions
 
 CONFIG, VERSIONS, EVENTS, CHECKPOINTS = "config.json", "versions.json", "events.jsonl", "checkpoints"
 ADAPTER, SUMMARY, DATA, LOCK = "adapter.safetensors", "summary.json", "data.json", ".lock"
@@ -219,40 +216,6 @@ def read_states(path: str | Path) -> Iterator[Checkpoint]:
 def saved_round(path: str | Path) -> int | None:
     """The round of the newest checkpoint, by its name alone; None if there is none."""
     return checkpoints.newest_round(Path(path) / CHECKPOINTS)
-
-
-def current_versions() -> dict[str, str]:
-    """The versions that results depend on, asked of the installed packages without importing them."""
-    versions = {
-        "ubsmoe": ubsmoe.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
-    for package in ("torch", "transformers"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    if commit := _commit():
-        versions["commit"] = commit
-    return versions
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this package runs from, "+" behind it if files differ; None if it is installed."""
-    root = Path(ubsmoe.__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *words], check=True, capture_output=True, text=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def differing_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, list[Any]]:
