@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from ubsmoe.data.tokens import IGNORED, Tokens, batches, collate
 from ubsmoe.errors import UserError
 from ubsmoe.messages import Task, Update
 from ubsmoe.methods.base import Hooks, Method
+from ubsmoe.model.recompute import recomputing
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
 
@@ -56,7 +58,7 @@ def train(
     key = (trainer.seed, client, task.round)
     try:
         hooks = trainer.method.install(model, task.payload, task.profile, generator_for(*key, "install"))
-        with model.counting():
+        with model.counting(), recomputing(model) if trainer.settings.gradient_checkpointing else nullcontext():
             loss, tokens, slots = _steps(trainer, task, examples, hooks, on_step)
             return Update(
                 client=client,

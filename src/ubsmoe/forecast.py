@@ -175,14 +175,14 @@ def _tier(
     settings: RunSettings, shape: ModelShape, cost: TierCost, works: list[Work], speed: float, pair_fraction: float
 ) -> TierForecast:
     trained = trained_beside(settings.adapter)
-    accumulation = settings.train.gradient_accumulation
+    accumulation, recomputing = settings.train.gradient_accumulation, settings.train.gradient_checkpointing
 
     def flops(work: Work) -> float:
         steps = len(work.batches) // accumulation
         key = generator_for(settings.seed, work.client, 1, "elastic")
         budgets = elastic_top_ks(settings.tiers, cost.top_k, 0, steps, key)
         return sum(
-            batch_flops(shape, budgets[i // accumulation], cost.rank, batch, trained, pair_fraction)
+            batch_flops(shape, budgets[i // accumulation], cost.rank, batch, trained, pair_fraction, recomputing)
             for i, batch in enumerate(work.batches)
         )
 
@@ -201,6 +201,7 @@ def _tier(
         labelled=labelled,
         accumulating=accumulation > 1,
         pair_fraction=pair_fraction,
+        recomputing=recomputing,
     )
     simulation = settings.simulation
     return TierForecast(
@@ -222,14 +223,26 @@ def _tier(
 
 
 def batch_flops(
-    shape: ModelShape, top_k: int, rank: int, batch: Batch, trained: Trained, pair_fraction: float
+    shape: ModelShape,
+    top_k: int,
+    rank: int,
+    batch: Batch,
+    trained: Trained,
+    pair_fraction: float,
+    recomputing: bool = False,
 ) -> float:
-    """FLOPs of a batch, forward and backward; logits are computed where there is a label, and nowhere else."""
+    """FLOPs of a batch, forward and backward; logits are computed where there is a label, and nowhere else.
+
+    Gradient checkpointing adds a forward pass without them, and the forward part of the pairs that a pseudo-gradient runs.
+    """
     passes = (forward_flops_per_token, backward_flops_per_token)
     parts = [count(shape, top_k, rank, batch.length, trained) for count in passes]
     head = sum(part.head for part in parts)
     body = sum(part.total for part in parts) - head
     extra = pseudo_gradient_flops_per_token(shape, top_k, rank, pair_fraction)
+    if recomputing:
+        body += parts[0].total - parts[0].head
+        extra += pair_fraction * (shape.num_experts - top_k) * (parts[0].experts + parts[0].expert_lora) / top_k
     return batch.rows * batch.length * (body + extra) + batch.labelled * head
 
 

@@ -43,6 +43,7 @@ def run_costs(settings: RunSettings, sequence_length: int | None = None) -> list
         wire_dtype=settings.wire.dtype,
         factors_up=method.factors_up,
         extra_upload_bytes=count_bytes(shape),
+        recomputing=settings.train.gradient_checkpointing,
     )
     return [_with_extras(bill, *method.extra_elements(shape, bill.rank)) for bill in bills]
 

@@ -41,7 +41,16 @@ def test_a_batch_has_the_shape_and_labels_of_the_real_one(whole: bool) -> None:
     assert batch_shape(examples, whole) == Batch(*real["input_ids"].shape, labelled)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tiers.elastic_share": 0.5, "train.group_by_length": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tiers.elastic_share": 0.5, "train.group_by_length": True},
+        {"adapter.attention": "trained", "adapter.router": "trained"},
+        {"train.gradient_checkpointing": True},
+    ],
+    ids=str,
+)
 def test_the_flops_of_a_round_are_those_torch_counts(tiny_run: dict[str, Any], changes: dict[str, Any]) -> None:
     settings = settings_of(tiny_run, **{"method.name": "fedavg", **changes})
     federation, tiers = build_federation(settings), forecast(settings, flops_per_second=1e9)["tiers"]
@@ -54,7 +63,13 @@ def test_the_flops_of_a_round_are_those_torch_counts(tiny_run: dict[str, Any], c
         assert tiers[tier]["seconds"] == pytest.approx(tiers[tier]["flops"] / 1e9)
 
 
-@pytest.mark.parametrize("changes", [{"method.name": "ubsmoe", "wire.dtype": "int8"}, {"method.name": "hetlora"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method.name": "ubsmoe", "wire.dtype": "int8", "adapter.attention": "trained", "adapter.router": "trained"},
+        {"method.name": "hetlora"},
+    ],
+)
 def test_bytes_are_those_of_the_events(tiny_run: dict[str, Any], tmp_path: Path, changes: dict[str, Any]) -> None:
     settings = settings_of(tiny_run, **changes)
     federation, plan = build_federation(settings), forecast(settings, flops_per_second=1e9)

@@ -125,6 +125,10 @@ class TrainSettings(Settings):
     local_epochs: PositiveFloat = Field(1.0, description="passes over the client's data per round")
     batch_size: PositiveInt = Field(16, description="examples per forward pass")
     gradient_accumulation: PositiveInt = Field(1, description="forward passes per optimiser step")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="keep only the input of each layer and run it again in the backward pass: less memory, more time",
+    )
     group_by_length: bool = Field(False, description="batches of like lengths: less padding, another order of examples")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="local optimiser; its state is reset every round")
     learning_rate: PositiveFloat = Field(2e-3, description="peak step size")

@@ -119,7 +119,7 @@ def backward_flops_per_token(
     - With LoRA on attention the gradient reaches that layer's feed-forward input and its attention too, and stops at the
       projections that read the layer's own input.
 
-    No recomputation: gradient checkpointing adds a forward, flash attention half of the scores' backward.
+    No recomputation: gradient checkpointing adds a forward without the head, flash attention half of the scores' backward.
 
     Args:
         shape: the model.
@@ -195,6 +195,7 @@ def tier_costs(
     factors_up: str = "AB",
     extra_upload_bytes: int = 0,
     extra_download_bytes: int = 0,
+    recomputing: bool = False,
 ) -> list[TierCost]:
     """The bill of every tier: K_c = max(1, floor(K_max budget)) at one rank, or K_max for all at its own of `ranks`.
 
@@ -221,6 +222,7 @@ def tier_costs(
         factors_up: as in `update_bytes`.
         extra_upload_bytes: what the method adds to each update.
         extra_download_bytes: what the method adds to each task.
+        recomputing: gradient checkpointing: a second forward pass, without the head, and less memory.
 
     Raises:
         ValueError: if there are no budgets, one is outside (0, 1], or `ranks` has another length.
@@ -235,8 +237,9 @@ def tier_costs(
     bills = []
     for tier, budget in enumerate(budgets):
         top_k, r = (budget_top_k(k_max, budget), rank) if ranks is None else (k_max, ranks[tier])
-        forward = forward_flops_per_token(shape, top_k, r, sequence_length, trained).total
+        forward = forward_flops_per_token(shape, top_k, r, sequence_length, trained)
         backward = backward_flops_per_token(shape, top_k, r, sequence_length, trained).total
+        backward += recomputing * (forward.total - forward.head)
         extra = pseudo_gradient_flops_per_token(shape, top_k, r, pseudo_gradient_fraction)
         wire = payload_bytes(
             shape,
@@ -247,16 +250,18 @@ def tier_costs(
             extra_upload_bytes=extra_upload_bytes,
             extra_download_bytes=extra_download_bytes,
         )
-        memory = peak_memory_bytes(shape, top_k, r, batch_size, sequence_length, dtype_bytes, trained)
+        memory = peak_memory_bytes(
+            shape, top_k, r, batch_size, sequence_length, dtype_bytes, trained, recomputing=recomputing
+        )
         bills.append(
             TierCost(
                 tier=tier,
                 budget=budget,
                 top_k=top_k,
                 rank=r,
-                forward_flops_per_token=forward,
+                forward_flops_per_token=forward.total,
                 backward_flops_per_token=backward,
-                train_flops_per_token=forward + backward + round(extra),
+                train_flops_per_token=forward.total + backward + round(extra),
                 relative_to_top=1.0,
                 upload_bytes=wire.upload_bytes,
                 download_bytes=wire.download_bytes,

@@ -37,6 +37,7 @@ def peak_memory_bytes(
     labelled: int | None = None,
     accumulating: bool = False,
     pair_fraction: float = 0.0,
+    recomputing: bool = False,
 ) -> Memory:
     """Bytes of the base, the task as received, the adapter in training, its optimiser, and what one step adds to them.
 
@@ -48,8 +49,9 @@ def peak_memory_bytes(
     with K, as `working` does. All experts stay resident.
 
     Assumed: base and activations in `dtype_bytes`, trained tensors, norms and loss in float32; fused attention, which
-    keeps no S x S scores; LoRA on the routed rows only; no gradient checkpointing; frozen matrices keep nothing. Left
-    out: python and its libraries, the data, the allocator's slack, and in one process what the server and the engine hold.
+    keeps no S x S scores; LoRA on the routed rows only; frozen matrices keep nothing; with gradient checkpointing an MoE
+    layer keeps what the average one does. Left out: python and its libraries, the data, the allocator's slack, and in one
+    process what the server and the engine hold.
 
     Args:
         shape: the model.
@@ -63,6 +65,7 @@ def peak_memory_bytes(
         labelled: positions that have a label, whose logits alone are computed; all when left out.
         accumulating: whether gradients of an earlier forward pass are there already.
         pair_fraction: share of the missing (token, expert) pairs that a pseudo-gradient runs too.
+        recomputing: gradient checkpointing: layers keep their input, and one at a time the rest.
 
     Raises:
         ValueError: if `top_k`, `rank` or `sequence_length` is impossible for this shape.
@@ -77,9 +80,11 @@ def peak_memory_bytes(
     routing = shape.num_moe_layers * pairs * (INT64 + dtype_bytes)  # which token a pair is of, and its weight
     others = _saved_by_attention(shape, rank, trained.attention) + _saved_by_dense(shape, trained.attention)
     b_again = shape.num_moe_layers * shape.num_experts * rank * (shape.hidden + shape.up_matrices * shape.expert_width)
-    activations = dtype_bytes * b_again + tokens * (
-        dtype_bytes * (experts + others) + FLOAT32 * _saved_by_norms(shape, trained.attention) + routing
-    )
+    saved = tokens * (dtype_bytes * (experts + others) + FLOAT32 * _saved_by_norms(shape, trained.attention) + routing)
+    if recomputing:
+        layer += round(saved / shape.num_moe_layers)
+        saved = dtype_bytes * tokens * shape.hidden * shape.num_layers
+    activations = dtype_bytes * b_again + saved
     always = {"weights": shape.parameters * dtype_bytes, "task": adapter, "adapters": adapter}
     always["optimizer"] = optimizer_moments * adapter
     largest = FLOAT32 * shape.num_experts * rank * max(shape.hidden, shape.up_matrices * shape.expert_width)

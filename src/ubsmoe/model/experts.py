@@ -104,7 +104,8 @@ def _watched_sum(
         layer.expert_means = pg.ExpertMeans(layer.num_experts, hidden.shape[1], settings.decay, hidden.device)
     real = layer.real_tokens()
     seen = slice(None) if real is None else real.to(token.device)[token]
-    layer.expert_means.update(out.detach()[seen], expert[seen])
+    if not layer.running_again:
+        layer.expert_means.update(out.detach()[seen], expert[seen])
     return torch.zeros_like(hidden).index_add(0, token, (out * weight.unsqueeze(-1)).to(hidden.dtype))
 
 
@@ -113,7 +114,7 @@ def _partly_learning(
 ) -> Tensor:
     """The same output, but only the experts that the layer picks for this batch have a backward pass."""
     expert, weight = top_k_index.reshape(-1), top_k_weights.reshape(-1)
-    learns, lora = layer.learners(layer.scores(), top_k_index, layer.real_tokens())[expert], layer.lora
+    learns, lora = layer.learning_experts(top_k_index)[expert], layer.lora
     y = run_pairs(hidden, token[learns], expert[learns], weight[learns], base, lora)
     if learns.all():
         return y

@@ -37,6 +37,7 @@ class SparseLayer:
         self.convention = observe_router(router, self.num_experts)
         self.rescale: Rescale = "none"
         self.counting = False
+        self.running_again = False  # for its numbers alone (recompute.py): what happens on the side has happened
         self.attention_mask: Tensor | None = None
         self.clear()
 
@@ -57,6 +58,7 @@ class SparseLayer:
         self.selection_bias: Tensor | None = None
         self.output_scale: Tensor | None = None
         self.learners: Learners | None = None
+        self.learning: Tensor | None = None
         self.expert_means: ExpertMeans | None = None
         self.expert_tokens = torch.zeros(self.num_experts, dtype=torch.int64)
         self.mass: Mass | None = None
@@ -102,10 +104,11 @@ class SparseLayer:
 
     def observe(self, logits: Tensor, weights: Tensor, index: Tensor) -> Tensor:
         """Count a routing decision and give the weights the scale of the budget."""
-        kept = self.recording or self.pseudo is not None
-        self.logits, self.chosen = (logits, index) if kept else (None, None)
-        if self.counting:
-            self.expert_tokens += self._count(index).cpu()
+        if not self.running_again:
+            kept = self.recording or self.pseudo is not None
+            self.logits, self.chosen = (logits, index) if kept else (None, None)
+            if self.counting:
+                self.expert_tokens += self._count(index).cpu()
         if self.rescale == "none" or self.convention.renormalises or index.shape[1] == self.k_max:
             return weights
         if self.rescale == "ratio":
@@ -123,7 +126,8 @@ class SparseLayer:
 
     def add_mass(self, mass: Mass) -> None:
         """Accumulate routing mass over the micro-batches of a step."""
-        self.mass = mass if self.mass is None else self.mass + mass
+        if not self.running_again:
+            self.mass = mass if self.mass is None else self.mass + mass
 
     def matrices(self, attention: bool) -> dict[str, tuple[int, int, int]]:
         """(M, out, in) of what an adapter can sit on: "up", "down", and with `attention` "attention.q_proj" and so on.
@@ -135,6 +139,15 @@ class SparseLayer:
         if attention:
             found |= {f"attention.{name}": (1, *shape) for name, shape in self.attention.shapes().items()}
         return found
+
+    def learning_experts(self, index: Tensor) -> Tensor:
+        """[M] bool: who learns from this batch, by the method's rule."""
+        if not self.running_again:
+            assert self.learners is not None
+            with torch.no_grad():
+                self.learning = self.learners(self.scores(), index, self.real_tokens())
+        assert self.learning is not None
+        return self.learning
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of the two expert matrices, whatever way they are stored."""
