@@ -176,8 +176,13 @@ def compare_command(
     if plan:
         from ubsmoe.compare import foresee
 
-        for label, flops, seconds in foresee(settings, variants, first_seed):
-            console.print(f"{label}: {seeds} x {flops / 1e12:.3g} TFLOP, {seconds:.0f} s", highlight=False)
+        in_all = [0.0, 0.0]
+        for label, *work in foresee(settings, variants, first_seed):
+            in_all = [all_ + seeds * one for all_, one in zip(in_all, work, strict=True)]
+            typer.echo(f"{label}: {seeds} x {work[0] / 1e12:.3g} TFLOP, {work[1]:.0f} s")
+        typer.echo(
+            f"in all {total} runs, {in_all[0] / 1e12:.3g} TFLOP, {in_all[1] / 3600:.2g} h of training on one core"
+        )
         return
 
     def done(label: str, seed: int, count: int) -> None:
