@@ -1,4 +1,4 @@
-"""`ubsmoe plan` against reality: 12 runs, foreseen from their settings, then carried out.
+"""`ubsmoe plan` against reality: 14 runs, foreseen from their settings, then carried out.
 
     FLOPs   torch's FlopCounterMode around one client's round (`ubsmoe.client.train`, batches of 3), against the tier's FLOPs
     memory  a fresh process trains a client of a tiny base of the same family, so that the libraries hold what they will: code
@@ -12,7 +12,7 @@
 
 Each base is random, OLMoE- or Mixtral- or Qwen3-shaped, small, but large enough that tensors dominate. Seed 0, Linux only.
 
-    python bench/plan.py            all twelve
+    python bench/plan.py            all of them
     python bench/plan.py --quick    the first three
 """
 
@@ -59,6 +59,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], int]] = [
     ("qwen3, K = 4", QWEN, {}, 1),
     ("mixtral, K = 1", MIXTRAL, {}, 1),
     ("qwen3, K = 8, batches of 8", QWEN, {"train.batch_size": 8}, 3),
+    ("olmoe, K = 4, attention trained", OLMOE, {"adapter.attention": "trained"}, 1),
+    ("olmoe, K = 8, gradient checkpointing", OLMOE, {"train.gradient_checkpointing": True}, 3),
 ]
 
 
