@@ -19,7 +19,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from ubsmoe.config import DataSettings, EvaluateSettings
 from ubsmoe.data.tasks import TASKS, Example, extract_answer
 from ubsmoe.data.tokens import Tokens, collate_prompts, pad_id, tokenize
-from ubsmoe.model.surgery import SparseModel, head_at
+from ubsmoe.model.surgery import SparseModel
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,10 @@ def candidate_logs(model: SparseModel, inputs: dict[str, Tensor], batch: Sequenc
     """Per question, the log-probability of each candidate. The prompt is read once, its cache shared by the candidates."""
     cache = DynamicCache(config=model.model.config)
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-    first = model.model(**inputs, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    last = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
+    last[:, -1] = True
+    with model.reading(last):
+        first = model.model(**inputs, position_ids=positions, past_key_values=cache).logits[0]
     width = max(len(question.candidates) for question in batch)
     cache.batch_repeat_interleave(width)
     rows = [tokens for question in batch for tokens in (question.candidates * width)[:width]]
@@ -140,7 +143,7 @@ def candidate_logs(model: SparseModel, inputs: dict[str, Tensor], batch: Sequenc
     if length > 1:
         start = positions[:, -1:].repeat_interleave(width, 0)
         after = real[:, 1:].bool()
-        with head_at(model.model, after):
+        with model.reading(after):
             later = model.model(
                 input_ids=ids[:, :-1],
                 attention_mask=torch.cat([inputs["attention_mask"].repeat_interleave(width, 0), real[:, :-1]], dim=1),

@@ -24,9 +24,9 @@ from ubsmoe.maths.costs import (
     TierCost,
     backward_flops_per_token,
     forward_flops_per_token,
-    pseudo_gradient_flops_per_token,
+    pair_flops,
 )
-from ubsmoe.maths.memory import Memory, peak_memory_bytes
+from ubsmoe.maths.memory import Memory, peak_memory_bytes, tokens_of_experts
 from ubsmoe.maths.shape import ModelShape, Trained
 from ubsmoe.model.load import load_tokenizer
 from ubsmoe.model.presets import load_config, shape_from_config
@@ -43,10 +43,11 @@ RUNTIME_BYTES = 420 << 20
 
 @dataclass(frozen=True)
 class Batch:
-    """Shape of a forward pass: sequences, their padded length, and how many positions have a label."""
+    """Shape of a forward pass: sequences, their padded length, how many tokens are no padding and how many have a label."""
 
     rows: int
     length: int
+    real: int
     labelled: int
 
 
@@ -140,7 +141,8 @@ def assumed_work(settings: RunSettings, examples: int) -> list[Work]:
             f"--examples {examples} leaves some of the {count} clients without any; expected {count} or more"
         )
     share = examples // count
-    batch = Batch(train.batch_size, settings.data.max_length, train.batch_size * settings.data.max_length)
+    tokens = train.batch_size * settings.data.max_length
+    batch = Batch(train.batch_size, settings.data.max_length, tokens, tokens)
     passes = steps_per_round(train, share) * train.gradient_accumulation
     return [_assumed(settings, index, share, [batch] * passes) for index in range(count)]
 
@@ -163,7 +165,8 @@ def _work(settings: RunSettings, index: int, examples: Sequence[Tokens]) -> Work
 def batch_shape(examples: Sequence[Tokens], loss_on_prompt: bool = False) -> Batch:
     """The shape of these examples, collated."""
     labelled = sum(_labels(one, loss_on_prompt) for one in examples)
-    return Batch(len(examples), max(len(one.input_ids) for one in examples), labelled)
+    lengths = [len(one.input_ids) for one in examples]
+    return Batch(len(examples), max(lengths), sum(lengths), labelled)
 
 
 def _labels(one: Tokens, loss_on_prompt: bool) -> int:
@@ -198,6 +201,7 @@ def _tier(
         dtype_bytes=2 if settings.model.dtype == "bfloat16" else 4,
         trained=trained,
         optimizer_moments=2 if settings.train.optimizer == "adamw" else 1,
+        real=largest.real,
         labelled=labelled,
         accumulating=accumulation > 1,
         pair_fraction=pair_fraction,
@@ -231,19 +235,20 @@ def batch_flops(
     pair_fraction: float,
     recomputing: bool = False,
 ) -> float:
-    """FLOPs of a batch, forward and backward; logits are computed where there is a label, and nowhere else.
+    """FLOPs of a batch, forward and backward: logits where there is a label, experts where there is a token that is read.
 
-    Gradient checkpointing adds a forward pass without them, and the forward part of the pairs that a pseudo-gradient runs.
+    Gradient checkpointing adds a forward pass without logits.
     """
-    passes = (forward_flops_per_token, backward_flops_per_token)
-    parts = [count(shape, top_k, rank, batch.length, trained) for count in passes]
-    head = sum(part.head for part in parts)
-    body = sum(part.total for part in parts) - head
-    extra = pseudo_gradient_flops_per_token(shape, top_k, rank, pair_fraction)
-    if recomputing:
-        body += parts[0].total - parts[0].head
-        extra += pair_fraction * (shape.num_experts - top_k) * (parts[0].experts + parts[0].expert_lora) / top_k
-    return batch.rows * batch.length * (body + extra) + batch.labelled * head
+    forward = forward_flops_per_token(shape, top_k, rank, batch.length, trained)
+    backward = backward_flops_per_token(shape, top_k, rank, batch.length, trained)
+    passes = [forward, forward, backward] if recomputing else [forward, backward]
+    rest = sum(part.total - part.head - part.experts - part.expert_lora for part in passes)
+    experts = 0.0
+    for layer, tokens in enumerate(tokens_of_experts(shape, batch.real, batch.labelled)):
+        routed = pair_flops(shape, rank, layer > 0 or trained.attention, recomputing)
+        missing = pair_flops(shape, rank, reaches_input=False, recomputing=recomputing)
+        experts += tokens * (top_k * routed + pair_fraction * (shape.num_experts - top_k) * missing)
+    return batch.rows * batch.length * rest + experts + batch.labelled * (forward.head + backward.head)
 
 
 def _whole(settings: RunSettings, tiers: Sequence[TierForecast]) -> dict[str, Any]:

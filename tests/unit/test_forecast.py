@@ -38,7 +38,7 @@ def test_a_batch_has_the_shape_and_labels_of_the_real_one(whole: bool) -> None:
     examples = [Tokens((5, 6, 7, 8, 9), 3), Tokens((4, 5, 6), 1), Tokens((7, 8), 1)]
     real = collate(examples, pad_id=0, loss_on_prompt=whole)
     labelled = int((real["labels"][:, 1:] != IGNORED).sum())
-    assert batch_shape(examples, whole) == Batch(*real["input_ids"].shape, labelled)
+    assert batch_shape(examples, whole) == Batch(*real["input_ids"].shape, int(real["attention_mask"].sum()), labelled)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_without_data_every_example_is_as_long_as_may_be() -> None:
     settings = parse_run({"data": {"max_length": 50}, "train": {"batch_size": 8, "gradient_accumulation": 2}})
     works = assumed_work(settings, 8 * 100 + 3)
     assert {work.examples for work in works} == {100} and [work.tier for work in works] == [0, 1, 2, 3] * 2
-    assert works[0].batches == [Batch(8, 50, 400)] * 12  # one pass: 13 batches, 6 steps of two
+    assert works[0].batches == [Batch(8, 50, 400, 400)] * 12  # one pass: 13 batches, 6 steps of two
     with pytest.raises(ConfigError, match="--examples 7 leaves some of the 8 clients without any"):
         assumed_work(settings, 7)
 

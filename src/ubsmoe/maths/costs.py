@@ -10,7 +10,8 @@ eager attention computes them; kernels that skip the causal half or what a slidi
 experts, their LoRA, shared expert, dense layers, and the head at every position (a loss on the answers alone needs it
 there only). Not counted: norms, softmax, activations, rotary embeddings, embedding look-ups, biases, sorting tokens by
 expert, elementwise products such as phi or the gate weights, and optimiser steps. Padding is computed like any other
-token. The tests compare every formula with torch's own counter.
+token, but for routed experts, which nobody asks about it (`pair_flops`). The tests compare every formula with torch's own
+counter.
 """
 
 from collections.abc import Sequence
@@ -134,7 +135,7 @@ def backward_flops_per_token(
     shape.check(top_k, rank, sequence_length, least_rank=1)
     attention = trained.attention
     reached = shape.moe_layers_above + attention  # MoE layers whose feed-forward input carries a gradient
-    experts, expert_lora = _expert_backward(shape, rank, reached)
+    experts, expert_lora = _expert_backward(shape, rank, shape.num_moe_layers, reached)
     later = sum(out * into for out, into in shape.attention_later)
     unreached = rank * sum(into for _, into in shape.attention_first)
     lora = 2 * shape.num_moe_layers * shape.attention_lora_weights(rank) - unreached
@@ -174,9 +175,16 @@ def pseudo_gradient_flops_per_token(
     shape.check(top_k, rank, sequence_length=1, least_rank=1)
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction is a share of the missing pairs, in [0, 1]; got {fraction}")
-    forward = 2 * shape.num_moe_layers * (shape.expert_weights + shape.lora_weights(rank))
-    backward = sum(_expert_backward(shape, rank, shape.moe_layers_above if through_hidden else 0))
-    return fraction * (shape.num_experts - top_k) * (forward + backward)
+    reaching = shape.moe_layers_above if through_hidden else 0
+    flops = reaching * pair_flops(shape, rank, reaches_input=True)
+    flops += (shape.num_moe_layers - reaching) * pair_flops(shape, rank, reaches_input=False)
+    return fraction * (shape.num_experts - top_k) * flops
+
+
+def pair_flops(shape: ModelShape, rank: int, reaches_input: bool, recomputing: bool = False) -> int:
+    """FLOPs of one (token, expert) pair of one layer, forward and backward, with or without the layer's input gradient."""
+    forward = 2 * (shape.expert_weights + shape.lora_weights(rank))
+    return (1 + recomputing) * forward + sum(_expert_backward(shape, rank, 1, int(reaches_input)))
 
 
 def tier_costs(
@@ -272,12 +280,12 @@ def tier_costs(
     return [replace(bill, relative_to_top=bill.train_flops_per_token / top) for bill in bills]
 
 
-def _expert_backward(shape: ModelShape, rank: int, layers_with_input: int) -> tuple[int, int]:
-    """Backward of one expert per MoE layer: (frozen matrices, LoRA); `layers_with_input` of them reach their input."""
+def _expert_backward(shape: ModelShape, rank: int, layers: int, reaching: int) -> tuple[int, int]:
+    """Backward of one expert per layer: (frozen matrices, LoRA); in so many of the `layers` it reaches the input."""
     wide = shape.expert_width * shape.hidden
-    frozen = shape.num_moe_layers * wide + layers_with_input * shape.up_matrices * wide
-    unreached = (shape.num_moe_layers - layers_with_input) * rank * shape.hidden
-    return 2 * frozen, 2 * (2 * shape.num_moe_layers * shape.lora_weights(rank) - unreached)
+    frozen = layers * wide + reaching * shape.up_matrices * wide
+    unreached = (layers - reaching) * rank * shape.hidden
+    return 2 * frozen, 2 * (2 * layers * shape.lora_weights(rank) - unreached)
 
 
 def _score_products(shape: ModelShape, sequence_length: int) -> int:

@@ -34,6 +34,7 @@ def peak_memory_bytes(
     dtype_bytes: int,
     trained: Trained = EXPERTS_ONLY,
     optimizer_moments: int = 2,
+    real: int | None = None,
     labelled: int | None = None,
     accumulating: bool = False,
     pair_fraction: float = 0.0,
@@ -62,7 +63,8 @@ def peak_memory_bytes(
         dtype_bytes: 4 for float32, 2 for bfloat16.
         trained: what is trained beside the experts.
         optimizer_moments: float32 numbers kept per trained element: 2 for AdamW, 1 for SGD with momentum.
-        labelled: positions that have a label, whose logits alone are computed; all when left out.
+        real: tokens that are no padding, which alone go through experts; all when left out.
+        labelled: positions that have a label, whose logits and last experts alone are computed; all when left out.
         accumulating: whether gradients of an earlier forward pass are there already.
         pair_fraction: share of the missing (token, expert) pairs that a pseudo-gradient runs too.
         recomputing: gradient checkpointing: layers keep their input, and one at a time the rest.
@@ -73,14 +75,16 @@ def peak_memory_bytes(
     shape.check(top_k, rank, sequence_length)
     tokens = batch_size * sequence_length
     adapter = FLOAT32 * shape.trained_elements(rank, trained)
-    loss = (tokens if labelled is None else labelled) * shape.vocab * (3 * FLOAT32 + dtype_bytes % FLOAT32)
+    real, labelled = (tokens if count is None else count for count in (real, labelled))
+    loss = labelled * shape.vocab * (3 * FLOAT32 + dtype_bytes % FLOAT32)
     layer = dtype_bytes * _held_by_layer(shape, tokens, top_k) + 2 * adapter // shape.num_moe_layers
-    pairs = top_k + pair_fraction * (shape.num_experts - top_k)
-    experts = _saved_by_experts(shape, pairs, rank)
-    routing = shape.num_moe_layers * pairs * (INT64 + dtype_bytes)  # which token a pair is of, and its weight
-    others = _saved_by_attention(shape, rank, trained.attention) + _saved_by_dense(shape, trained.attention)
+    pairs = (top_k + pair_fraction * (shape.num_experts - top_k)) * sum(tokens_of_experts(shape, real, labelled))
+    # which token a pair is of, and its weight, beside what the experts keep
+    experts = pairs * (dtype_bytes * _saved_by_pair(shape, rank) + INT64 + dtype_bytes)
+    inputs = shape.num_moe_layers * shape.hidden
+    others = inputs + _saved_by_attention(shape, rank, trained.attention) + _saved_by_dense(shape, trained.attention)
     b_again = shape.num_moe_layers * shape.num_experts * rank * (shape.hidden + shape.up_matrices * shape.expert_width)
-    saved = tokens * (dtype_bytes * (experts + others) + FLOAT32 * _saved_by_norms(shape, trained.attention) + routing)
+    saved = experts + tokens * (dtype_bytes * others + FLOAT32 * _saved_by_norms(shape, trained.attention))
     if recomputing:
         layer += round(saved / shape.num_moe_layers)
         saved = dtype_bytes * tokens * shape.hidden * shape.num_layers
@@ -105,10 +109,18 @@ def _held_by_layer(shape: ModelShape, tokens: int, top_k: int) -> int:
     return 4 * tokens * shape.hidden + rows * (2 * shape.hidden + inner)
 
 
-def _saved_by_experts(shape: ModelShape, pairs: float, rank: int) -> float:
-    """Elements per token: the layer's input, and for each pair what comes before the activation and LoRA's narrow parts."""
-    pair = shape.up_matrices * shape.expert_width + 2 * rank
-    return shape.num_moe_layers * (pairs * pair + shape.hidden)
+def tokens_of_experts(shape: ModelShape, real: int, labelled: int) -> list[int]:
+    """Tokens that go through the experts of each MoE layer: the real ones; in a last layer, the labelled ones.
+
+    Where dense layers lie between, the shape does not say which kind comes last: then all are real ones.
+    """
+    last = real if shape.dense_layers_above else labelled
+    return [real] * shape.moe_layers_above + [last]
+
+
+def _saved_by_pair(shape: ModelShape, rank: int) -> int:
+    """Elements per (token, expert) pair: what comes before the activation, and LoRA's narrow parts."""
+    return shape.up_matrices * shape.expert_width + 2 * rank
 
 
 def _saved_by_attention(shape: ModelShape, rank: int, trained: bool) -> int:

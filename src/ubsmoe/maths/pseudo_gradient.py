@@ -19,7 +19,7 @@ the definition. They are written with sums over tokens ("mass"), so that each is
 Source: UB-SMoE (arXiv 2605.16690), PG; the modes and the two knobs (strength, scope) are this project's.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -112,68 +112,90 @@ class Mass:
         return Mass(self.active + other.active, self.missing + other.missing, self.owed + other.owed)
 
 
+@torch.no_grad()
 def routing_mass(
     weights: Float[Tensor, "T M"], chosen: Bool[Tensor, "T M"], real: Bool[Tensor, " T"] | None = None, rho: float = 1.0
 ) -> Mass:
     """Sum gate weights over tokens, active and missing pairs apart; padding (`real` False) counts nothing."""
-    weights = weights.detach()
     if real is not None:
         weights = weights * real.unsqueeze(-1)
-    missing = (weights * ~chosen).sum(0)
-    return Mass(active=(weights * chosen).sum(0), missing=missing, owed=rho * missing)
+    missing = weights.masked_fill(chosen, 0)
+    active, missing = (weights - missing).sum(0), missing.sum(0)
+    return Mass(active, missing, owed=rho * missing)
 
 
-def client_mean(grads: Float[Tensor, "M *S"], mass: Mass) -> Float[Tensor, "M *S"]:
+def client_mean(grads: Float[Tensor, "M *S"], mass: Mass, into: Tensor | None = None) -> Float[Tensor, "M *S"]:
     """Give rho missing_i times the mean, over experts that were active, of gradient per unit of mass.
 
     It points the same way for every expert, so it needs experts that share one A at the start: with B = 0 the gradients of
     different B_i are then comparable; with unrelated A's the mean is orthogonal to what is missing.
     """
-    used = mass.active > 0
-    if not used.any():
-        return torch.zeros_like(grads)
-    per_mass = (grads[used] / _like(mass.active[used], grads)).mean(0)
-    return _like(mass.owed, grads) * per_mass
+    return _add_outer(_start(into, grads), mass.owed, _per_mass(grads, mass))
 
 
-def self_ipw(grads: Float[Tensor, "M *S"], mass: Mass, limit: float) -> Float[Tensor, "M *S"]:
+def self_ipw(
+    grads: Float[Tensor, "M *S"], mass: Mass, limit: float, into: Tensor | None = None
+) -> Float[Tensor, "M *S"]:
     """Each expert's own gradient times rho min(missing_i / active_i, limit); `client_mean` if it was never active."""
+    never, into = mass.active <= 0, _start(into, grads)
+    mean = _per_mass(grads, mass) if never.any() else None
     tiny = torch.finfo(mass.active.dtype).tiny
     ratio = mass.owed / torch.maximum(mass.active, mass.missing / limit).clamp_min(tiny)
-    signal, never = _like(ratio, grads) * grads, mass.active <= 0
-    if never.any():
-        signal[never] = client_mean(grads, mass)[never]
-    return signal
+    into.addcmul_(_like(ratio.masked_fill(never, 0), grads), grads)
+    return into if mean is None else _add_outer(into, mass.owed * never, mean)
 
 
-def server(grads: Float[Tensor, "M *S"], mass: Mass, global_update: Float[Tensor, "M *S"]) -> Float[Tensor, "M *S"]:
+def server(
+    grads: Float[Tensor, "M *S"], mass: Mass, global_update: Float[Tensor, "M *S"], into: Tensor | None = None
+) -> Float[Tensor, "M *S"]:
     """Minus the server's mean update of an expert, times rho, the share missed and the active experts' gradient norm.
 
     An update is a sum of optimiser steps, not a gradient: its direction is kept and its length is not, since as it stands it
     acts as a momentum and diverges.
     """
-    used = mass.active > 0
+    used, into = mass.active > 0, _start(into, grads)
     if not used.any():
-        return torch.zeros_like(grads)
+        return into
     length = global_update.flatten(1).norm(dim=1)
     length = torch.where(length > 0, length, torch.inf)  # an expert that nobody changed gets nothing, not 0 / 0
     scale = grads.flatten(1).norm(dim=1)[used].mean()
     share = mass.owed / (mass.missing + mass.active).clamp_min(torch.finfo(mass.active.dtype).tiny)
-    return _like(-share * scale / length, grads) * global_update
+    return into.addcmul_(_like(-share * scale / length, grads), global_update)
 
 
 def parameter_signal(
-    settings: PseudoGradient, grads: Float[Tensor, "M *S"], mass: Mass, global_update: Tensor | None = None
+    settings: PseudoGradient,
+    grads: Float[Tensor, "M *S"],
+    mass: Mass,
+    global_update: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> Float[Tensor, "M *S"]:
-    """The signal that a mode without extra expert computation adds to the gradient of one fused tensor."""
+    """The signal that a mode without extra expert computation adds to the gradient of one fused tensor.
+
+    Added in place to `into`, which may be `grads` itself, so that a step costs two or three passes over the gradients.
+    """
+    mass = replace(mass, owed=settings.strength * mass.owed)  # every mode is linear in it
     if settings.mode == "client_mean":
-        signal = client_mean(grads, mass)
-    elif settings.mode == "self_ipw":
-        signal = self_ipw(grads, mass, settings.limit)
-    else:
-        assert settings.mode == "server", settings.mode
-        signal = server(grads, mass, torch.zeros_like(grads) if global_update is None else global_update)
-    return settings.strength * signal
+        return client_mean(grads, mass, into)
+    if settings.mode == "self_ipw":
+        return self_ipw(grads, mass, settings.limit, into)
+    assert settings.mode == "server", settings.mode
+    return server(grads, mass, torch.zeros_like(grads) if global_update is None else global_update, into)
+
+
+def _per_mass(grads: Tensor, mass: Mass) -> Tensor:
+    """Gradient per unit of mass, its mean over the experts that were active, [S] flat; theirs alone is not zero."""
+    used = mass.active > 0
+    share = torch.where(used, mass.active, torch.inf).reciprocal() / used.sum().clamp_min(1)
+    return share.to(grads.dtype) @ grads.flatten(1)
+
+
+def _start(into: Tensor | None, grads: Tensor) -> Tensor:
+    return torch.zeros_like(grads) if into is None else into
+
+
+def _add_outer(into: Tensor, per_expert: Tensor, direction: Tensor) -> Tensor:
+    return into.addcmul_(_like(per_expert, into), direction.view(into.shape[1:]))
 
 
 class ExpertMeans:
@@ -217,13 +239,12 @@ class ExpertMeans:
 
 
 def missing_pairs(
-    chosen: Bool[Tensor, "T M"], fraction: float, generator: torch.Generator | None
+    missing: Bool[Tensor, "T M"], fraction: float, generator: torch.Generator | None
 ) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"]]:
     """Tokens and experts of the missing pairs, each kept with probability `fraction`, drawn from `generator`."""
-    missing = ~chosen
     if fraction < 1:
         assert generator is not None, "sampled pairs need a generator of their own: the global one is never used"
-        draw = torch.rand(chosen.shape, generator=generator)
+        draw = torch.rand(missing.shape, generator=generator)
         missing = missing & (draw < fraction).to(missing.device)
     token, expert = missing.nonzero(as_tuple=True)
     return token, expert

@@ -183,5 +183,5 @@ def _add_signal(model: SparseModel, pseudo: PseudoGradient, payload: Tensors) ->
             if grad is not None:
                 others = payload.get(f"update.{name}")
                 others = None if others is None else others.to(grad.device)
-                grad.add_(parameter_signal(pseudo, grad, layer.mass, others))
+                parameter_signal(pseudo, grad, layer.mass, others, into=grad)
         layer.mass = None

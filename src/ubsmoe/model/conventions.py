@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ubsmoe.errors import UserError
 
@@ -91,3 +91,26 @@ def observe_router(router: nn.Module, num_experts: int) -> RouterConvention:
     # compared by their sum: ties may fall either way
     by_score = torch.allclose(kept.float().sum(-1), best.float().sum(-1), atol=1e-3)
     return RouterConvention(renormalises, "softmax" if soft <= sigmoid else "sigmoid", by_score)
+
+
+@torch.enable_grad()
+def answers_stay_put(model: Any, experts: nn.Module) -> bool:
+    """Whether what these experts answer for a token reaches the logits of that token alone, as in a last layer.
+
+    Tried out on four tokens: the gradient of one token's logits by the answers for all.
+    """
+    answers: list[Tensor] = []
+
+    def watch(module: nn.Module, args: object, answer: Tensor) -> Tensor:
+        answers.append(answer.detach().requires_grad_())
+        return answers[-1]
+
+    hook, stock = experts.register_forward_hook(watch), model.config._experts_implementation
+    model.set_experts_implementation("eager")  # takes any precision
+    try:
+        logits = model(input_ids=torch.arange(4, device=model.device).unsqueeze(0), use_cache=False).logits
+    finally:
+        hook.remove()
+        model.set_experts_implementation(stock)
+    reached = [grad.reshape(4, -1).any(-1) for grad in torch.autograd.grad(logits[0, 2].square().sum(), answers)]
+    return len(reached) == 1 and reached[0].tolist() == [False, False, True, False]

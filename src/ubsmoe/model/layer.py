@@ -39,6 +39,7 @@ class SparseLayer:
         self.counting = False
         self.running_again = False  # for its numbers alone (recompute.py): what happens on the side has happened
         self.attention_mask: Tensor | None = None
+        self.read: Tensor | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -123,6 +124,10 @@ class SparseLayer:
     def real_tokens(self) -> Tensor | None:
         """[T] bool, False on padding; None when nothing is padded."""
         return None if self.attention_mask is None else self.attention_mask.reshape(-1).bool()
+
+    def needed_tokens(self) -> Tensor | None:
+        """[T] bool, the tokens whose experts' answer is read: the real ones, or of them those of `read`; None for all."""
+        return self.real_tokens() if self.read is None else self.read.reshape(-1)
 
     def add_mass(self, mass: Mass) -> None:
         """Accumulate routing mass over the micro-batches of a step."""

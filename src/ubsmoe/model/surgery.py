@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ubsmoe.maths.pseudo_gradient import PseudoGradient
 from ubsmoe.model.adapter import MatrixAdapter, layer_of_experts
 from ubsmoe.model.attention import find_projections
-from ubsmoe.model.conventions import UnsupportedModel, find_blocks
+from ubsmoe.model.conventions import UnsupportedModel, answers_stay_put, find_blocks
 from ubsmoe.model.experts import IMPLEMENTATION
 from ubsmoe.model.layer import Learners, Rescale, SparseLayer, attach, is_attached
 
@@ -43,11 +43,13 @@ class SparseModel:
                 "so model.base must be a sparse mixture of experts (OLMoE, Mixtral, Qwen-MoE, DeepSeek, gpt-oss, ...)"
             )
         self.adapter: dict[str, nn.Parameter] = {}
+        self._keep: Tensor | None = None
+        self._last_stays_put = answers_stay_put(model, blocks[-1][1])
         self._stock = model.config._experts_implementation
         for layer in self.layers:
             layer.rescale = rescale
             attach(layer)
-        model.register_forward_pre_hook(self._remember_mask, with_kwargs=True)
+        model.register_forward_pre_hook(self._remember_tokens, with_kwargs=True)
 
     @property
     def num_experts(self) -> int:
@@ -220,11 +222,28 @@ class SparseModel:
             attention_mask: [B, S], padding on the right.
             keep: [B, S] or [B, S-1] bool, a leading part of each row's positions.
         """
-        with head_at(self.model, keep):
+        keep = nn.functional.pad(keep, (0, input_ids.shape[1] - keep.shape[1]))
+        with self.reading(keep):
             logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         return logits[0]
 
-    def _remember_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @contextmanager
+    def reading(self, keep: Tensor) -> Iterator[None]:
+        """Inside, the model's logits are [1, N, V]: those of the positions of `keep` [B, S] bool only, in row order.
+
+        Neither the output head nor the experts of the last layer compute anything for other positions. Routing does.
+        """
+        rows, columns = keep.nonzero(as_tuple=True)
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda module, args: (args[0][rows, columns].unsqueeze(0),))
+        self._keep = keep if self._last_stays_put else None
+        try:
+            yield
+        finally:
+            hook.remove()
+            self._keep = None
+
+    def _remember_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
         mask, inputs = given.get("attention_mask"), given.get("input_ids")
         inputs = given.get("inputs_embeds") if inputs is None else inputs
@@ -232,8 +251,12 @@ class SparseModel:
             mask = None
         elif mask.shape[1] != inputs.shape[1]:  # a decoding step: the mask covers the cache too
             mask = mask[:, -inputs.shape[1] :]
+        if mask is not None and mask.all():
+            mask = None
         for layer in self.layers:
             layer.attention_mask = mask
+        # beyond the forward pass, for a last layer that runs again in the backward pass
+        self.layers[-1].read = self._keep
 
     def _check(self, tensors: Mapping[str, Tensor], side: Mapping[str, Tensor]) -> None:
         needs: dict[str, tuple[int, ...]] = {}
@@ -261,18 +284,6 @@ class SparseModel:
             need = needs.get(key) or optional[key]
             if tuple(tensor.shape) != need:
                 raise ValueError(f"{key} has shape {tuple(tensor.shape)}, this base needs {need}")
-
-
-@contextmanager
-def head_at(model: Any, keep: Tensor) -> Iterator[None]:
-    """Let a model's output head see the positions of `keep` alone, a leading part of each row's: its logits are [1, N, V]."""
-    rows, columns = keep.nonzero(as_tuple=True)
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, args: (args[0][rows, columns].unsqueeze(0),))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _rank(tensors: Mapping[str, Tensor], name: str) -> int:

@@ -163,21 +163,21 @@ def test_rho_is_larger_for_smaller_budgets_and_zero_where_nothing_is_missing() -
 def test_all_missing_pairs_are_listed_and_a_fraction_of_them_is_drawn() -> None:
     chosen = torch.zeros(40, 9, dtype=torch.bool)
     chosen[:, :3] = True
-    token, expert = missing_pairs(chosen, 1.0, None)
+    token, expert = missing_pairs(~chosen, 1.0, None)
     assert len(token) == 40 * 6 and (expert >= 3).all()
-    drawn = [len(missing_pairs(chosen, 0.3, torch.Generator().manual_seed(seed))[0]) for seed in range(50)]
+    drawn = [len(missing_pairs(~chosen, 0.3, torch.Generator().manual_seed(seed))[0]) for seed in range(50)]
     assert abs(sum(drawn) / 50 - 0.3 * 240) < 5 * (240 * 0.3 * 0.7 / 50) ** 0.5
-    twice = [missing_pairs(chosen, 0.3, torch.Generator().manual_seed(7)) for _ in range(2)]
+    twice = [missing_pairs(~chosen, 0.3, torch.Generator().manual_seed(7)) for _ in range(2)]
     assert torch.equal(twice[0][0], twice[1][0]) and torch.equal(twice[0][1], twice[1][1])
     assert not chosen[twice[0]].any()
 
 
 def test_drawing_never_touches_the_global_generator() -> None:
     before = torch.get_rng_state()
-    missing_pairs(torch.zeros(3, 4, dtype=torch.bool), 0.5, torch.Generator().manual_seed(0))
+    missing_pairs(torch.ones(3, 4, dtype=torch.bool), 0.5, torch.Generator().manual_seed(0))
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(AssertionError, match="generator of their own"):
-        missing_pairs(torch.zeros(3, 4, dtype=torch.bool), 0.5, None)
+        missing_pairs(torch.ones(3, 4, dtype=torch.bool), 0.5, None)
 
 
 def test_straight_through_keeps_every_bit_and_adds_the_gradient() -> None:

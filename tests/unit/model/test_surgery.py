@@ -478,8 +478,8 @@ def test_lora_on_attention_leaves_the_draw_of_the_experts_alone() -> None:
 def test_a_layer_without_attention_projections_is_refused_only_when_they_are_asked_for() -> None:
     model = tiny("olmoe")
     layer = model.model.layers[1]
-    layer.linear_attn = layer.self_attn
     del layer.self_attn
+    layer.forward = lambda hidden, **_: hidden + layer.mlp(hidden)
     sparse = SparseModel(model)
     assert sparse.fresh_adapter(3, generator(), shared_a=True)
     with pytest.raises(
