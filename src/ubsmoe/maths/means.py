@@ -79,10 +79,6 @@ class WeightedMean:
             raise ValueError(f"tensors {unknown} were averaged but are not among the {len(fallback)} expected ones")
         return {name: self._mean(name, tensor) for name, tensor in fallback.items()}
 
-    def total_weight(self, name: str) -> Tensor:
-        """Σ w of a tensor: per expert [M], a single number for a scalar, zero if it was never added."""
-        return self._weights.get(name, torch.zeros((), dtype=torch.float64)).clone()
-
     def _count(self, name: str, tensor: Tensor, weight: Tensor) -> None:
         self._weights[name] += weight
         if tensor.ndim == 0:

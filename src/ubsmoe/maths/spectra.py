@@ -49,11 +49,6 @@ class TruncatedSVD:
         """
         return (self.singular_values > 0).sum(dim=-1)
 
-    @property
-    def is_zero(self) -> Tensor:
-        """True for an expert whose sum is zero: both factors are zero there, and callers keep the previous ones."""
-        return self.rank == 0
-
 
 def truncated_svd(
     pairs: Sequence[LoraPair],

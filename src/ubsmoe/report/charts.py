@@ -159,7 +159,9 @@ def partitions(runs: Sequence[Series]) -> list[Chart]:
 
 
 def _these(runs: Sequence[Series]) -> str:
-    return run_name(runs[0]) + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
+    if len(runs) == 1:
+        return run_name(runs[0])
+    return f"{len(runs)} runs with seed {', '.join(map(str, sorted({run.seed for run in runs})))}"
 
 
 def _partition(id: str, report: dict[str, Any], where: str) -> Chart:

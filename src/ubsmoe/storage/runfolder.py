@@ -109,11 +109,6 @@ class RunFolder:
                 raise RunFolderError(f"cannot write in {path}: {error}; choose another --out") from error
             raise
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run has reached its end: its summary is written last."""
-        return (self.path / SUMMARY).exists()
-
     def resume(self) -> Checkpoint | None:
         """Go back to the newest usable checkpoint; events of later rounds are forgotten and the return noted as one.
 

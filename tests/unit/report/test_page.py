@@ -37,7 +37,7 @@ def test_each_different_split_has_a_chart_that_says_whose_it_is(tmp_path) -> Non
         write_run(tmp_path / name, name, seed) for name, seed in (("fedavg", 0), ("flora", 0), ("ubsmoe", 1))
     )
     first, second = charts.partitions(read_series([one, alike, other]))
-    assert (first.id, first.title) == ("partition-1", "Who holds what in fedavg, seed 0 and 1 more")
+    assert (first.id, first.title) == ("partition-1", "Who holds what in 2 runs with seed 0")
     assert (second.id, second.title) == ("partition-2", "Who holds what in ubsmoe, seed 1")
     assert first.data[0]["y"] == [30] * 4 and second.data[0]["y"] == [31] * 4
     (alone,) = charts.partitions(read_series([other]))
