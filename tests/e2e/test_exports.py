@@ -2,6 +2,11 @@
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,3 +144,66 @@ def test_an_adapter_that_a_run_cannot_start_from_is_refused(
     capsys.readouterr()
     assert command(monkeypatch, "run", settings, "--out", tmp_path / "again") == 2
     assert sentence in capsys.readouterr().err
+
+
+def asked(url: str, body: dict | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+@pytest.mark.parametrize("method", ["fedavg", "ubsmoe"])
+def test_a_merged_tier_is_served(method: str, finished: Any, tmp_path: Path) -> None:
+    """OpenAI's completions are the text that AutoModel writes at the K of the tier's config, and what that lacks is said."""
+    for module in ("fastapi", "uvicorn", "openai", "accelerate"):
+        pytest.importorskip(module, reason="needs transformers[serving]")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    export_run(finished(method), tmp_path / "served", "merged", tier=1)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "served").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "served")
+    inputs = tokenizer("alpha beta", return_tensors="pt")
+    out = stock.generate(
+        inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=6, do_sample=False
+    )
+    want = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    words = [sys.executable, "-m", "ubsmoe", "serve", "served", "--port", str(port)]
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(words, cwd=tmp_path, stdout=log, stderr=log)
+    try:
+        while server.poll() is None:
+            try:
+                assert asked(f"{url}/health")["status"] == "ok"
+                break
+            except OSError:
+                time.sleep(0.2)
+        body = {"model": "served", "prompt": "alpha beta", "max_tokens": 6, "temperature": 0}
+        said = asked(f"{url}/v1/completions", body)["choices"][0]["text"]
+    finally:
+        server.terminate()
+        server.wait()
+    told = (tmp_path / "log").read_text()
+    assert stock.config.num_experts_per_tok == 1 and said == want, told
+    assert "served: K=1; the model's name in requests is served" in told
+    assert ("left out: φ" in told) == (method == "ubsmoe")
+
+
+def test_what_cannot_be_served_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, finished: Any, tmp_path: Path
+) -> None:
+    export_run(finished("fedavg"), tmp_path / "peft", "peft")
+    for place, sentence in (
+        ("peft", "is a peft export, and the server loads whole models"),
+        ("run", "not a whole export"),
+    ):
+        assert command(monkeypatch, "serve", tmp_path / place) == 2
+        assert sentence in capsys.readouterr().err
+    export_run(tmp_path / "run", tmp_path / "merged", "merged")
+    monkeypatch.setattr("ubsmoe.cli.models.find_spec", lambda name: None)
+    assert command(monkeypatch, "serve", tmp_path / "merged") == 2
+    assert 'this needs fastapi: pip install "transformers[serving]"' in capsys.readouterr().err

@@ -1,6 +1,9 @@
-"""Verbs whose result is a model: export, generate, pretrain, upcycle."""
+"""Verbs about models: export, generate, serve, pretrain, upcycle."""
 
+import os
+import sys
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -46,6 +49,32 @@ def generate_command(
     if budget is not None:
         model.set_budget(budget)
     typer.echo(model.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False))
+
+
+@app.command("serve")
+def serve_command(
+    folder: Annotated[Path, typer.Argument(help="a merged export", show_default=False)],
+    port: Annotated[int, typer.Option(help="on this machine alone: 127.0.0.1")] = 8000,
+) -> None:
+    """Answer OpenAI's requests through transformers' own server; says first what of the tier that leaves out."""
+    from ubsmoe import exports
+    from ubsmoe.config import ConfigError
+    from ubsmoe.model.sidecar import beyond_stock
+
+    sidecar = exports.read(folder)
+    if sidecar.format != "merged":
+        raise ConfigError(
+            f"{folder} is a {sidecar.format} export, and the server loads whole models; make one of the run with "
+            "`ubsmoe export RUN --format merged`"
+        )
+    if missing := [name for name in ("fastapi", "uvicorn", "openai", "accelerate") if find_spec(name) is None]:
+        raise ConfigError(f'this needs {missing[0]}: pip install "transformers[serving]"')
+    typer.echo(f"{folder}: K={sidecar.top_k}; the model's name in requests is {folder}")
+    for sentence in beyond_stock(sidecar, sidecar.top_k):
+        typer.echo(f"left out: {sentence}")
+    server = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder)]
+    # a folder needs no hub, which the server would otherwise ask for updates
+    os.execve(server[0], [*server, "--host", "127.0.0.1", "--port", str(port)], {**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
 @app.command("pretrain")
