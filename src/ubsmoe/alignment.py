@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ubsmoe.client import language_loss
-from ubsmoe.config import ConfigError, parse_run
+from ubsmoe.config import ConfigError
 from ubsmoe.data.tokens import batches, collate, pad_id
 from ubsmoe.federation import Federation, build_federation
+from ubsmoe.finished import settings_of_run
 from ubsmoe.maths.pseudo_gradient import Mode, PseudoGradient, parameter_signal
 from ubsmoe.messages import Profile
 from ubsmoe.model.adapter import layer_of_experts
@@ -67,7 +68,7 @@ def probe_run(path: Path) -> Iterator[Rows]:
     """
     record = read_run(path)
     states = read_states(path)
-    federation = build_federation(parse_run(record.config))
+    federation = build_federation(settings_of_run(path, {}))
     if record.summary and record.summary["base_sha256"] != federation.base_sha256:
         raise ConfigError(f"model.base: {path} was trained on another base than {federation.settings.model.base}")
     before: dict[int, dict[str, Tensor]] = {}

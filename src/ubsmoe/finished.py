@@ -56,7 +56,7 @@ def open_run(path: Path, device: str | None = None) -> FinishedRun:
         ConfigError: if its base cannot be had, or is another than it was trained on.
     """
     tensors, facts = read_adapter(path)
-    settings = _settings(path, {"model.device": device} if device else {})
+    settings = settings_of_run(path, {"model.device": device} if device else {})
     model, tokenizer = load_base(settings.model, settings.tiers.rescale, settings.tiers.k_max)
     sha256 = weights_sha256(model.model)
     _require_base(path, facts, sha256, settings)
@@ -103,7 +103,7 @@ def evaluate_run(path: Path, overrides: dict[str, Any], tier: int | None = None)
     if wrong := [key for key in overrides if not key.startswith(("evaluate.", "data.")) and key != "model.device"]:
         raise ConfigError(f"--set {wrong[0]}: scoring a run can change evaluate.*, data.* and model.device only")
     tensors, facts = read_adapter(path)
-    federation = build_federation(_settings(path, overrides))
+    federation = build_federation(settings_of_run(path, overrides))
     _require_base(path, facts, federation.base_sha256, federation.settings)
     state = unpack(tensors)
     chosen = federation.tiers if tier is None else [_numbered(federation.tiers, tier)]
@@ -118,8 +118,8 @@ def evaluate_run(path: Path, overrides: dict[str, Any], tier: int | None = None)
     ]
 
 
-def _settings(path: Path, changes: dict[str, Any]) -> RunSettings:
-    """The run's settings with these changes, and its number of threads in force: other sums would round differently."""
+def settings_of_run(path: Path, changes: dict[str, Any]) -> RunSettings:
+    """A run's settings with these changes, and its number of threads in force: other sums would round differently."""
     settings = parse_run(with_overrides(read_run(path).config, changes))
     if settings.threads:
         torch.set_num_threads(settings.threads)
