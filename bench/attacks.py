@@ -203,7 +203,7 @@ def in_words(seeds: list[list[dict[str, float]]]) -> str:
     means = [100 * statistics.mean(one["accuracy"] for one in seed) for seed in seeds]
     loss = statistics.mean(one["loss"] for seed in seeds for one in seed)
     spread = f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else ""
-    return f"{each}{spread} ({loss:.2f})"
+    return f"{each}{spread} ({loss:.3f})"
 
 
 def main() -> None:

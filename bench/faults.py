@@ -3,7 +3,7 @@
     python bench/faults.py [--quick] [--only ABF] [--out FILE]
 
 Each family of faults is a file in fault_cases/. Where flwr is installed, its own FedAvg gets the same 15 bad replies beside ours.
-Not here: G, deployment, which needs SuperLink and SuperNodes, and kill -9 at random points (bench/kill.py).
+G, deployment, starts a SuperLink and SuperNodes and takes minutes; --quick leaves it out. kill -9 at random points: bench/kill.py.
 """
 
 import argparse
@@ -41,8 +41,13 @@ def matrix(families: str, quick: bool, root: Path) -> Iterator[Row]:
         yield from mutations.fuzz(world, 20_000 // share)
     if "F" in families:
         yield from clients.lies(world)
-    if set("EH") & set(families):
+    if set("EGH") & set(families):
         base = write_base(root / "base")
+    if "G" in families:
+        from fault_cases.deployment import deployment  # the only family that cannot do without flwr
+
+        yield from deployment(root, base)
+    if set("EH") & set(families):
         federation = build_federation(small_settings(base))
         if "E" in families:
             yield from disk.server_and_disk(federation, root, 1000 // share, 100 // share)
@@ -52,15 +57,16 @@ def matrix(families: str, quick: bool, root: Path) -> Iterator[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="a tenth of the mutations and damages")
-    parser.add_argument("--only", default="".join(FAMILIES), help="families, such as ABF")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the mutations and damages, no G")
+    parser.add_argument("--only", help="families, such as ABF")
     parser.add_argument("--out", type=Path, help="write the matrix as JSON")
     chosen = parser.parse_args()
+    families = chosen.only or "".join(FAMILIES).replace("G" if chosen.quick else "", "")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
-        found = matrix(chosen.only, chosen.quick, Path(root))
+        found = matrix(families, chosen.quick, Path(root))
         rows = sorted((replace(row, reason=row.reason.replace(root, "")) for row in found), key=lambda row: row.family)
-    stock = in_flower(Round()) if "B" in chosen.only else None
+    stock = in_flower(Round()) if "B" in families else None
     undeclared = [row for row in rows if not row.holds]
 
     console, table = Console(width=200), Table("", "fault", "declared", "observed", "what was said")
@@ -74,10 +80,13 @@ def main() -> None:
         for name in replies.FIFTEEN:
             beside.add_row(name, "contained" if named[name].holds else "COUNTED", stock[name])
         console.print(beside)
-    if "B" in chosen.only and "C" in chosen.only:
+    if {"B", "C"} <= set(families):
         contained = sum(named[name].holds for name in replies.FIFTEEN)
         console.print(f"bad replies contained: {contained} of {len(replies.FIFTEEN)}")
     for family, (title, count) in FAMILIES.items():
+        if family not in families:
+            console.print(f"{family}  {title}: {count} faults, not run; --only {family} runs them")
+            continue
         own = [row for row in rows if row.family == family and not row.beyond]
         console.print(f"{family}  {title}: {len(own)} of {count} faults, {sum(row.holds for row in own)} as declared")
     console.print(f"rows: {len(rows)}, undeclared: {len(undeclared)}")

@@ -1,33 +1,25 @@
-"""What Flower adds to a round on loopback, whether 100 MB pass, and what a deployment refuses.
+"""What Flower adds to a round on loopback, and whether 100 MB pass.
 
     overhead   seconds of a round beyond its slowest client's training, SuperLink + 2 SuperNodes with TLS: with the resident
                worker, without it, and Flower's own minimum, an app whose messages are empty and whose nodes do nothing
                (Grid.send_and_receive, which looks for answers every 3 s)
     large      one round whose task and update are 100 MB each
-    refusals   nodes and servers that must not get in, and what happened
 
-python bench/flower.py [--quick] [overhead large refusals]    prints, writes bench/results/flower.json
-The exit code is 1 if somebody got in who must not.
+python bench/flower.py [--quick] [overhead large]    prints, writes bench/results/flower.json
+Who must not get in: bench/faults.py --only G.
 """
 
 import argparse
 import json
 import os
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ubsmoe.deploy import keys
 from ubsmoe.deploy.app import PYPROJECT, write_app
-from ubsmoe.deploy.loopback import Loopback, free_port, loopback, superlink_options, supernode_options
+from ubsmoe.deploy.loopback import loopback
 
 RESULTS = Path(__file__).resolve().parent / "results" / "flower.json"
 RUN = """
@@ -140,159 +132,28 @@ def adapter_bytes(rank: int) -> int:
     return sum(tensor.nbytes for tensor in start_state(server).adapters.values())
 
 
-@contextmanager
-def process(program: str, options: list[str], home: Path) -> Iterator["subprocess.Popen[str]"]:
-    """A program of Flower's with its output in a pipe, ended on leaving."""
-    from ubsmoe.deploy.loopback import _command, _environment
-
-    with tempfile.TemporaryFile("w+") as log:
-        running = subprocess.Popen(
-            _command(program, *options), env=_environment(home), stdout=log, stderr=log, start_new_session=True
-        )
-        running.log = log  # type: ignore[attr-defined]
-        try:
-            yield running
-        finally:
-            running.terminate()
-            try:
-                running.wait(15)
-            except subprocess.TimeoutExpired:
-                running.kill()
-                running.wait()
-
-
-def said(running: Any) -> str:
-    running.log.seek(0)
-    return str(running.log.read())
-
-
-def refused(
-    what: str, running: Any, words: tuple[str, ...], seconds: float, federation: Loopback, ends: bool = True
-) -> dict[str, Any]:
-    """Wait until a process has ended, or said why it does not get in. The one honest node stays the only one online."""
-    end = time.monotonic() + seconds
-    while (
-        time.monotonic() < end and running.poll() is None and (ends or not any(word in said(running) for word in words))
-    ):
-        time.sleep(0.5)
-    lines = [re.sub("\x1b[^m]*m", "", line).strip() for line in said(running).splitlines()]
-    reason = next((line for word in words for line in reversed(lines) if word in line), None)
-    row = {"case": what, "exit_code": running.poll(), "said": (reason or " ".join(lines[-3:]))[-240:]}
-    until(lambda: online(federation) == 1, seconds)
-    row["refused"] = reason is not None and (running.poll() not in (None, 0) or not ends)
-    note(f"{'ok ' if row['refused'] else 'BAD'} {what}: exit {row['exit_code']}, {row['said']}")
-    return row
-
-
-REVOKED = ("code: 2004", "Connection attempt failed")
-TLS = ("CERTIFICATE_VERIFY_FAILED",)
-
-
-def refusals(folder: Path, wait: float) -> list[dict[str, Any]]:
-    """Every case of a deployment that must be refused, against one SuperLink with one honest node."""
-    app, other, expired = folder / "refusing", folder / "other-authority", folder / "expired"
-    run_file = folder / "refusing.toml"
-    run_file.write_text(RUN.format(rank=1, rounds=1))
-    write_app(run_file, app, {})
-    rows = []
-    with loopback(app, 1, simulated=False, say=note) as federation:
-        home = federation.home
-        port = int((home / "config.toml").read_text().split("127.0.0.1:")[1].split('"')[0])
-        keys.make_keys(other, ["127.0.0.1"], ["stranger"])
-        for name in ("untrusting", "spare", "revoked"):
-            keys.make_node_key(home, name)
-            federation.flwr("supernode", "register", str(home / f"{name}.pub"))
-
-        def node(key: Path, *extra: str, trust: Path = home, to: int = port) -> Any:
-            return process(
-                "flower-supernode", [*supernode_options(trust, key, to, {}), "--max-retries", "1", *extra], home
-            )
-
-        options = supernode_options(home, home / "untrusting", port, {})
-        at = options.index("--root-certificates")
-        with process("flower-supernode", [*options[:at], *options[at + 2 :], "--max-retries", "1"], home) as running:
-            rows.append(refused("no certificate of the authority", running, TLS, wait, federation))
-        with node(home / "untrusting", trust=other) as running:
-            rows.append(refused("certificate of another authority", running, TLS, wait, federation))
-        plain = [*options[:at], *options[at + 2 :], "--insecure", "--max-retries", "1"]
-        with process("flower-supernode", plain, home) as running:
-            rows.append(refused("plaintext node with a key", running, ("requires a secure TLS",), wait, federation))
-        at = plain.index("--auth-supernode-private-key")
-        with process("flower-supernode", [*plain[:at], *plain[at + 2 :]], home) as running:
-            rows.append(refused("plaintext node at a TLS server", running, ("failed", "rror"), wait, federation))
-        with node(other / "stranger") as running:
-            rows.append(
-                refused(
-                    "key that is not registered", running, ("code: 2004", "Failed to activate"), wait, federation, 1
-                )
-            )
-
-        with node(home / "revoked") as running:
-            until(lambda: online(federation) == 2, wait)
-            number = re.search(r"SuperNode ID: (\d+)", said(running))
-            assert number is not None
-            federation.flwr("supernode", "unregister", number[1])
-            rows.append(refused("key revoked while its node runs", running, REVOKED, wait, federation, ends=False))
-        with node(home / "revoked") as running:
-            rows.append(
-                refused(
-                    "revoked key, started again", running, ("code: 2004", "Failed to activate"), wait, federation, 1
-                )
-            )
-
-        keys.make_keys(expired, ["127.0.0.1"], [])
-        keys.make_server_certificate(expired, ["127.0.0.1"], days=-1)
-        old = free_port()
-        with process("flower-superlink", superlink_options(expired, old), expired):
-            time.sleep(min(wait, 10))
-            with node(home / "spare", trust=expired, to=old) as running:
-                rows.append(refused("server certificate expired", running, TLS, wait, federation))
-        anywhere = ["--host", "0.0.0.0", "--port", str(free_port()), "--insecure", "--enable-supernode-auth"]
-        with process("flower-superlink", anywhere, expired) as running:
-            rows.append(refused("plaintext server off loopback", running, ("ssl-certfile",), wait, federation))
-    return rows
-
-
-def online(federation: Loopback) -> int:
-    return sum(node["status"] == "online" for node in federation.flwr("supernode", "list")["nodes"])
-
-
-def until(true: Any, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > end:
-            raise TimeoutError("an honest node did not come online")
-        time.sleep(1)
-
-
 def note(text: str) -> None:
     print(text, flush=True)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["overhead", "large", "refusals"], default=[])
+    parser.add_argument("parts", nargs="*", choices=["overhead", "large"], default=[])
     parser.add_argument("--quick", action="store_true", help="three rounds instead of ten")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the record goes (default: %(default)s)")
     options = parser.parse_args()
-    parts = options.parts or ["overhead", "large", "refusals"]
+    parts = options.parts or ["overhead", "large"]
     record = json.loads(options.out.read_text()) if options.out.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         for part in parts:
             work = Path(name) / part
             work.mkdir()
             began, load = datetime.now(UTC).isoformat(timespec="seconds"), os.getloadavg()[0]
-            if part == "overhead":
-                found: Any = overhead(work, 3 if options.quick else 10)
-            elif part == "large":
-                found = large(work)
-            else:
-                found = {"cases": refusals(work, 60)}
+            found = overhead(work, 3 if options.quick else 10) if part == "overhead" else large(work)
             record[part] = {"date": began, "load_average_at_start": round(load, 1), **found}
             options.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps({key: value for key, value in record.items() if key in parts}, indent=1))
-    return 0 if all(row["refused"] for row in record.get("refusals", {}).get("cases", [])) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,17 +1,18 @@
-"""Accuracy against epsilon on the quickstart's testbed: one round of many clients, the same updates at every noise.
+"""Accuracy against epsilon on the quickstart's testbed: many small clients, all of them in every round.
 
-    python bench/privacy.py [--clients 24] [--quick] [--out FILE.csv]
+    python bench/privacy.py [--seed 0] [--method ubsmoe] [--noises "0, 0.5, 1"] [--quick] [--out FILE]
+    python bench/privacy.py --table
 
-There is one round, so the clients train once and only the noise differs; epsilon is that of one round with everybody in it. Rows
-are written as points end.
+Clients hold some twenty examples each, dealt at random, and take two steps a round. The clip norm is the median length of the first
+changes, which is known here because this is a study. Noise 0 is the plain mean, without clipping. A line of JSON is written as each
+point ends; points that the file has are not run again.
 """
 
 import argparse
-import csv
+import json
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,86 +22,95 @@ from ubsmoe.config import load_run
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.federation import Federation, build_federation
 from ubsmoe.maths.robust import squared_norm
-from ubsmoe.messages import Reply, Task, Update
+from ubsmoe.messages import Task, Update
+from ubsmoe.privacy import spent
 from ubsmoe.protection import change_of
-from ubsmoe.rounds import evaluate_tier, one_round, start_state
+from ubsmoe.rounds import evaluate_tier, noise_key, one_round, start_state
 
 TESTBED = Path(__file__).parents[1] / "runs" / "quickstart.toml"
+RESULTS = Path(__file__).with_name("results") / "privacy.jsonl"
 CHANGES = {
-    "train.local_steps": 6,
+    "clients.count": 128,
+    "train.rounds": 6,
+    "train.local_steps": 2,
     "train.batch_size": 8,
-    "data.world.test_examples": 60,
+    "train.learning_rate": 1e-2,
     "data.partition.kind": "iid",
     "evaluate.likelihood": False,
 }
-NOISES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
-"""Noise multipliers; 0 is no privacy at all: the plain mean."""
+NOISES = "0, 0.25, 0.5, 1, 2, 4"
+LOOKED_AT = 16  # clients whose first changes give the clip norm
 
 
-class Known:
-    """An engine whose clients have answered already."""
+def usual_length(federation: Federation) -> float:
+    """Median norm of the first changes."""
+    state = start_state(federation)
+    tasks = (
+        Task(1, client, federation.method.dispatch(state, client), federation.run_id, federation.base_sha256)
+        for client in federation.clients[:LOOKED_AT]
+    )
+    replies = LocalEngine(federation.trainer, federation.examples).exchange(tasks)
+    return round(median(squared_norm(change_of(one, state)) ** 0.5 for one in replies if isinstance(one, Update)), 2)
 
-    def __init__(self, replies: list[Reply]) -> None:
-        self._replies = replies
 
-    def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
-        """Their answers, as those to these tasks."""
-        for task, reply in zip(tasks, self._replies, strict=True):
-            yield replace(reply, run=task.run) if isinstance(reply, Update) else reply
+def point(changes: dict[str, Any], noise: float) -> dict[str, Any]:
+    """Every tier's scores after all rounds, and the epsilon of them."""
+    federation, private = build_federation(load_run(TESTBED, changes)), {}
+    if noise:
+        private = {"privacy.noise_multiplier": noise, "privacy.clip_norm": usual_length(federation), "privacy.seed": 0}
+        federation = build_federation(load_run(TESTBED, changes | private))
+    settings, state = federation.settings, start_state(federation)
+    engine = LocalEngine(federation.trainer, federation.examples)
+    for number in range(1, settings.train.rounds + 1):
+        state = one_round(federation, engine, state, number, lambda *_, **__: None, noise_key(settings))
+    scores = [evaluate_tier(federation, state, tier)["macro"] for tier in federation.tiers]
+    return {
+        "clients": settings.clients.count,
+        "rounds": settings.train.rounds,
+        "weights": sum(value.numel() for value in state.adapters.values()),
+        "clip_norm": private.get("privacy.clip_norm"),
+        "epsilon": spent(settings, settings.train.rounds)["epsilon"] if noise else None,
+        "tiers": [{name: round(getattr(one, name), 4) for name in ("accuracy", "unparsed", "loss")} for one in scores],
+    }
 
 
-def scores(federation: Federation, replies: list[Reply]) -> list[Any]:
-    state = one_round(federation, Known(replies), start_state(federation), 1, lambda *_, **__: None, noise="0")
-    return [evaluate_tier(federation, state, tier)["macro"] for tier in federation.tiers]
+def line_of(row: dict[str, Any]) -> str:
+    """A row of the table in docs/robustness.md."""
+    accuracy = " / ".join(f"{100 * tier['accuracy']:.0f}" for tier in row["tiers"])
+    loss = sum(tier["loss"] for tier in row["tiers"]) / len(row["tiers"])
+    epsilon = "∞" if row["epsilon"] is None else f"{row['epsilon']:.3g}"
+    return f"| {row['method']} | {row['seed']} | {row['noise']:g} | {epsilon} | {accuracy} | {loss:.3f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--clients", type=int, default=24)
     parser.add_argument("--method", default="ubsmoe")
-    parser.add_argument("--quick", action="store_true", help="four clients, two points")
-    parser.add_argument("--out", type=Path, default=Path("privacy.csv"))
+    parser.add_argument("--noises", default=NOISES, help="noise multipliers")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="four clients, one round, two points")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="print what is there as a table, run nothing")
     chosen = parser.parse_args()
+    rows = [json.loads(line) for line in chosen.out.read_text().splitlines()] if chosen.out.exists() else []
+    if chosen.table:
+        print(
+            "| method | seed | noise multiplier | ε at δ = 1e-5 | accuracy %, tiers 1-4 | loss |\n|---|---|---|---|---|---|"
+        )
+        print("\n".join(map(line_of, sorted(rows, key=lambda row: (row["method"], row["seed"], row["noise"])))))
+        return
     torch.set_num_threads(1)
     keep_freed_memory()
-    changes = CHANGES | {"clients.count": 4 if chosen.quick else chosen.clients, "method.name": chosen.method}
-    federation = build_federation(load_run(TESTBED, changes))
-    state = start_state(federation)
-    engine = LocalEngine(federation.trainer, federation.examples)
-    tasks = [
-        Task(1, client, federation.method.dispatch(state, client), federation.run_id, federation.base_sha256)
-        for client in federation.clients
-    ]
-    replies = list(engine.exchange(tasks))
-    norms = sorted(squared_norm(change_of(one, state)) ** 0.5 for one in replies if isinstance(one, Update))
-    clip = round(norms[len(norms) // 2], 2)  # the median: known here because this is a study
-    print(
-        f"trained after {time.process_time():.0f} s; norms {norms[0]:.2f} to {norms[-1]:.2f}, clip {clip}", flush=True
-    )
-    for noise in NOISES[::5] if chosen.quick else NOISES:
-        private = {"privacy.noise_multiplier": noise, "privacy.clip_norm": clip, "privacy.seed": 0} if noise else {}
-        settings = load_run(TESTBED, changes | private)
-        one = replace(federation, settings=settings)
-        epsilon = ""
-        if noise:
-            from ubsmoe.privacy import spent
-
-            epsilon = f"{spent(settings, 1)['epsilon']:.4g}"
-        for tier, score in enumerate(scores(one, replies)):
-            row = {"method": chosen.method, "clients": len(replies), "clip_norm": clip, "noise_multiplier": noise}
-            row |= {
-                "epsilon": epsilon,
-                "tier": tier + 1,
-                "accuracy": f"{score.accuracy:.4f}",
-                "loss": f"{score.loss:.4f}",
-            }
-            new = not chosen.out.exists()
-            with chosen.out.open("a", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
-        print(f"noise {noise:<6g} epsilon {epsilon or 'none':>10s}  after {time.process_time():.0f} s", flush=True)
+    changes = {**CHANGES, "seed": chosen.seed, "method.name": chosen.method}
+    if chosen.quick:
+        changes |= {"clients.count": 4, "train.rounds": 1}
+    done = {(row["method"], row["seed"], row["noise"]) for row in rows}
+    for noise in [0.0, 1.0] if chosen.quick else map(float, chosen.noises.split(",")):
+        if (chosen.method, chosen.seed, noise) in done:
+            continue
+        row = {"method": chosen.method, "seed": chosen.seed, "noise": noise, **point(changes, noise)}
+        with chosen.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(line_of(row), f"  {time.process_time():.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ubsmoe.deploy.app import write_app
+from ubsmoe.deploy.loopback import flower_command, flower_environment, loopback
 
 UBSMOE = [sys.executable, "-c", "from ubsmoe.cli import main; main()"]
 
@@ -26,15 +31,16 @@ def adapter(folder: Path) -> str:
     return str(json.loads((folder / "summary.json").read_text())["adapter_sha256"])
 
 
-def processes_of(folder: Path) -> list[str]:
+def processes(*words: str) -> list[int]:
+    """The numbers of the processes in whose command line all these words stand."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        if str(folder) in line and "flower" in line:
-            found.append(line)
+        if all(word in line for word in words):
+            found.append(int(entry.parent.name))
     return found
 
 
@@ -52,6 +58,36 @@ def test_one_run_file_gives_one_adapter_here_simulated_and_deployed(
     log = ubsmoe("flower", "up", app, "--nodes", 2, "--run")
     assert adapter(app / "out") == adapter(tmp_path / "here")
     assert "client-3 is node" in log
-    assert not processes_of(tmp_path)
+    assert not processes(str(tmp_path), "flower")
     assert (app / ".flwr").stat().st_mode & 0o077 == 0
     assert (app / ".flwr" / "node-0").stat().st_mode & 0o077 == 0
+
+
+def rounds(folder: Path) -> int:
+    """How many a run has done."""
+    file = folder / "events.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return sum(json.loads(line)["event"] == "round" for line in lines)
+
+
+def test_a_server_app_that_was_killed_goes_on_to_the_same_adapter(
+    tiny_run: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
+) -> None:
+    table = tiny_run | {"threads": 1, "tiers": {"budgets": [0.5, 1.0], "ranks": [1, 2]}}
+    run_file, app = write_toml(table), tmp_path / "app"
+    changes = {"train.rounds": 3, "evaluate.max_examples": 1}
+    ubsmoe("run", run_file, "--out", tmp_path / "here", *(f"--set={key}={value}" for key, value in changes.items()))
+    write_app(run_file, app, changes)
+    with loopback(app, 2, simulated=False) as federation:
+        command = flower_command("flwr", "run", str(app), federation.name, "--stream")
+        with subprocess.Popen(command, env=flower_environment(federation.home)) as first:
+            end = time.monotonic() + 300
+            while rounds(app / "out") < 1 and time.monotonic() < end:
+                time.sleep(0.1)
+            port = (federation.home / "config.toml").read_text().split("127.0.0.1:")[1].split('"')[0]
+            (server,) = processes("flwr-serverapp", f"127.0.0.1:{port}")
+            os.kill(server, signal.SIGKILL)
+            first.kill()
+        assert not (app / "out" / "summary.json").exists()
+        federation.run()
+    assert adapter(app / "out") == adapter(tmp_path / "here")

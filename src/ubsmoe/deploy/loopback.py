@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,13 +58,13 @@ class Loopback:
         command += ["--run-config", " ".join(options)] if options else []
         if self.simulated:
             command += ["--federation-config", f"num-supernodes={self.nodes} client-resources-num-cpus=1"]
-        if subprocess.run(_command("flwr", *command), env=_environment(self.home), check=False).returncode:
+        if subprocess.run(flower_command("flwr", *command), env=flower_environment(self.home), check=False).returncode:
             raise FlowerFailure(f"flwr run failed; see above, and the logs in {self.home}")
 
     def flwr(self, *words: str) -> Any:
         """What a `flwr` command says in JSON. Raises FlowerFailure if it fails."""
-        command = _command("flwr", *words, self.name, "--format", "json")
-        done = subprocess.run(command, env=_environment(self.home), check=False, capture_output=True, text=True)
+        command = flower_command("flwr", *words, self.name, "--format", "json")
+        done = subprocess.run(command, env=flower_environment(self.home), check=False, capture_output=True, text=True)
         try:
             said = json.loads(done.stdout)
         except ValueError:
@@ -109,7 +109,7 @@ def loopback(
 
         def start(program: str, options: Sequence[str], name: str) -> subprocess.Popen[bytes]:
             return stack.enter_context(
-                _process(program, options, _environment(home, workers), app, home / f"{name}.log")
+                _process(program, options, flower_environment(home, workers), app, home / f"{name}.log")
             )
 
         if not simulated:
@@ -171,7 +171,7 @@ def _online(found: Loopback) -> int:
     return sum(node["status"] == "online" for node in found.flwr("supernode", "list")["nodes"])
 
 
-def _command(program: str, *words: str) -> list[str]:
+def flower_command(program: str, *words: str) -> list[str]:
     """Flower's programs stand beside the Python that runs this."""
     path = shutil.which(program, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if path is None:
@@ -179,7 +179,7 @@ def _command(program: str, *words: str) -> list[str]:
     return [path, *words]
 
 
-def _environment(home: Path, workers: Path | None = None) -> dict[str, str]:
+def flower_environment(home: Path, workers: Path | None = None) -> dict[str, str]:
     """Flower starts more programs by name, so they must be on the path."""
     own = {
         "FLWR_HOME": str(home),
@@ -192,10 +192,10 @@ def _environment(home: Path, workers: Path | None = None) -> dict[str, str]:
 def _process(
     program: str, options: Sequence[str], environment: Mapping[str, str], folder: Path, log_file: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of ours; asked to end on leaving, and ended if it does not."""
+    """A process of ours; asked to end on leaving, and ended if it does not, with what it has started and left behind."""
     with open(log_file, "ab") as log:
         process = subprocess.Popen(
-            _command(program, *options),
+            flower_command(program, *options),
             env=environment,
             cwd=folder,
             stdin=subprocess.DEVNULL,
@@ -206,12 +206,28 @@ def _process(
     try:
         yield process
     finally:
+        family = descendants(process.pid)  # a SuperLink that ends leaves the app of a run that goes on
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        kill([process.pid, *family] if process.poll() is None else family)
+        process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and those that these have, where Linux tells."""
+    try:
+        children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return children + [one for child in children for one in descendants(child)]
+
+
+def kill(pids: Iterable[int]) -> None:
+    """End these processes, as far as they are there."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _wait(ready: Callable[[], bool], processes: Sequence[subprocess.Popen[bytes]], what: str) -> None:
