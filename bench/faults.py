@@ -7,6 +7,7 @@ G, deployment, starts a SuperLink and SuperNodes and takes minutes; --quick leav
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -59,7 +60,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="a tenth of the mutations and damages, no G")
     parser.add_argument("--only", help="families, such as ABF")
-    parser.add_argument("--out", type=Path, help="write the matrix as JSON")
+    parser.add_argument(
+        "--out", type=Path, help="write the matrix as JSON; families that are not run keep the rows they have there"
+    )
     chosen = parser.parse_args()
     families = chosen.only or "".join(FAMILIES).replace("G" if chosen.quick else "", "")
     torch.set_num_threads(1)
@@ -91,7 +94,11 @@ def main() -> None:
         console.print(f"{family}  {title}: {len(own)} of {count} faults, {sum(row.holds for row in own)} as declared")
     console.print(f"rows: {len(rows)}, undeclared: {len(undeclared)}")
     if chosen.out:
-        atomic_write(chosen.out, encode_json({"faults": [asdict(row) for row in rows], "flwr_fedavg": stock}, indent=1))
+        before = json.loads(chosen.out.read_text()) if chosen.out.exists() else {"faults": [], "flwr_fedavg": None}
+        kept = [row for row in before["faults"] if row["family"] not in families]
+        merged = sorted([*kept, *map(asdict, rows)], key=lambda row: row["family"])
+        record = {"faults": merged, "flwr_fedavg": stock or before["flwr_fedavg"]}
+        atomic_write(chosen.out, encode_json(record, indent=1))
     sys.exit(bool(undeclared))
 
 

@@ -46,7 +46,7 @@ class Site:
         self.workers = Path(stack.enter_context(TemporaryDirectory(prefix="ubsmoe-")))
         stack.callback(stop_workers, self.workers)
         keys.make_keys(self.home, ["127.0.0.1"], [*NODES, *OTHERS])
-        write_app(run_file, self.app, {"rounds.quorum": 0.5, "rounds.deadline_seconds": 600})
+        write_app(run_file, self.app, {"train.rounds": 4, "rounds.quorum": 0.5, "rounds.deadline_seconds": 600})
         trust = f'address = "127.0.0.1:{self.port}"\nroot-certificates = "{self.home / keys.CA}"\n'
         (self.home / "config.toml").write_text(f"[superlink.loopback]\n{trust}")
         self.flower = Loopback("loopback", self.home, self.app, len(NODES), simulated=False)

@@ -44,3 +44,37 @@ def test_flower_knows_the_options(name: str) -> None:
     )
     for option in (word.partition("=")[0] for word in words if word.startswith("--")):
         assert option in done.stdout, option
+
+
+SPEC = {
+    "image",
+    "user",
+    "read_only",
+    "cap_drop",
+    "security_opt",
+    "restart",
+    "environment",
+    "command",
+    "ports",
+    "volumes",
+    "tmpfs",
+}
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.compose.yaml")), ids=lambda file: file.name)
+def test_a_file_keeps_to_the_compose_specification(file: Path) -> None:
+    """As far as it is used here: known keys, volumes that are declared or stand beside the file, paths that are mounted."""
+    text = file.read_text()
+    whole = yaml.safe_load(text)
+    assert set(whole) == {"services", "volumes"}
+    for service in whole["services"].values():
+        assert set(service) <= SPEC
+        mounts = dict(volume.split(":")[:2] for volume in service["volumes"])
+        assert {name for name in mounts if not name.startswith("./")} <= set(whole["volumes"])
+        for path in re.findall(r"""[=" ](/[a-z]+)/""", " ".join(service["command"])):
+            assert path in {*mounts.values(), *(place.split(":")[0] for place in service["tmpfs"])}
+    variables = {name: rest for name, rest in re.findall(r"\$\{(\w+)(:[?-][^}]+)?\}", text)}
+    assert all(variables.values()), "every variable has a default or a sentence that asks for it"
+    asked = {name for name, rest in variables.items() if rest.startswith(":?")}
+    head = text.split("services:")[0]
+    assert all(f"{name}=" in head for name in asked), "the head of the file names what must be set"
