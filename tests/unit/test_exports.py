@@ -150,6 +150,20 @@ def drop_expert(folder: Path) -> None:
     exports.exportfolder.write_tensors(folder / "adapter_model.safetensors", tensors)
 
 
+def narrow_attention(folder: Path) -> None:
+    tensors = exports.exportfolder.read_export_tensors(folder / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"
+    exports.exportfolder.write_tensors(
+        folder / "adapter_model.safetensors", tensors | {key: tensors[key][:, :2].clone()}
+    )
+
+
+def halve_attention(folder: Path) -> None:
+    tensors = exports.exportfolder.read_export_tensors(folder / "adapter_model.safetensors")
+    del tensors["base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"]
+    exports.exportfolder.write_tensors(folder / "adapter_model.safetensors", tensors)
+
+
 def set_rank(folder: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 2}))
@@ -173,9 +187,11 @@ def set_dora(folder: Path) -> None:
         (
             drop_expert,
             False,
-            r"factors \(18, 24\) and \(40, 18\); rank 3 on 7 experts .* needs \(21, 24\) and \(40, 21\)",
+            r"factors \(18, 24\) and \(40, 18\); rank 3 with M = 7 .* needs \(21, 24\) and \(40, 21\)",
         ),
-        (set_rank, False, r"rank 2 on 7 experts .* needs \(14, 24\)"),
+        (narrow_attention, False, r"k_proj has factors \(3, 24\) and \(8, 2\); rank 3 .* needs \(3, 24\) and \(8, 3\)"),
+        (halve_attention, False, r"lacks .*k_proj.lora_B.weight: expected both factors"),
+        (set_rank, False, r"rank 2 with M = 7 .* needs \(14, 24\)"),
         (set_dora, False, "use_dora"),
         (lambda folder: (folder / "adapter_config.json").unlink(), False, "no PEFT adapter"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"half"), False, "cannot be read"),
@@ -184,7 +200,7 @@ def set_dora(folder: Path) -> None:
 def test_a_broken_adapter_is_refused_with_the_reason(
     damage: Any, keep_sidecar: bool, sentence: str, tmp_path: Path
 ) -> None:
-    sparse = adapted("olmoe")
+    sparse = adapted("olmoe", attention="attention" in getattr(damage, "__name__", ""))
     exported(sparse, "peft", tmp_path / "out")
     damage(tmp_path / "out")
     if not keep_sidecar:
@@ -207,7 +223,7 @@ def test_an_adapter_of_another_family_is_refused_without_a_sidecar_too(tmp_path:
     exported(adapted("olmoe"), "peft", tmp_path / "out")
     (tmp_path / "out" / "ubsmoe.json").unlink()
     base = SparseModel(tiny("olmoe", num_experts=6))
-    with pytest.raises(UserError, match="on 6 experts of this base"):
+    with pytest.raises(UserError, match="with M = 6 on this base"):
         exports.read_peft(tmp_path / "out", base, "")
 
 

@@ -106,7 +106,7 @@ def from_peft(
             need = (experts * rank, shape[1]), (shape[0], rank * experts)
             if (tuple(a.shape), tuple(b.shape)) != need:
                 raise AdapterMismatch(
-                    f"{key} has factors {tuple(a.shape)} and {tuple(b.shape)}; rank {rank} on {layer.num_experts} experts of "
+                    f"{key} has factors {tuple(a.shape)} and {tuple(b.shape)}; rank {rank} with M = {experts} on "
                     f"this base ({sparse.model.config.model_type}) needs {need[0]} and {need[1]}"
                 )
             adapter[f"{name}.A"] = a.view(experts, rank, -1).float()
@@ -182,5 +182,7 @@ def _suffix(path: str) -> str:
 
 def _take(given: dict[str, Tensor], name: str) -> Tensor:
     if name not in given:
-        raise AdapterMismatch(f"the adapter lacks {name}: it has no LoRA on every expert matrix of this base")
+        raise AdapterMismatch(
+            f"the adapter lacks {name}: expected both factors, and LoRA on every expert matrix of this base"
+        )
     return given.pop(name)
