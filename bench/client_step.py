@@ -5,7 +5,13 @@
     frozen    stock transformers, nothing trained, gradient by the inputs alone: what one pays without any adapter
     ... kept  the last two with our allocator setting, which they do not have of their own: what the kernel alone is worth
 
-A step is zero_grad, forward, loss on every position, backward, and fused AdamW (but for `frozen`, which has nothing to step).
+Two kinds of batches, a table each:
+
+    full      random tokens, 128 a row, no padding, a label on every position: all there is to compute is asked for
+    answers   fresh questions of the shipped world in LLM-Adapters' template, as a client gets them: 120 to 154 tokens a row, padded
+              on the right, labels on the answer alone. We skip what no label reads; PEFT as its users run it does not
+
+A step is zero_grad, forward, loss, backward, and fused AdamW (but for `frozen`, which has nothing to step).
 Each way has a process of its own, one thread; all see the same weights and the same fresh batches, and take turns step by step.
 Times are the process's CPU time, so that other work on the machine counts as little as possible; wall time is in the JSON.
 
@@ -21,7 +27,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +36,34 @@ import torch
 from torch.nn.functional import silu
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from ubsmoe import forecast
 from ubsmoe.allocator import keep_freed_memory
 from ubsmoe.client import language_loss
-from ubsmoe.maths.costs import backward_flops_per_token, forward_flops_per_token
+from ubsmoe.config import parse_run
+from ubsmoe.data.sources import load_training
+from ubsmoe.data.tokens import IGNORED, batches, collate, pad_id, tokenize
+from ubsmoe.maths.shape import EXPERTS_ONLY
 from ubsmoe.model.expert_weights import ExpertWeights, Lora
 from ubsmoe.model.kernel import run_pairs
+from ubsmoe.model.load import load_tokenizer
 from ubsmoe.model.presets import shape_from_config
 from ubsmoe.model.surgery import SparseModel
 
 RESULT = Path(__file__).resolve().parent / "results" / "client_step.json"
-SEED, RANK, LENGTH, VOCAB = 0, 8, 128, 1024
+SEED, RANK, LENGTH = 0, 8, 128
+VOCAB = {"full": 1024, "answers": 4096}  # of the second, what the shipped tokenizer has
 LAYERS, HIDDEN, WIDTH, EXPERTS = 4, 256, 256, 32
 WARM_UP = 2  # steps that are not counted
-ROWS = [(8, 8), (8, 2), (8, 1), (1, 8), (1, 2), (1, 1)]  # batch, K
+ROWS = [(data, size, top_k) for data in VOCAB for size in (8, 1) for top_k in (8, 2, 1)]
 Batch = dict[str, torch.Tensor]
 Step = Callable[[Batch], None]
 
 
-def olmoe_shaped() -> OlmoeForCausalLM:
+def olmoe_shaped(data: str = "full") -> OlmoeForCausalLM:
     """OLMoE's architecture, small: 4 layers, hidden 256, 32 experts of width 256, K_max 8."""
     torch.manual_seed(SEED)
     config = OlmoeConfig(
-        vocab_size=VOCAB,
+        vocab_size=VOCAB[data],
         hidden_size=HIDDEN,
         intermediate_size=WIDTH,
         num_hidden_layers=LAYERS,
@@ -58,7 +71,7 @@ def olmoe_shaped() -> OlmoeForCausalLM:
         num_key_value_heads=8,
         num_experts=EXPERTS,
         num_experts_per_tok=8,
-        max_position_embeddings=LENGTH,
+        max_position_embeddings=2 * LENGTH,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=1,
@@ -68,12 +81,30 @@ def olmoe_shaped() -> OlmoeForCausalLM:
 
 def fresh_batch(size: int, generator: torch.Generator) -> Batch:
     """Random tokens, no padding, a label everywhere."""
-    ids = torch.randint(2, VOCAB, (size, LENGTH), generator=generator)
+    ids = torch.randint(2, VOCAB["full"], (size, LENGTH), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def ours(top_k: int) -> Step:
-    model = SparseModel(olmoe_shaped())
+def fresh_batches(data: str, size: int) -> Iterator[Batch]:
+    """The same for every way."""
+    generator = torch.Generator().manual_seed(SEED)
+    while data == "full":
+        yield fresh_batch(size, generator)
+    settings = parse_run({"data": {"template": "llm_adapters", "world": {"train_examples": 2000}}})
+    tokenizer = load_tokenizer(settings.model)
+    tokens = tokenize(load_training(settings.data, tokenizer, SEED), tokenizer, settings.data, "train")
+    for chosen in batches(len(tokens), size, generator):
+        yield collate([tokens[i] for i in chosen], pad_id(tokenizer))
+
+
+def asked(batch: Batch) -> forecast.Batch:
+    """How much of a batch is real and labelled."""
+    labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
+    return forecast.Batch(*batch["input_ids"].shape, int(batch["attention_mask"].sum()), labelled)
+
+
+def ours(data: str, top_k: int) -> Step:
+    model = SparseModel(olmoe_shaped(data))
     model.load_adapter(model.fresh_adapter(RANK, torch.Generator().manual_seed(SEED), shared_a=True), alpha=16.0)
     model.set_top_k(top_k)
     optimizer = torch.optim.AdamW(model.adapter.values(), 1e-3, fused=True)
@@ -87,10 +118,10 @@ def ours(top_k: int) -> Step:
     return step
 
 
-def peft(top_k: int) -> Step:
+def peft(data: str, top_k: int) -> Step:
     from peft import LoraConfig, get_peft_model
 
-    model = olmoe_shaped()
+    model = olmoe_shaped(data)
     model.set_experts_implementation("grouped_mm")
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     tuned = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=16, target_modules=[], target_parameters=targets))
@@ -105,8 +136,8 @@ def peft(top_k: int) -> Step:
     return step
 
 
-def frozen(top_k: int) -> Step:
-    model = olmoe_shaped().requires_grad_(False)
+def frozen(data: str, top_k: int) -> Step:
+    model = olmoe_shaped(data).requires_grad_(False)
     model.set_experts_implementation("grouped_mm")
     _set_top_k(model, top_k)
 
@@ -123,7 +154,7 @@ def _set_top_k(model: Any, top_k: int) -> None:
         layer.mlp.gate.top_k = top_k
 
 
-WAYS: dict[str, tuple[Callable[[int], Step], bool]] = {  # how to step, and whether freed memory is kept
+WAYS: dict[str, tuple[Callable[[str, int], Step], bool]] = {  # how to step, and whether freed memory is kept
     "ours": (ours, True),
     "peft": (peft, False),
     "peft kept": (peft, True),
@@ -156,21 +187,21 @@ class Worker:
 
 
 def work(way: str) -> None:
-    """Obey lines: `row BATCH K` builds a model, `step` takes one, `memory` and `efficiency BATCH K` measure."""
+    """Obey lines: `row DATA BATCH K` builds a model, `step` takes one, `memory` and `efficiency BATCH K` measure."""
     build, keep = WAYS[way]
     torch.set_num_threads(1)
     if keep:
         keep_freed_memory()
-    step, size, loaded, generator = build(1), 1, 0, torch.Generator()
+    step, source, loaded = build("full", 1), fresh_batches("full", 1), 0
     for line in sys.stdin:
         answer: Any = None
         match line.split():
-            case ["row", batch, top_k]:
+            case ["row", data, batch, top_k]:
                 del step
-                step, size, generator = build(int(top_k)), int(batch), torch.Generator().manual_seed(SEED)
+                step, source = build(data, int(top_k)), fresh_batches(data, int(batch))
                 loaded = resident_kib()
             case ["step"]:
-                batch = fresh_batch(size, generator)
+                batch = next(source)
                 began, wall = time.process_time(), time.perf_counter()
                 step(batch)
                 answer = [(time.process_time() - began) * 1e3, (time.perf_counter() - wall) * 1e3]
@@ -243,26 +274,27 @@ def summary(times: list[float]) -> dict[str, float]:
     return {"median": round(middle, 2), "q1": round(low, 2), "q3": round(high, 2)}
 
 
-def measure(ways: list[str], rows: list[tuple[int, int]], repeats: int) -> dict[str, Any]:
-    """One row per batch size and K; memory at the largest, where each process has had no other peak yet."""
-    shape, workers = shape_from_config(olmoe_shaped().config), {way: Worker(way) for way in ways}
+def measure(ways: list[str], rows: list[tuple[str, int, int]], repeats: int) -> dict[str, Any]:
+    """One row per kind and size of batch and K; memory at the largest, where each process has had no other peak yet."""
+    workers = {way: Worker(way) for way in ways}
     facts: dict[str, Any] = {"steps": [], "memory_mib": {}}
-    for size, top_k in rows:
+    for data, size, top_k in rows:
         times: dict[str, list[list[float]]] = {way: [] for way in ways}
         for worker in workers.values():
-            worker.ask("row", size, top_k)
-        for _ in range(WARM_UP + repeats * (1 if size > 1 else 2)):
+            worker.ask("row", data, size, top_k)
+        steps = WARM_UP + repeats * (1 if size > 1 else 2)
+        for _ in range(steps):
             for way, worker in workers.items():
                 times[way].append(worker.ask("step"))
         if not facts["memory_mib"]:
             facts["memory_mib"] = {way: worker.ask("memory") for way, worker in workers.items()}
-        flops = forward_flops_per_token(shape, top_k, RANK, LENGTH).total
-        flops += backward_flops_per_token(shape, top_k, RANK, LENGTH).total
-        row = {"batch": size, "top_k": top_k, "mflops_per_token": flops / 1e6}
+        row: dict[str, Any] = {"data": data, "batch": size, "top_k": top_k}
+        row |= what_is_asked([asked(batch) for batch in islice(fresh_batches(data, size), WARM_UP, steps)], data, top_k)
         for way, pairs in times.items():
             cpu, wall = (list(column) for column in zip(*pairs[WARM_UP:], strict=True))
             row[way] = {**summary(cpu), "wall": summary(wall)}
-        row |= workers["ours"].ask("efficiency", size, top_k)
+        if data == "full":
+            row |= workers["ours"].ask("efficiency", size, top_k)
         facts["steps"].append(row)
         show(row, facts["steps"])
     for worker in workers.values():
@@ -270,14 +302,27 @@ def measure(ways: list[str], rows: list[tuple[int, int]], repeats: int) -> dict[
     return facts
 
 
+def what_is_asked(seen: list[forecast.Batch], data: str, top_k: int) -> dict[str, float]:
+    """Shares of padding and of labelled tokens, and FLOPs of our step per token that is no padding."""
+    shape, real = shape_from_config(olmoe_shaped(data).config), sum(batch.real for batch in seen)
+    flops = sum(forecast.batch_flops(shape, top_k, RANK, batch, EXPERTS_ONLY, 0.0) for batch in seen)
+    return {
+        "padding": 1 - real / sum(batch.rows * batch.length for batch in seen),
+        "labelled": sum(batch.labelled for batch in seen) / real,
+        "mflops_per_token": flops / real / 1e6,
+    }
+
+
 def show(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """A line of the table, under its head if it is the first."""
-    if len(rows) == 1:
+    """A line of its table, under the table's head if it is the first."""
+    table = [other for other in rows if other["data"] == row["data"]]
+    if len(table) == 1:
+        print(f"{row['data']}: {row['padding']:.0%} padding, {row['labelled']:.0%} of the rest labelled")
         print("               CPU ms                              peft / ours   ours / frozen   ours over")
         print(
             "batch  K  ours (quartiles)       peft   frozen       as is  kept   as is  kept    K=8 (FLOPs)   efficiency"
         )
-    top = next(other for other in rows if other["batch"] == row["batch"])
+    top = next(other for other in table if other["batch"] == row["batch"])
     mine = row["ours"]["median"]
 
     def ratio(over: str, under: str) -> str:
@@ -289,23 +334,22 @@ def show(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         f" {ratio('peft', 'ours'):>11} {ratio('peft kept', 'ours'):>5}"
         f" {ratio('ours', 'frozen'):>7} {ratio('ours', 'frozen kept'):>5}"
         f" {mine / top['ours']['median']:8.2f} ({row['mflops_per_token'] / top['mflops_per_token']:.2f})"
-        f" {row['efficiency']:12.2f}",
+        + (f" {row['efficiency']:12.2f}" if "efficiency" in row else ""),
         flush=True,
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument(
-        "--quick", action="store_true", help="one row per batch size, three steps, without the `kept` ways"
-    )
+    parser.add_argument("--quick", action="store_true", help="one row per table, three steps, without the `kept` ways")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return work(options.worker)
     torch.set_num_threads(1)
-    facts = measure(["ours", "peft", "frozen"], [(8, 8), (1, 2)], 3) if options.quick else measure(list(WAYS), ROWS, 7)
+    quick = ["ours", "peft", "frozen"], [("full", 8, 8), ("answers", 8, 2)], 3
+    facts = measure(*quick) if options.quick else measure(list(WAYS), ROWS, 7)
     memory = facts["memory_mib"]
     print(
         f"peak memory that a step adds, batch 8, K=8, MiB: {', '.join(f'{way} {value:.0f}' for way, value in memory.items())};"

@@ -26,7 +26,7 @@ from ubsmoe.config import ConfigError
 from ubsmoe.data.tokens import batches, collate, pad_id
 from ubsmoe.federation import Federation, build_federation
 from ubsmoe.finished import settings_of_run
-from ubsmoe.maths.pseudo_gradient import Mode, PseudoGradient, parameter_signal
+from ubsmoe.maths.pseudo_gradient import Mode, PseudoGradient, parameter_signal, unit_rows
 from ubsmoe.messages import Profile
 from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.surgery import SparseModel
@@ -155,8 +155,10 @@ def layer_signals(
         offered: dict[str, Tensor] = {}
         for mode in RESCALED:
             settings = PseudoGradient(mode)
-            if mode != "server" or all(update.get(name) is not None for name in grads):
-                offered[mode] = _flat({n: parameter_signal(settings, g, mass, update.get(n)) for n, g in grads.items()})
+            others = {name: update.get(name) if mode == "server" else None for name in grads}
+            if mode != "server" or all(change is not None for change in others.values()):
+                towards = {n: None if change is None else unit_rows(change) for n, change in others.items()}
+                offered[mode] = _flat({n: parameter_signal(settings, g, mass, towards[n]) for n, g in grads.items()})
         offered |= {name: _flat(layers[index]) - own for name, layers in sampled.items()}
         offered["random"] = torch.randn(missing.shape, generator=draw).to(missing) * (missing != 0)
         offered["another expert"] = own[_others(used)]

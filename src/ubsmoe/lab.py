@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ubsmoe.maths import balance, bounds
-from ubsmoe.maths.pseudo_gradient import PseudoGradient, parameter_signal, routing_mass
+from ubsmoe.maths.pseudo_gradient import PseudoGradient, parameter_signal, routing_mass, unit_rows
 from ubsmoe.seeds import generator_for
 
 Forward = Literal["dense", "sparse"]
@@ -214,7 +214,7 @@ def _client_gradient(
         kept = torch.rand(chosen.shape, generator=draw) < signal.pair_fraction
         return own + (pairs * (~chosen & kept)[:, :, None]).sum(0) / signal.pair_fraction
     rho = signal.rho(int(chosen[0].sum()), problem.num_experts, problem.num_experts)
-    return own + parameter_signal(signal, own, routing_mass(problem.p[rows], chosen, rho=rho), update)
+    return own + parameter_signal(signal, own, routing_mass(problem.p[rows], chosen, rho=rho), unit_rows(update))
 
 
 def _field(problem: Problem, top_k: int, forward: Forward) -> tuple[Tensor, Tensor]:

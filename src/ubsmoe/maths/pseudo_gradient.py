@@ -145,34 +145,37 @@ def self_ipw(
     return into if mean is None else _add_outer(into, mass.owed * never, mean)
 
 
+def unit_rows(global_update: Float[Tensor, "M *S"]) -> Float[Tensor, "M *S"]:
+    """Each expert's update at length 1; zero for one that nobody changed."""
+    length = global_update.flatten(1).norm(dim=1)
+    return global_update / _like(torch.where(length > 0, length, torch.inf), global_update)
+
+
 def server(
-    grads: Float[Tensor, "M *S"], mass: Mass, global_update: Float[Tensor, "M *S"], into: Tensor | None = None
+    grads: Float[Tensor, "M *S"], mass: Mass, direction: Float[Tensor, "M *S"], into: Tensor | None = None
 ) -> Float[Tensor, "M *S"]:
     """Minus the server's mean update of an expert, times rho, the share missed and the active experts' gradient norm.
 
-    An update is a sum of optimiser steps, not a gradient: its direction is kept and its length is not, since as it stands it
-    acts as a momentum and diverges.
+    An update is a sum of optimiser steps, not a gradient: its `direction` is kept (`unit_rows`, once a round) and its length is
+    not, since as it stands it acts as a momentum and diverges.
     """
     used, into = mass.active > 0, _start(into, grads)
-    if not used.any():
-        return into
-    length = global_update.flatten(1).norm(dim=1)
-    length = torch.where(length > 0, length, torch.inf)  # an expert that nobody changed gets nothing, not 0 / 0
-    scale = grads.flatten(1).norm(dim=1)[used].mean()
+    scale = grads.flatten(1).norm(dim=1)[used].sum() / used.sum().clamp_min(1)
     share = mass.owed / (mass.missing + mass.active).clamp_min(torch.finfo(mass.active.dtype).tiny)
-    return into.addcmul_(_like(-share * scale / length, grads), global_update)
+    return into.addcmul_(_like(-share * scale, grads), direction)
 
 
 def parameter_signal(
     settings: PseudoGradient,
     grads: Float[Tensor, "M *S"],
     mass: Mass,
-    global_update: Tensor | None = None,
+    direction: Tensor | None = None,
     into: Tensor | None = None,
 ) -> Float[Tensor, "M *S"]:
     """The signal that a mode without extra expert computation adds to the gradient of one fused tensor.
 
-    Added in place to `into`, which may be `grads` itself, so that a step costs two or three passes over the gradients.
+    `direction` is what `server` needs. The signal is added in place to `into`, which may be `grads` itself: a step then costs two
+    or three passes over the gradients.
     """
     mass = replace(mass, owed=settings.strength * mass.owed)  # every mode is linear in it
     if settings.mode == "client_mean":
@@ -180,7 +183,7 @@ def parameter_signal(
     if settings.mode == "self_ipw":
         return self_ipw(grads, mass, settings.limit, into)
     assert settings.mode == "server", settings.mode
-    return server(grads, mass, torch.zeros_like(grads) if global_update is None else global_update, into)
+    return server(grads, mass, torch.zeros_like(grads) if direction is None else direction, into)
 
 
 def _per_mass(grads: Tensor, mass: Mass) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ubsmoe.maths import routing
-from ubsmoe.maths.pseudo_gradient import Mode, PseudoGradient, Scope, Sparsity, parameter_signal
+from ubsmoe.maths.pseudo_gradient import Mode, PseudoGradient, Scope, Sparsity, parameter_signal, unit_rows
 from ubsmoe.maths.shape import ModelShape
 from ubsmoe.messages import Profile, Tensors, Update
 from ubsmoe.methods.base import USE_WEIGHS, Base, Hooks, Method, State, activation_weights, install_adapter
@@ -120,7 +120,12 @@ def ubsmoe(
                 value = parameter
             model.set_phi(value, n_p)
         if not pseudo.is_exact and pseudo.mode != "off" and "experts" in pseudo.scope:
-            hooks.before_step = lambda: _add_signal(model, pseudo, payload)
+            directions = {
+                name: unit_rows(payload[f"update.{name}"]).to(value.device)
+                for name, value in model.adapter.items()
+                if f"update.{name}" in payload
+            }
+            hooks.before_step = lambda: _add_signal(model, pseudo, directions)
         return hooks
 
     def aggregate(state: State, updates: Iterable[Update]) -> State:
@@ -172,7 +177,7 @@ def _expert_names(adapter: Tensors) -> list[str]:
     return [name for name in adapter if layer_of_experts(name) is not None]
 
 
-def _add_signal(model: SparseModel, pseudo: PseudoGradient, payload: Tensors) -> None:
+def _add_signal(model: SparseModel, pseudo: PseudoGradient, directions: Tensors) -> None:
     """Add the pseudo-gradient of this step to the experts' gradients, then start the next step's masses at zero."""
     for layer in model.layers:
         if layer.mass is None:
@@ -181,7 +186,5 @@ def _add_signal(model: SparseModel, pseudo: PseudoGradient, payload: Tensors) ->
             name = f"layers.{layer.index}.{key}"
             grad = model.adapter[name].grad
             if grad is not None:
-                others = payload.get(f"update.{name}")
-                others = None if others is None else others.to(grad.device)
-                parameter_signal(pseudo, grad, layer.mass, others, into=grad)
+                parameter_signal(pseudo, grad, layer.mass, directions.get(name), into=grad)
         layer.mass = None

@@ -20,6 +20,7 @@ from ubsmoe.maths.pseudo_gradient import (
     self_ipw,
     server,
     straight_through,
+    unit_rows,
 )
 
 few = settings(max_examples=30, deadline=None)
@@ -103,19 +104,21 @@ def test_self_ipw_falls_back_to_client_mean_where_an_expert_was_never_active(see
 @few
 def test_server_has_the_active_experts_norm_times_rho_and_the_share_missed(seed: int, length: float) -> None:
     mass, grads, update = random_mass(seed, starved=1), normal(M, *SHAPE, seed=seed), normal(M, *SHAPE, seed=seed + 1)
-    signal = server(grads, mass, update)
+    signal = server(grads, mass, unit_rows(update))
     scale = sum(grads[i].norm() for i in range(1, M)) / (M - 1)
     for i in range(M):
         expected = 0.6 * mass.missing[i] / (mass.missing[i] + mass.active[i]) * scale
         torch.testing.assert_close(signal[i].norm(), expected)
         torch.testing.assert_close(signal[i] / signal[i].norm(), -update[i] / update[i].norm())
-    torch.testing.assert_close(server(grads, mass, length * update), signal)  # the update's length is dropped
+    torch.testing.assert_close(
+        server(grads, mass, unit_rows(length * update)), signal
+    )  # the update's length is dropped
 
 
 def test_server_is_silent_for_experts_the_others_did_not_move() -> None:
     mass, grads, update = random_mass(0), normal(M, *SHAPE, seed=1), normal(M, *SHAPE, seed=2)
     update[3] = 0
-    signal = server(grads, mass, update)
+    signal = server(grads, mass, unit_rows(update))
     assert not signal[3].any() and signal.isfinite().all() and signal[2].any()
 
 
