@@ -36,7 +36,8 @@ def finished(
     monkeypatch: pytest.MonkeyPatch, tiny_run: dict, write_toml: WriteToml, tmp_path: Path
 ) -> Callable[[str], Path]:
     def run(method: str) -> Path:
-        settings = with_overrides(tiny_run, {"method.name": method, "train.rounds": 1, "evaluate.max_examples": 1})
+        changes = {"method.name": method, "train.rounds": 1, "evaluate.max_examples": 1, "adapter.attention": "trained"}
+        settings = with_overrides(tiny_run, changes)
         assert command(monkeypatch, "run", write_toml(settings), "--out", tmp_path / "run") == 0
         return tmp_path / "run"
 
@@ -112,7 +113,8 @@ def test_export_import_and_generate_from_the_command_line(
         command(monkeypatch, "generate", tmp_path / "peft", "alpha", "--budget", "0.25", "--max-new-tokens", "3") == 0
     )
 
-    again = with_overrides(tiny_run, {"train.rounds": 1, "evaluate.max_examples": 1, "method.name": "fedavg"})
+    short = {"train.rounds": 1, "evaluate.max_examples": 1, "method.name": "fedavg"}
+    again = with_overrides(tiny_run, {**short, "adapter.attention": "trained"})
     quoted = shutil.copytree(tmp_path / "peft", tmp_path / 'it\'s "mine"')
     assert command(monkeypatch, "import", quoted, write_toml(again), "--out", tmp_path / "again") == 0
     goes_on, ended = (json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "again", place))
@@ -124,7 +126,7 @@ def test_export_import_and_generate_from_the_command_line(
     [
         ({"adapter.rank": 2}, "has rank 3 and alpha 6, this run 2 and 6; set adapter.rank = 3"),
         ({"adapter.router": "trained"}, "adapter.router is 'trained'"),
-        ({"adapter.attention": "trained"}, "adapter.attention is 'trained'"),
+        ({"adapter.attention": "frozen"}, "adapter.attention is 'frozen'"),
         ({"method.name": "fed_sb"}, "fed_sb begins from an adapter of its own"),
         ({"method.name": "flora", "tiers.ranks": [3, 3, 3, 3]}, "flora begins from an adapter of its own"),
     ],
@@ -140,7 +142,10 @@ def test_an_adapter_that_a_run_cannot_start_from_is_refused(
     tmp_path: Path,
 ) -> None:
     export_run(finished("fedavg"), tmp_path / "peft", "peft")
-    settings = write_toml(with_overrides(tiny_run, {"adapter.start": str(tmp_path / "peft"), **change}), "again.toml")
+    settings = write_toml(
+        with_overrides(tiny_run, {"adapter.start": str(tmp_path / "peft"), "adapter.attention": "trained", **change}),
+        "again.toml",
+    )
     capsys.readouterr()
     assert command(monkeypatch, "run", settings, "--out", tmp_path / "again") == 2
     assert sentence in capsys.readouterr().err
