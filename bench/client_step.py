@@ -15,13 +15,14 @@ A step is zero_grad, forward, loss, backward, and fused AdamW (but for `frozen`,
 Each way has a process of its own, one thread; all see the same weights and the same fresh batches, and take turns step by step.
 Times are the process's CPU time, so that other work on the machine counts as little as possible; wall time is in the JSON.
 
-Beside it, in the same run: the expert part's FLOP/s over those of bare matrix products of its shapes.
+Beside it, in the same run: the expert part's FLOP/s over those of bare matrix products of its shapes (experts_efficiency.py).
 
 python bench/client_step.py [--quick] [--out FILE]    prints tables, writes bench/results/client_step.json
 """
 
 import argparse
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import silu
+from experts_efficiency import efficiency
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from ubsmoe import forecast
@@ -43,8 +44,6 @@ from ubsmoe.config import parse_run
 from ubsmoe.data.sources import load_training
 from ubsmoe.data.tokens import IGNORED, batches, collate, pad_id, tokenize
 from ubsmoe.maths.shape import EXPERTS_ONLY
-from ubsmoe.model.expert_weights import ExpertWeights, Lora
-from ubsmoe.model.kernel import run_pairs
 from ubsmoe.model.load import load_tokenizer
 from ubsmoe.model.presets import shape_from_config
 from ubsmoe.model.surgery import SparseModel
@@ -59,10 +58,9 @@ Batch = dict[str, torch.Tensor]
 Step = Callable[[Batch], None]
 
 
-def olmoe_shaped(data: str = "full") -> OlmoeForCausalLM:
+def olmoe_config(data: str) -> OlmoeConfig:
     """OLMoE's architecture, small: 4 layers, hidden 256, 32 experts of width 256, K_max 8."""
-    torch.manual_seed(SEED)
-    config = OlmoeConfig(
+    return OlmoeConfig(
         vocab_size=VOCAB[data],
         hidden_size=HIDDEN,
         intermediate_size=WIDTH,
@@ -76,7 +74,12 @@ def olmoe_shaped(data: str = "full") -> OlmoeForCausalLM:
         eos_token_id=1,
         bos_token_id=1,
     )
-    return OlmoeForCausalLM(config).eval()
+
+
+def olmoe_shaped(data: str = "full") -> OlmoeForCausalLM:
+    """The same weights wherever it is called."""
+    torch.manual_seed(SEED)
+    return OlmoeForCausalLM(olmoe_config(data)).eval()
 
 
 def fresh_batch(size: int, generator: torch.Generator) -> Batch:
@@ -192,15 +195,17 @@ def work(way: str) -> None:
     torch.set_num_threads(1)
     if keep:
         keep_freed_memory()
-    step, source, loaded = build("full", 1), fresh_batches("full", 1), 0
+    step: Step | None = None
+    source, loaded = fresh_batches("full", 1), 0
     for line in sys.stdin:
         answer: Any = None
         match line.split():
             case ["row", data, batch, top_k]:
-                del step
+                step = None  # the last row's model goes first
                 step, source = build(data, int(top_k)), fresh_batches(data, int(batch))
                 loaded = resident_kib()
             case ["step"]:
+                assert step, "a row comes first"
                 batch = next(source)
                 began, wall = time.process_time(), time.perf_counter()
                 step(batch)
@@ -208,7 +213,7 @@ def work(way: str) -> None:
             case ["memory"]:  # ru_maxrss (KiB) has also seen the model being built, so this can only be too large
                 answer = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - loaded) / 1024
             case ["efficiency", batch, top_k]:
-                answer = efficiency(int(batch) * LENGTH, int(top_k))
+                answer = efficiency(LAYERS, EXPERTS, HIDDEN, WIDTH, RANK, int(batch) * LENGTH, int(top_k))
         print(json.dumps(answer), flush=True)
 
 
@@ -218,54 +223,6 @@ def resident_kib() -> int:
         if line.startswith("VmRSS"):
             return int(line.split()[1])
     raise OSError("no VmRSS in /proc/self/status")
-
-
-def efficiency(tokens: int, top_k: int, repeats: int = 5) -> dict[str, float]:
-    """GFLOP/s of the routed experts of all layers, forward and backward with LoRA, and of the frozen matrices' products alone.
-
-    The bare products have the very same shapes, operands and order: x W forward and dy W^T backward for each expert's rows.
-    """
-    generator = torch.Generator().manual_seed(SEED)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-
-    def swiglu(pre: torch.Tensor) -> torch.Tensor:
-        gate, linear = pre.chunk(2, dim=-1)
-        return silu(gate) * linear
-
-    layers = []
-    for _ in range(LAYERS):
-        up, down = normal(EXPERTS, 2 * WIDTH, HIDDEN).transpose(1, 2), normal(EXPERTS, HIDDEN, WIDTH).transpose(1, 2)
-        shapes = (RANK, HIDDEN), (2 * WIDTH, RANK), (RANK, WIDTH), (HIDDEN, RANK)
-        factors = [normal(EXPERTS, *shape).requires_grad_() for shape in shapes]
-        layers.append((ExpertWeights(up, down, None, None, swiglu, is_swiglu=True), Lora(*factors, scale=2.0)))
-    token = torch.arange(tokens).repeat_interleave(top_k)
-    whole, bare = [], []
-    for _ in range(repeats + 1):
-        choice = torch.rand(tokens, EXPERTS, generator=generator).topk(top_k, dim=-1)
-        expert, weight = choice.indices.reshape(-1), choice.values.reshape(-1).requires_grad_()
-        hidden = normal(tokens, HIDDEN).requires_grad_()
-        began = time.process_time()
-        y = hidden
-        for base, lora in layers:
-            y = run_pairs(y, token, expert, weight, base, lora)
-        y.sum().backward()
-        whole.append(time.process_time() - began)
-        groups = [normal(int(n), 2 * WIDTH) for n in torch.bincount(expert, minlength=EXPERTS)]
-        began = time.process_time()
-        for base, _ in layers:
-            for wide, up, down in zip(groups, base.up.unbind(), base.down.unbind(), strict=True):
-                narrow = torch.mm(wide, up.t())
-                torch.mm(torch.mm(narrow, up)[:, :WIDTH], down)
-                torch.mm(narrow, down.t())
-        bare.append(time.process_time() - began)
-    pairs = LAYERS * tokens * top_k
-    frozen_flops = 2 * 2 * pairs * 3 * HIDDEN * WIDTH  # forward, and the gradient by the inputs
-    lora_flops = 3 * 2 * pairs * RANK * (2 * HIDDEN + 3 * WIDTH)  # forward, and both gradients
-    ours_rate = (frozen_flops + lora_flops) / statistics.median(whole[1:]) / 1e9
-    bare_rate = frozen_flops / statistics.median(bare[1:]) / 1e9
-    return {"ours_gflops": ours_rate, "bare_gflops": bare_rate, "efficiency": ours_rate / bare_rate}
 
 
 def summary(times: list[float]) -> dict[str, float]:
@@ -304,7 +261,7 @@ def measure(ways: list[str], rows: list[tuple[str, int, int]], repeats: int) -> 
 
 def what_is_asked(seen: list[forecast.Batch], data: str, top_k: int) -> dict[str, float]:
     """Shares of padding and of labelled tokens, and FLOPs of our step per token that is no padding."""
-    shape, real = shape_from_config(olmoe_shaped(data).config), sum(batch.real for batch in seen)
+    shape, real = shape_from_config(olmoe_config(data)), sum(batch.real for batch in seen)
     flops = sum(forecast.batch_flops(shape, top_k, RANK, batch, EXPERTS_ONLY, 0.0) for batch in seen)
     return {
         "padding": 1 - real / sum(batch.rows * batch.length for batch in seen),
@@ -330,7 +287,7 @@ def show(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 
     print(
         f"{row['batch']:>5} {row['top_k']:>2} {mine:8.1f} ({row['ours']['q1']:.1f}-{row['ours']['q3']:.1f})"
-        f" {row['peft']['median']:8.1f} {row['frozen']['median']:8.1f}"
+        f" {row['peft']['median']:8.1f} {row['frozen']['median'] if 'frozen' in row else math.nan:8.1f}"
         f" {ratio('peft', 'ours'):>11} {ratio('peft kept', 'ours'):>5}"
         f" {ratio('ours', 'frozen'):>7} {ratio('ours', 'frozen kept'):>5}"
         f" {mine / top['ours']['median']:8.2f} ({row['mflops_per_token'] / top['mflops_per_token']:.2f})"
@@ -341,18 +298,18 @@ def show(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="one row per table, three steps, without the `kept` ways")
+    parser.add_argument("--quick", action="store_true", help="one row per table, two steps, ours and PEFT alone")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return work(options.worker)
     torch.set_num_threads(1)
-    quick = ["ours", "peft", "frozen"], [("full", 8, 8), ("answers", 8, 2)], 3
+    quick = ["ours", "peft"], [("full", 8, 2), ("answers", 8, 2)], 2
     facts = measure(*quick) if options.quick else measure(list(WAYS), ROWS, 7)
     memory = facts["memory_mib"]
     print(
-        f"peak memory that a step adds, batch 8, K=8, MiB: {', '.join(f'{way} {value:.0f}' for way, value in memory.items())};"
+        f"peak memory that a step adds, first row, MiB: {', '.join(f'{way} {value:.0f}' for way, value in memory.items())};"
         f" ours / peft {memory['ours'] / memory['peft']:.2f}"
     )
     head = {"seed": SEED, "threads": 1, "torch": torch.__version__, "quick": options.quick}

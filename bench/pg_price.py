@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from client_step import LENGTH, RANK, SEED, Batch, Step, fresh_batch, olmoe_shaped
+from client_step import LENGTH, RANK, SEED, Batch, Step, fresh_batch, olmoe_config, olmoe_shaped
 
 from ubsmoe.allocator import keep_freed_memory
 from ubsmoe.client import language_loss
@@ -58,7 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    shape = shape_from_config(olmoe_shaped().config)
+    shape = shape_from_config(olmoe_config("full"))
     plain = sum(
         flops(shape, TOP_K, RANK, LENGTH).total for flops in (forward_flops_per_token, backward_flops_per_token)
     )
