@@ -11,13 +11,15 @@ Two kinds of batches, a table each:
     answers   fresh questions of the shipped world in LLM-Adapters' template, as a client gets them: 120 to 154 tokens a row, padded
               on the right, labels on the answer alone. We skip what no label reads; PEFT as its users run it does not
 
+With --records, a third: the same from any file of records, such as one that `ubsmoe data commonsense` wrote.
+
 A step is zero_grad, forward, loss, backward, and fused AdamW (but for `frozen`, which has nothing to step).
 Each way has a process of its own, one thread; all see the same weights and the same fresh batches, and take turns step by step.
 Times are the process's CPU time, so that other work on the machine counts as little as possible; wall time is in the JSON.
 
 Beside it, in the same run: the expert part's FLOP/s over those of bare matrix products of its shapes (experts_efficiency.py).
 
-python bench/client_step.py [--quick] [--out FILE]    prints tables, writes bench/results/client_step.json
+python bench/client_step.py [--quick] [--records FILE] [--out FILE]    prints tables, writes bench/results/client_step.json
 """
 
 import argparse
@@ -50,10 +52,10 @@ from ubsmoe.model.surgery import SparseModel
 
 RESULT = Path(__file__).resolve().parent / "results" / "client_step.json"
 SEED, RANK, LENGTH = 0, 8, 128
-VOCAB = {"full": 1024, "answers": 4096}  # of the second, what the shipped tokenizer has
+VOCAB, WORDS = 1024, 4096  # of random tokens, and what the shipped tokenizer has
 LAYERS, HIDDEN, WIDTH, EXPERTS = 4, 256, 256, 32
 WARM_UP = 2  # steps that are not counted
-ROWS = [(data, size, top_k) for data in VOCAB for size in (8, 1) for top_k in (8, 2, 1)]
+SIZES = [(size, top_k) for size in (8, 1) for top_k in (8, 2, 1)]
 Batch = dict[str, torch.Tensor]
 Step = Callable[[Batch], None]
 
@@ -61,7 +63,7 @@ Step = Callable[[Batch], None]
 def olmoe_config(data: str) -> OlmoeConfig:
     """OLMoE's architecture, small: 4 layers, hidden 256, 32 experts of width 256, K_max 8."""
     return OlmoeConfig(
-        vocab_size=VOCAB[data],
+        vocab_size=VOCAB if data == "full" else WORDS,
         hidden_size=HIDDEN,
         intermediate_size=WIDTH,
         num_hidden_layers=LAYERS,
@@ -84,18 +86,19 @@ def olmoe_shaped(data: str = "full") -> OlmoeForCausalLM:
 
 def fresh_batch(size: int, generator: torch.Generator) -> Batch:
     """Random tokens, no padding, a label everywhere."""
-    ids = torch.randint(2, VOCAB["full"], (size, LENGTH), generator=generator)
+    ids = torch.randint(2, VOCAB, (size, LENGTH), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
 def fresh_batches(data: str, size: int) -> Iterator[Batch]:
-    """The same for every way."""
+    """The same for every way; `data` is full, answers, or a file of records."""
     generator = torch.Generator().manual_seed(SEED)
     while data == "full":
         yield fresh_batch(size, generator)
-    settings = parse_run({"data": {"template": "llm_adapters", "world": {"train_examples": 2000}}})
+    source = {"train": "world" if data == "answers" else data, "world": {"train_examples": 2000}}
+    settings = parse_run({"data": {"template": "llm_adapters", **source}})
     tokenizer = load_tokenizer(settings.model)
-    tokens = tokenize(load_training(settings.data, tokenizer, SEED), tokenizer, settings.data, "train")
+    tokens = tokenize(load_training(settings.data, tokenizer, SEED)[:2000], tokenizer, settings.data, "train")
     for chosen in batches(len(tokens), size, generator):
         yield collate([tokens[i] for i in chosen], pad_id(tokenizer))
 
@@ -245,7 +248,7 @@ def measure(ways: list[str], rows: list[tuple[str, int, int]], repeats: int) -> 
                 times[way].append(worker.ask("step"))
         if not facts["memory_mib"]:
             facts["memory_mib"] = {way: worker.ask("memory") for way, worker in workers.items()}
-        row: dict[str, Any] = {"data": data, "batch": size, "top_k": top_k}
+        row: dict[str, Any] = {"data": Path(data).name, "batch": size, "top_k": top_k}
         row |= what_is_asked([asked(batch) for batch in islice(fresh_batches(data, size), WARM_UP, steps)], data, top_k)
         for way, pairs in times.items():
             cpu, wall = (list(column) for column in zip(*pairs[WARM_UP:], strict=True))
@@ -299,14 +302,16 @@ def show(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="one row per table, two steps, ours and PEFT alone")
+    parser.add_argument("--records", type=Path, help="a third table, from this file")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return work(options.worker)
     torch.set_num_threads(1)
-    quick = ["ours", "peft"], [("full", 8, 2), ("answers", 8, 2)], 2
-    facts = measure(*quick) if options.quick else measure(list(WAYS), ROWS, 7)
+    kinds = ["full", "answers", *([str(options.records)] if options.records else [])]
+    ways, sizes, repeats = (["ours", "peft"], [(8, 2)], 2) if options.quick else (list(WAYS), SIZES, 7)
+    facts = measure(ways, [(data, *size) for data in kinds for size in sizes], repeats)
     memory = facts["memory_mib"]
     print(
         f"peak memory that a step adds, first row, MiB: {', '.join(f'{way} {value:.0f}' for way, value in memory.items())};"
