@@ -5,7 +5,7 @@ step; their difference is rounding, grown by training. Times are CPU time of one
 
 The promise of 1.5 times needs a processor with bfloat16 matrix units (AMX); the JSON says whether this one has them.
 
-python bench/bf16.py [--quick] [--out FILE] [--figures DIR]    about five minutes; --quick takes ten steps
+python bench/bf16.py [--quick] [--out FILE] [--figures DIR]    about two minutes; --quick takes ten steps
 """
 
 import argparse

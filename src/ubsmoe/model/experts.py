@@ -53,7 +53,7 @@ def _expert_sum(layer: Any, base: ExpertWeights, hidden: Tensor, top_k_index: Te
     rho = settings.rho(top_k, layer.num_experts, layer.k_max)
     strength = settings.strength * rho
     if settings.is_exact:
-        missing = ~chosen if needed is None else ~chosen & needed.unsqueeze(-1)
+        missing = ~chosen if needed is None else ~chosen & needed.to(chosen.device).unsqueeze(-1)
         y = run_pairs(hidden, *pairs, base, lora)
         return pg.straight_through(
             y, strength * _missing_output(settings, layer, hidden, would_be, missing, base, lora)
