@@ -137,6 +137,10 @@ def test_experts_see_real_tokens_alone_and_the_last_ones_labelled_positions(
     assert seen == [TOP_K * sum(REAL), TOP_K * sum(LABELLED)]
     sparse.model(input_ids=batch()["input_ids"])  # no mask, all logits
     assert seen[2:] == [TOP_K * ROWS * LENGTH] * 2
+    missing = sparse.num_experts - TOP_K
+    SETTINGS["oracle"](sparse)
+    language_loss(sparse, batch())
+    assert seen[4:] == [pairs * tokens for tokens in (sum(REAL), sum(LABELLED)) for pairs in (TOP_K, missing)]
 
 
 @every_family
