@@ -162,7 +162,7 @@ def asked(url: str, body: dict | None = None) -> Any:
 def test_a_merged_tier_is_served(method: str, finished: Any, tmp_path: Path) -> None:
     """OpenAI's completions are the text that AutoModel writes at the K of the tier's config, and what that lacks is said."""
     for module in ("fastapi", "uvicorn", "openai", "accelerate"):
-        pytest.importorskip(module, reason="needs transformers[serving]")
+        pytest.importorskip(module, reason="needs the extra serve")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     export_run(finished(method), tmp_path / "served", "merged", tier=1)
@@ -211,4 +211,4 @@ def test_what_cannot_be_served_is_refused(
     export_run(tmp_path / "run", tmp_path / "merged", "merged")
     monkeypatch.setattr("ubsmoe.cli.models.find_spec", lambda name: None)
     assert command(monkeypatch, "serve", tmp_path / "merged") == 2
-    assert 'this needs fastapi: pip install "transformers[serving]"' in capsys.readouterr().err
+    assert "this needs fastapi: pip install 'ubsmoe[serve]'" in capsys.readouterr().err

@@ -68,7 +68,7 @@ def serve_command(
             "`ubsmoe export RUN --format merged`"
         )
     if missing := [name for name in ("fastapi", "uvicorn", "openai", "accelerate") if find_spec(name) is None]:
-        raise ConfigError(f'this needs {missing[0]}: pip install "transformers[serving]"')
+        raise ConfigError(f"this needs {missing[0]}: pip install 'ubsmoe[serve]'")
     typer.echo(f"{folder}: K={sidecar.top_k}; the model's name in requests is {folder}")
     for sentence in beyond_stock(sidecar, sidecar.top_k):
         typer.echo(f"left out: {sentence}")
