@@ -34,9 +34,10 @@ def build_teleqna(source: Path, out: Path) -> dict[str, int]:
     """
     if not out.name.endswith(".jsonl.gz") or out.exists():
         raise ConfigError(f"--out must be a new file ending in .jsonl.gz, got {out}")
+    text = _text(source)
     try:
         records: dict[str, dict[str, str]] = {}
-        for name, row in json.loads(_text(source)).items():
+        for name, row in json.loads(text).items():
             records.setdefault(row["question"], _record(row, name))
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise ConfigError(f"{source} is not laid out as TeleQnA: {error!r}") from None

@@ -1,6 +1,7 @@
 """TeleQnA's layout into records, on questions made up here."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,12 @@ def test_another_layout_is_refused(rows: list[dict[str, str]], sentence: str, tm
     with pytest.raises(UserError, match=sentence):
         build_teleqna(write(tmp_path / "TeleQnA.txt", rows), tmp_path / "out.jsonl.gz")
     assert not (tmp_path / "out.jsonl.gz").exists()
+
+
+def test_without_its_library_the_archive_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyzipper", None)
+    with pytest.raises(UserError, match=r"^TeleQnA.zip is encrypted with AES: pip install ubsmoe\[teleqna\], or give"):
+        build_teleqna(tmp_path / "T.zip", tmp_path / "out.jsonl.gz")
 
 
 def test_what_is_no_archive_or_is_taken_is_refused(tmp_path: Path) -> None:
