@@ -178,7 +178,7 @@ def check_same_work(records: Iterable[RunRecord], varied: Collection[str] = ()) 
     first, *others = records
     for record in others:
         differing = differing_settings(_work(first.config), _work(record.config))
-        for key in differing.keys() - varied:
+        for key in sorted(differing.keys() - varied):
             here, there = differing[key]
             raise ConfigError(
                 f"{first.path} and {record.path} are not the same work: {key} is {here!r} in one and {there!r} in the other"
