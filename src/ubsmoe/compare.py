@@ -195,10 +195,10 @@ def tidy_rows(label: str, seed: int, record: RunRecord) -> list[dict[str, Any]]:
     costs = run_costs(settings)
     seconds = _client_seconds(record)
     balance = _balance(record)
+    tiers, after_training = record.summary["tiers"], record.summary["after"]
+    before_training = record.summary["before"] or [None] * len(tiers)
     rows = []
-    for profile, cost, before, after in zip(
-        record.summary["tiers"], costs, record.summary["before"], record.summary["after"], strict=True
-    ):
+    for profile, cost, before, after in zip(tiers, costs, before_training, after_training, strict=True):
         for task, score in after.items():
             rows.append(
                 {
@@ -209,7 +209,7 @@ def tidy_rows(label: str, seed: int, record: RunRecord) -> list[dict[str, Any]]:
                     "rank": profile["rank"],
                     "task": task,
                     **{metric: score[metric] for metric in METRICS},
-                    **{f"{metric}_before": before[task][metric] for metric in METRICS},
+                    **{f"{metric}_before": before and before[task][metric] for metric in METRICS},
                     "chance": score["chance"],
                     "examples": score["examples"],
                     "train_flops_per_token": cost.train_flops_per_token,

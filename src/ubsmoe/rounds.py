@@ -67,7 +67,7 @@ def run(
         note("partition", 0, report=part.to_json() if part else None)
         if federation.data_card:
             folder.write_data_card(federation.data_card)
-        history.append(_evaluate_tiers(federation, state, 0, score_all, note))
+        history.append(_evaluate_tiers(federation, state, 0, score_all, note) if settings.evaluate.before else None)
         noise = noise_key(settings)
         so_far = {"history": history, "seconds": 0.0, "noise": noise}
         folder.save_checkpoint(0, _pack(state), so_far, settings.keep_checkpoints)

@@ -117,6 +117,12 @@ def test_a_row_before_training_for_each_k_that_methods_run() -> None:
     )
 
 
+def test_no_row_before_training_where_nothing_was_evaluated_then() -> None:
+    unknown = {f"{metric}_before": None for metric in ("accuracy", "likelihood", "unparsed", "loss")}
+    text = comparison_markdown([row("a", 0, 1, 0.2, **unknown), row("b", 0, 1, 0.3, **unknown)], reference="a")
+    assert "before training" not in text and "| b | +10.0 |" in text
+
+
 def test_what_was_not_measured_is_a_dash() -> None:
     text = comparison_markdown([row(method, 0, 1, None, chance=None) for method in "ab"], reference="a")
     accuracy = text[text.index("Generation accuracy") : text.index("Likelihood")]

@@ -115,3 +115,13 @@ def test_a_run_stopped_between_rounds_goes_on_to_the_same_end(quick: dict[str, A
     resumed = carry_out(federation, tmp_path / "stopped")
     assert resumed["adapter_sha256"] == whole["adapter_sha256"] and resumed["after"] == whole["after"]
     assert [one["round"] for one in events(tmp_path / "stopped") if one["event"] == "client"] == [1, 1, 2, 2]
+
+
+def test_a_run_may_leave_out_the_evaluation_before_round_1(quick: dict[str, Any], tmp_path: Path) -> None:
+    whole, short = (
+        carry_out(build_federation(parse_run(with_overrides(quick, {"evaluate.before": first}))), tmp_path / str(first))
+        for first in (True, False)
+    )
+    assert short["before"] is None and whole["before"]
+    assert (short["after"], short["adapter_sha256"]) == (whole["after"], whole["adapter_sha256"])
+    assert {event["round"] for event in events(tmp_path / "False") if event["event"] == "evaluated"} == {2}

@@ -71,7 +71,7 @@ class ClientSettings(Settings):
 class WorldSettings(Settings):
     """[data.world]: the self-made questions, when train = "world"."""
 
-    seed: int = Field(0, description="which world")
+    seed: int | None = Field(None, description="which world; the run's seed when left out")
     entities: PositiveInt = Field(48, description="how many things the world has: the dial of difficulty")
     train_examples: PositiveInt = Field(4000, description="questions to train on")
     test_examples: PositiveInt = Field(400, description="questions to test on, over all tasks")
@@ -222,6 +222,7 @@ class EvaluateSettings(Settings):
     """[evaluate]: every tier at its own K, on the same examples."""
 
     every: Annotated[int, Field(ge=0)] = Field(0, description="evaluate after every N rounds; 0: only before and after")
+    before: bool = Field(True, description="also before round 1: alike for all methods, a sixth of a short run's time")
     max_examples: PositiveInt | None = Field(None, description="examples per task; all when left out")
     batch_size: PositiveInt = Field(64, description="examples per forward pass")
     decoding: Literal["greedy", "beam"] = Field(

@@ -52,7 +52,7 @@ def load_examples(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", 
 def load_training(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> list[Example]:
     """All that data.train names, nothing held out. Arguments and errors as for `load_examples`."""
     if settings.train == "world":
-        return _world(settings.world).examples("train", settings.world.train_examples, seed)
+        return _world(settings.world, seed).examples("train", settings.world.train_examples, seed)
     return _read(settings.train, "train", tokenizer)
 
 
@@ -61,7 +61,7 @@ def load_test(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed
     if settings.test is not None:
         return by_task(_read(settings.test, "test", tokenizer))
     if settings.train == "world":
-        return by_task(_world(settings.world).examples("test", settings.world.test_examples, seed))
+        return by_task(_world(settings.world, seed).examples("test", settings.world.test_examples, seed))
     return load_examples(settings, tokenizer, seed).test
 
 
@@ -73,9 +73,9 @@ def by_task(examples: Sequence[Example]) -> dict[str, list[Example]]:
     return groups
 
 
-def _world(settings: WorldSettings) -> World:
+def _world(settings: WorldSettings, seed: int) -> World:
     try:
-        return World(settings.seed, settings.entities)
+        return World(seed if settings.seed is None else settings.seed, settings.entities)
     except ValueError as error:
         raise ConfigError(f"data.world.entities: {error}") from None
 

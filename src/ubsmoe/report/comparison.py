@@ -67,6 +67,7 @@ def comparison_markdown(rows: Sequence[dict[str, Any]], reference: str) -> str:
         body = [
             [f"before training, K = {ks}", *(_cell(metric, [before[m, t, s] for s in seeds]) for t in tiers)]
             for ks, m in _first_of_each_k(macro).items()
+            if any(value is not None for value in before.values())
         ]
         body += [[m, *(_cell(metric, [by_seed[m, t, s] for s in seeds]) for t in tiers)] for m in methods]
         lines += ["", f"### {metric.heading}", "", *_table(head, body)]

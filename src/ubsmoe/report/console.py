@@ -110,13 +110,14 @@ def watch(path: Path, shown: RunConsole, pause: Callable[[], None]) -> None:
 
 def result_table(summary: dict[str, Any], costs: Sequence[dict[str, Any]]) -> Table:
     """Tier, K, FLOPs against the top tier, accuracy before and after: what a run is run for."""
-    macro = summary["after"][0]["macro"]
+    macro, tiers = summary["after"][0]["macro"], summary["tiers"]
+    before_training = summary["before"] or [None] * len(tiers)
     table = _table(
         f"{summary['method']}: per tier, {len(summary['after'][0]) - 1} tasks, "
         f"{macro['examples']} questions, before → after",
         ("tier", "β", "K", "rank", "MFLOPs", "vs top", "accuracy %", "unparsed %", "ranked %"),
     )
-    for profile, cost, before, after in zip(summary["tiers"], costs, summary["before"], summary["after"], strict=True):
+    for profile, cost, before, after in zip(tiers, costs, before_training, summary["after"], strict=True):
         table.add_row(
             str(profile["tier"] + 1),
             f"{profile['budget']:g}",
@@ -124,7 +125,10 @@ def result_table(summary: dict[str, Any], costs: Sequence[dict[str, Any]]) -> Ta
             str(profile["rank"]),
             f"{cost['train_flops_per_token'] / 1e6:.4g}",
             f"{cost['relative_to_top']:.0%}",
-            *(_change(before["macro"][key], after["macro"][key]) for key in ("accuracy", "unparsed", "likelihood")),
+            *(
+                _change(before and before["macro"][key], after["macro"][key])
+                for key in ("accuracy", "unparsed", "likelihood")
+            ),
         )
     if macro["chance"] is not None:
         table.caption = (
@@ -259,7 +263,9 @@ def show(console: Console, table: Table) -> None:
 
 
 def _change(before: float | None, after: float | None) -> str:
-    return "–" if before is None or after is None else f"{before * 100:.1f} → {after * 100:.1f}"
+    if after is None:
+        return "–"
+    return f"{after * 100:.1f}" if before is None else f"{before * 100:.1f} → {after * 100:.1f}"
 
 
 def _duration(seconds: float) -> str:

@@ -28,6 +28,11 @@ def test_the_worlds_own_splits_are_used_when_training_on_the_world(tokenizer: To
     assert splits.test == by_task(World(3, 20).examples("test", 17, 5))
 
 
+def test_a_world_without_a_seed_of_its_own_is_the_runs(tokenizer: Tokenizer) -> None:
+    splits = load_examples(DataSettings(world=WorldSettings(entities=20, train_examples=30)), tokenizer, seed=5)
+    assert splits.train == World(5, 20).examples("train", 30, 5)
+
+
 @settings(max_examples=30)  # each example is a file
 @given(
     prompts=st.lists(st.integers(0, 30), min_size=2, max_size=60).filter(lambda p: len(set(p)) > 1),
