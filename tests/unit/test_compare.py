@@ -95,7 +95,8 @@ def row(method: str, seed: int, tier: int, accuracy: float | None, **more: Any) 
     before = {"accuracy_before": 0.1, "likelihood_before": None, "unparsed_before": 0.5, "loss_before": 2.0}
     costs = {"train_flops_per_token": 2e6, "upload_bytes": 3e6, "download_bytes": 4e6, "client_seconds": None}
     place = {"method": method, "seed": seed, "tier": tier, "task": "macro", "top_k": 2, "rank": 8, "chance": 0.5}
-    return {**place, **scores, **before, **costs, **more}
+    balance = {"entropy": 0.75, "gini": 0.5, "dead_experts": seed}
+    return {**place, **scores, **before, **costs, **balance, **more}
 
 
 def test_the_table_shows_means_and_differences_paired_by_seed() -> None:
@@ -107,6 +108,7 @@ def test_the_table_shows_means_and_differences_paired_by_seed() -> None:
     assert "| a | 30.0 ± 127.1 |" in text and "| a | 25.0 ± 0.0 |" in text
     assert "| b | +20.0 ± 127.1 |" in text and "| a | +" not in text
     assert "| b | 2, 8 / 2.00 / 3.00, 4.00 / – |" in text
+    assert "| a | 0.750 ± 0.000 | 0.500 ± 0.000 | 0.5 ± 6.4 |" in text  # dead: 0 and 1, each once, not once a tier
 
 
 def test_a_row_before_training_for_each_k_that_methods_run() -> None:

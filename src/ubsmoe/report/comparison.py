@@ -39,6 +39,11 @@ METRICS = (
     Metric("unparsed", "Unparsed answers, %", 100, 1),
     Metric("loss", "Loss, nats per token of the right answer", 1, 4),
 )
+BALANCE = (
+    Metric("entropy", "entropy / ln M", 1, 3),
+    Metric("gini", "Gini", 1, 3),
+    Metric("dead_experts", "dead", 1, 1),
+)
 
 
 def comparison_markdown(rows: Sequence[dict[str, Any]], reference: str) -> str:
@@ -78,6 +83,7 @@ def comparison_markdown(rows: Sequence[dict[str, Any]], reference: str) -> str:
         ]
         if differences:
             lines += ["", f"Difference to {reference}, paired by seed:", "", *_table(head, differences)]
+    lines += _balance(macro, methods)
     costs = [[m, *(_cost(macro, m, t) for t in tiers)] for m in methods]
     heading = "### Cost per tier: K, LoRA rank / training MFLOPs per token / MB up, MB down / client seconds per round"
     lines += ["", heading, "", *_table(head, costs)]
@@ -91,6 +97,16 @@ def _first_of_each_k(macro: Sequence[dict[str, Any]]) -> dict[str, str]:
         top_ks = _distinct([row for row in macro if row["method"] == method], "top_k")
         methods.setdefault(", ".join(map(str, top_ks)), method)
     return methods
+
+
+def _balance(macro: Sequence[dict[str, Any]], methods: Sequence[str]) -> list[str]:
+    """How evenly the last round used the experts: why a balancing method does what it does, or does not."""
+    body = []
+    for method in methods:
+        runs = {row["seed"]: row for row in macro if row["method"] == method}.values()  # alike in every tier
+        body.append([method, *(_cell(metric, [run[metric.name] for run in runs]) for metric in BALANCE)])
+    heading = "### Use of experts in the last round, mean over layers; dead: experts without a token, in all layers"
+    return ["", heading, "", *_table(["method", *(metric.heading for metric in BALANCE)], body)]
 
 
 def _paired(
