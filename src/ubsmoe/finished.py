@@ -1,6 +1,6 @@
 """A finished run, opened again: scored; or, without its data, put on the base, exported, or asked."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,19 +85,22 @@ def export_run(path: Path, out: Path, format: Format, tier: int | None = None) -
     return exports.write(run.model, run.tokenizer, installed, origin, format, out)
 
 
-def evaluate_run(path: Path, overrides: dict[str, Any], tier: int | None = None) -> list[dict[str, Any]]:
+def evaluate_run(
+    path: Path, overrides: dict[str, Any], tier: int | None = None, top_k: int | None = None
+) -> list[dict[str, Any]]:
     """Score the adapter of a finished run.
 
     Args:
         path: the run folder.
         overrides: dotted settings that say how to score: evaluate.*, data.*, model.device.
         tier: one tier, counted from 1; None for all.
+        top_k: score with so many experts per token, 1..K_max; None for each tier's own.
 
     Returns:
         Per tier: tier, top_k, rank and scores by task.
 
     Raises:
-        ConfigError: for another setting, a tier that does not exist, or a base that is not the run's.
+        ConfigError: for another setting, a tier or a K that does not exist, or a base that is not the run's.
         RunFolderError: if the folder holds no finished run.
     """
     if wrong := [key for key in overrides if not key.startswith(("evaluate.", "data.")) and key != "model.device"]:
@@ -107,6 +110,10 @@ def evaluate_run(path: Path, overrides: dict[str, Any], tier: int | None = None)
     _require_base(path, facts, federation.base_sha256, federation.settings)
     state = unpack(tensors)
     chosen = federation.tiers if tier is None else [_numbered(federation.tiers, tier)]
+    if top_k is not None:
+        if not 1 <= top_k <= federation.base.k_max:
+            raise ConfigError(f"--top-k must lie in 1..{federation.base.k_max}, got {top_k}")
+        chosen = [replace(profile, top_k=top_k) for profile in chosen]
     return [
         {
             "tier": profile.tier,

@@ -99,6 +99,10 @@ def test_a_run_writes_what_happened_and_can_be_scored(quick: dict[str, Any], tmp
             evaluate_run(out, {wrong: 1})
     with pytest.raises(ConfigError, match=r"--tier must lie in 1..1, got 2"):
         evaluate_run(out, {}, tier=2)
+    (fewer,) = evaluate_run(out, {}, top_k=1)
+    assert fewer["top_k"] == 1 and fewer["scores"]["macro"]["loss"] != scored["scores"]["macro"]["loss"]
+    with pytest.raises(ConfigError, match=r"--top-k must lie in 1..\d+, got 0"):
+        evaluate_run(out, {}, top_k=0)
 
 
 def test_a_run_stopped_between_rounds_goes_on_to_the_same_end(quick: dict[str, Any], tmp_path: Path) -> None:

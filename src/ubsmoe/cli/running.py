@@ -208,6 +208,9 @@ def _methods_text(methods: str) -> str:
 def eval_command(
     run_folder: Annotated[Path, typer.Argument(help="a run folder", show_default=False)],
     tier: Annotated[int | None, typer.Option(help="one tier, counted from 1; all when left out")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="at so many experts per token; each tier's own when left out")
+    ] = None,
     set_: Set = None,
     json_: AsJson = False,
     harness: Annotated[
@@ -227,11 +230,13 @@ def eval_command(
 
         if set_:
             raise ConfigError("--set changes our own evaluation, and --harness replaces it; leave one of them out")
+        if top_k is not None:
+            raise ConfigError("--top-k is for our own evaluation, and --harness replaces it; leave one of them out")
         results = harness_scores(run_folder, harness.split(","), tier, include, limit)
     else:
         from ubsmoe.finished import evaluate_run
 
-        results = evaluate_run(run_folder, overrides(set_), tier)
+        results = evaluate_run(run_folder, overrides(set_), tier, top_k)
     if json_:
         return print_json({"tiers": results})
     labels = [f"tier {result['tier'] + 1} K={result['top_k']}" for result in results]

@@ -1,0 +1,45 @@
+"""Methods of unequal rank, answering with the compute of their tier: rank as trained, but K = K_c experts per token instead of K_max.
+
+They train and answer with all K_max experts, so tier 1 pays about as much as tier 4. A client that can afford K_c experts cannot
+run that. The paper's table has FLoRA and FLoRIST, which give every tier one and the same model, at .0094 and .0112 in tier 1 and
+.2996 and .2724 in tier 4: the tiers can only have differed in how they answered. That it was K is our reading, not the paper's word.
+
+python bench/rank_budgets.py COMPARISON_FOLDER [--out FILE]     after `ubsmoe compare`; writes tidy rows as CSV
+"""
+
+import argparse
+from pathlib import Path
+
+from ubsmoe.compare import METRICS, to_csv
+from ubsmoe.finished import evaluate_run
+from ubsmoe.maths.routing import budget_top_k
+from ubsmoe.storage.disk import atomic_write
+from ubsmoe.storage.runfolder import read_run
+
+METHODS = ("hetlora", "flexlora", "flora", "florist")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("comparison", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("rank_budgets.csv"))
+    options = parser.parse_args()
+    rows = []
+    for folder in sorted((options.comparison / "runs").iterdir()):
+        record = read_run(folder)
+        method, settings = record.config["method"]["name"], record.config
+        if method not in METHODS:
+            continue
+        k_max = record.summary["tiers"][-1]["top_k"]
+        for tier, budget in enumerate(settings["tiers"]["budgets"], 1):
+            top_k = budget_top_k(k_max, budget)
+            (found,) = evaluate_run(folder, {}, tier, top_k)
+            score = found["scores"]["macro"]
+            place = {"method": method, "seed": settings["seed"], "tier": tier, "top_k": top_k, "rank": found["rank"]}
+            rows.append(place | {metric: score[metric] for metric in METRICS})
+            print(*rows[-1].values(), flush=True)
+    atomic_write(options.out, to_csv(rows).encode())
+
+
+if __name__ == "__main__":
+    main()
