@@ -1,8 +1,8 @@
-"""Methods of unequal rank, answering with the compute of their tier: rank as trained, but K = K_c experts per token instead of K_max.
+"""Methods of unequal rank, answering with the compute of their tier: rank as trained, K = K_c experts per token instead of K_max.
 
 They train and answer with all K_max experts, so tier 1 pays about as much as tier 4. A client that can afford K_c experts cannot
 run that. The paper's table has FLoRA and FLoRIST, which give every tier one and the same model, at .0094 and .0112 in tier 1 and
-.2996 and .2724 in tier 4: the tiers can only have differed in how they answered. That it was K is our reading, not the paper's word.
+.2996 and .2724 in tier 4: its tiers can only have differed in how they answered. That it was by K is our reading.
 
 python bench/rank_budgets.py COMPARISON_FOLDER [--out FILE]     after `ubsmoe compare`; writes tidy rows as CSV
 """
