@@ -23,8 +23,11 @@ from ubsmoe.storage.runfolder import RunFolder, RunRecord, atomic_write, differi
 METRICS = ("accuracy", "unparsed", "likelihood", "loss")
 TUNABLE = ("adapter", "tiers", "train", "wire", "robust")
 """Sections of the run file that a variant may change for itself."""
-WORK = ("train.rounds", "train.local_steps", "train.local_epochs", "train.batch_size", "train.gradient_accumulation")
-"""Settings within them that it may not: they are how much work is done."""
+WORK = (
+    *("train.rounds", "train.local_steps", "train.local_epochs", "train.batch_size", "train.gradient_accumulation"),
+    *("tiers.budgets", "tiers.k_max"),
+)
+"""Settings within them that it may not: they are how much work is done, and by whom."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,9 @@ class Variant:
 
     def settings_in(self, settings: RunSettings, seed: int) -> RunSettings:
         """The run file of one cell. Raises ConfigError for a change that makes no sense."""
-        label = {"label": self.label} if self.changes else {}
-        own = {"method": {"name": self.name, **self.settings}, "seed": seed, **label, **self.changes}
+        # a label of the run file's own would be that of every method
+        label = self.label if self.changes else None
+        own = {"method": {"name": self.name, **self.settings}, "seed": seed, "label": label, **self.changes}
         return parse_run(with_overrides(settings.model_dump(mode="json"), own))
 
 

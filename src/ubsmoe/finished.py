@@ -8,7 +8,7 @@ import torch
 
 from ubsmoe import exports
 from ubsmoe.config import ConfigError, RunSettings, parse_run, with_overrides
-from ubsmoe.federation import build_federation, build_method
+from ubsmoe.federation import build_method, build_server
 from ubsmoe.messages import Profile
 from ubsmoe.methods.base import Method, State
 from ubsmoe.model.export import read_installed
@@ -106,7 +106,7 @@ def evaluate_run(
     if wrong := [key for key in overrides if not key.startswith(("evaluate.", "data.")) and key != "model.device"]:
         raise ConfigError(f"--set {wrong[0]}: scoring a run can change evaluate.*, data.* and model.device only")
     tensors, facts = read_adapter(path)
-    federation = build_federation(settings_of_run(path, overrides))
+    federation = build_server(settings_of_run(path, overrides))
     _require_base(path, facts, federation.base_sha256, federation.settings)
     state = unpack(tensors)
     chosen = federation.tiers if tier is None else [_numbered(federation.tiers, tier)]

@@ -28,9 +28,10 @@ from ubsmoe.maths.costs import (
 )
 from ubsmoe.maths.memory import Memory, peak_memory_bytes, tokens_of_experts
 from ubsmoe.maths.shape import ModelShape, Trained
+from ubsmoe.methods.base import Method
 from ubsmoe.model.load import load_tokenizer
 from ubsmoe.model.presets import load_config, shape_from_config
-from ubsmoe.plan import run_costs, run_method, trained_beside
+from ubsmoe.plan import optimizer_moments, run_costs, run_method, trained_beside
 from ubsmoe.seeds import generator_for
 
 GIB = 1 << 30
@@ -105,9 +106,9 @@ def forecast(
     costs = run_costs(settings)
     works = assumed_work(settings, examples) if examples else read_work(settings)
     speed = flops_per_second or measured_speed(shape, settings)
-    pair_fraction = run_method(settings, shape).pair_fraction
+    method = run_method(settings, shape)
     tiers = [
-        _tier(settings, shape, cost, [work for work in works if work.tier == cost.tier], speed, pair_fraction)
+        _tier(settings, shape, cost, [work for work in works if work.tier == cost.tier], speed, method)
         for cost in costs
         if any(work.tier == cost.tier for work in works)
     ]
@@ -175,7 +176,7 @@ def _labels(one: Tokens, loss_on_prompt: bool) -> int:
 
 
 def _tier(
-    settings: RunSettings, shape: ModelShape, cost: TierCost, works: list[Work], speed: float, pair_fraction: float
+    settings: RunSettings, shape: ModelShape, cost: TierCost, works: list[Work], speed: float, method: Method
 ) -> TierForecast:
     trained = trained_beside(settings.adapter)
     accumulation, recomputing = settings.train.gradient_accumulation, settings.train.gradient_checkpointing
@@ -185,9 +186,12 @@ def _tier(
         key = generator_for(settings.seed, work.client, 1, "elastic")
         budgets = elastic_top_ks(settings.tiers, cost.top_k, 0, steps, key)
         return sum(
-            batch_flops(shape, budgets[i // accumulation], cost.rank, batch, trained, pair_fraction, recomputing)
+            batch_flops(
+                shape, budgets[i // accumulation], cost.rank, batch, trained,
+                method.pair_fraction, method.pairs_reach_input, recomputing,
+            )
             for i, batch in enumerate(work.batches)
-        )
+        )  # fmt: skip
 
     count, in_all = len(works), sum(flops(work) for work in works)
     largest = max((work.largest for work in works), key=lambda batch: batch.rows * batch.length)
@@ -200,11 +204,11 @@ def _tier(
         largest.length,
         dtype_bytes=2 if settings.model.dtype == "bfloat16" else 4,
         trained=trained,
-        optimizer_moments=2 if settings.train.optimizer == "adamw" else 1,
+        optimizer_moments=optimizer_moments(settings),
         real=largest.real,
         labelled=labelled,
         accumulating=accumulation > 1,
-        pair_fraction=pair_fraction,
+        pair_fraction=method.pair_fraction,
         recomputing=recomputing,
     )
     simulation = settings.simulation
@@ -233,6 +237,7 @@ def batch_flops(
     batch: Batch,
     trained: Trained,
     pair_fraction: float,
+    pairs_reach_input: bool = False,
     recomputing: bool = False,
 ) -> float:
     """FLOPs of a batch, forward and backward: logits where there is a label, experts where there is a token that is read.
@@ -245,8 +250,9 @@ def batch_flops(
     rest = sum(part.total - part.head - part.experts - part.expert_lora for part in passes)
     experts = 0.0
     for layer, tokens in enumerate(tokens_of_experts(shape, batch.real, batch.labelled)):
-        routed = pair_flops(shape, rank, layer > 0 or trained.attention, recomputing)
-        missing = pair_flops(shape, rank, reaches_input=False, recomputing=recomputing)
+        reached = layer > 0 or trained.attention  # something below learns from this layer's input
+        routed = pair_flops(shape, rank, reached, recomputing)
+        missing = pair_flops(shape, rank, reached and pairs_reach_input, recomputing)
         experts += tokens * (top_k * routed + pair_fraction * (shape.num_experts - top_k) * missing)
     return batch.rows * batch.length * rest + experts + batch.labelled * (forward.head + backward.head)
 
@@ -284,7 +290,7 @@ def fitting(plan: dict[str, Any], memory: str) -> dict[str, Any]:
     if not match:
         raise ConfigError(f"--memory {memory!r}: expected a size in GiB or GB, as in 16GiB")
     size = round(float(match[1]) * (GIB if match[2] == "GiB" else 10**9))
-    held = [tier["tier"] + 1 for tier in plan["tiers"] if tier["memory_bytes"] + RUNTIME_BYTES <= size]
+    held = [tier["tier"] for tier in plan["tiers"] if tier["memory_bytes"] + RUNTIME_BYTES <= size]
     return {"memory_bytes": size, "tiers": held}
 
 

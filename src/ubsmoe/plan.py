@@ -40,6 +40,9 @@ def run_costs(settings: RunSettings, sequence_length: int | None = None) -> list
         dtype_bytes=2 if settings.model.dtype == "bfloat16" else 4,
         trained=trained_beside(settings.adapter),
         pseudo_gradient_fraction=method.pair_fraction,
+        through_hidden=method.pairs_reach_input,
+        optimizer_moments=optimizer_moments(settings),
+        accumulating=settings.train.gradient_accumulation > 1,
         wire_dtype=settings.wire.dtype,
         factors_up=method.factors_up,
         extra_upload_bytes=count_bytes(shape),
@@ -57,6 +60,11 @@ def run_method(settings: RunSettings, shape: ModelShape) -> Method:
         shared_a=adapter.shared_a, attention=adapter.attention == "trained",
     )  # fmt: skip
     return build(settings.method.name, base, settings.method.settings)
+
+
+def optimizer_moments(settings: RunSettings) -> int:
+    """Numbers that the optimiser keeps per trained one: AdamW two, SGD with momentum one."""
+    return 2 if settings.train.optimizer == "adamw" else 1
 
 
 def trained_beside(adapter: AdapterSettings) -> Trained:

@@ -58,7 +58,8 @@ def protected(
     if len(held) < settings.fewest_clients:
         raise RoundError(
             f"robust.rule {settings.rule!r} against {settings.attackers} attackers needs {settings.fewest_clients} updates, "
-            f"{len(held)} count; the checkpoint before is intact. Start again to go on, or lower robust.attackers"
+            f"{len(held)} count; the checkpoint before is intact. Start again to go on if clients were merely away; "
+            "else a new run with fewer robust.attackers or more clients a round"
         )
     if settings.utilization_cap is not None and held:
         held = _capped(held, settings.utilization_cap)
@@ -102,7 +103,9 @@ def _capped(updates: Sequence[Update], cap: float) -> list[Update]:
 
 
 def _nearest(updates: Sequence[Update], state: State, attackers: int, drop: Callable[[Dropped], None]) -> list[Update]:
-    distances = robust.squared_distances([change_of(update, state) for update in updates])
+    changes = [change_of(update, state) for update in updates]
+    common = set.intersection(*(set(change) for change in changes))  # FLAME's scales have the name of their K
+    distances = robust.squared_distances([{n: c for n, c in change.items() if n in common} for change in changes])
     kept = set(robust.multi_krum(distances, attackers))
     for number, update in enumerate(updates):
         if number not in kept:

@@ -116,12 +116,16 @@ def noise_key(settings: RunSettings) -> str:
     return secrets.token_hex(32) if settings.privacy.seed is None else str(settings.privacy.seed)
 
 
-def sample_clients(federation: Federation, round: int) -> list[Profile]:
-    """The clients asked in a round, in client order: all, a seeded draw of so many, or each with the same probability."""
+def sample_clients(federation: Federation, round: int, noise: str = "") -> list[Profile]:
+    """The clients asked in a round, in client order: all, a seeded draw of so many, or each with the same probability.
+
+    That probability is the one that epsilon is reckoned with, however many of the configured clients are there; and a
+    private run draws from its `noise_key`, since epsilon holds against those who do not know who was drawn.
+    """
     clients, settings = federation.clients, federation.settings
     if settings.clients.sampling == "poisson":
-        draws = torch.rand(len(clients), generator=generator_for(settings.seed, round, "sampling"))
-        share = settings.clients_per_round / len(clients)
+        draws = torch.rand(len(clients), generator=generator_for(noise or settings.seed, round, "sampling"))
+        share = settings.clients_per_round / settings.clients.count
         return [client for client, draw in zip(clients, draws.tolist(), strict=True) if draw < share]
     asked = settings.clients_per_round + settings.rounds.extra_clients
     if asked >= len(clients):
@@ -182,7 +186,7 @@ def one_round(
     """
     began = time.perf_counter()
     settings = federation.settings
-    profiles = {profile.client: profile for profile in sample_clients(federation, number)}
+    profiles = {profile.client: profile for profile in sample_clients(federation, number, noise)}
     sent: dict[str, Task] = {}  # until its answer is there
 
     def tasks() -> Iterator[Task]:
@@ -257,6 +261,7 @@ def gate_of(federation: Federation, asked: int, drop: Callable[[Dropped], None])
         elastic=settings.tiers.elastic_share > 0,
         wanted=asked if settings.clients.sampling == "poisson" else settings.clients_per_round,
         drop=drop,
+        fault=federation.method.fault,
     )
 
 

@@ -255,7 +255,7 @@ def test_a_plan_needs_no_weights_and_says_what_a_device_holds(
     file = write_toml(with_overrides(tiny_run, {"model.base": str(base)}))
     assert ubsmoe(monkeypatch, "plan", file, "--json", "--memory", "4GiB") == 0
     plan = json.loads(capsys.readouterr().out)
-    assert [tier["top_k"] for tier in plan["tiers"]] == [1, 2, 3, 4] and plan["fits"]["tiers"] == [1, 2, 3, 4]
+    assert [tier["top_k"] for tier in plan["tiers"]] == [1, 2, 3, 4] and plan["fits"]["tiers"] == [0, 1, 2, 3]
     assert plan["speed"] == "measured on this machine" and plan["run"]["rounds"] == 2
     assert ubsmoe(monkeypatch, "plan", file, "--examples", "40", "--flops-per-second", "1e9") == 0
     printed = capsys.readouterr().out

@@ -276,6 +276,15 @@ def test_hetlora_prunes_for_good_when_the_tail_shrinks(lab):
     assert method.dispatch(state, lab.profile(method, TOP, "another"))["layers.0.up.A"].shape[1] == 7
 
 
+@pytest.mark.parametrize("rank", [0, -1, 8, 10**9])
+def test_hetlora_takes_no_rank_that_an_update_cannot_have(lab, rank):
+    method = made(lab, "hetlora")
+    update, _ = lab.update(method, lab.start(method), TOP)
+    assert method.fault(update) is None
+    lie = replace(update, extras=update.extras | {"rank": torch.tensor(rank)})
+    assert method.fault(lie) == f"its new rank is {rank}, expected 1 to {RANKS[TOP]}"
+
+
 @pytest.mark.parametrize("decay", [0.01, 0.5, 0.99])
 def test_hetlora_never_prunes_below_one(decay):
     assert all(1 <= pruned_rank(rank, decay) <= rank for rank in range(1, 65))

@@ -1,6 +1,7 @@
 """The methods that vary the number of active experts, worked by hand; the laws they share are in test_battery.py."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from ubsmoe.config import TierSettings, TrainSettings
 from ubsmoe.data.tokens import Tokens
 from ubsmoe.maths.balance import gini, load_balancing_loss
 from ubsmoe.maths.pseudo_gradient import ExpertMeans
+from ubsmoe.maths.robust import TrimmedMean
 from ubsmoe.messages import Task, Update
 from ubsmoe.methods import build
 from ubsmoe.methods.base import State
@@ -132,6 +134,16 @@ def test_lossfree_moves_every_bias_one_step_towards_the_mean_load():
     # loads 7, 1, 4, 4: the mean is 4
     after = method.aggregate(state, [update(adapters, [7, 0, 1, 0], examples=9), update(adapters, [0, 1, 3, 4])])
     torch.testing.assert_close(after.extras["bias"], torch.tensor([[0.47, 0.03, 0.0, 0.0]]))
+
+
+def test_one_liar_does_not_steer_lossfree_under_a_robust_rule():
+    adapters = {"layers.0.up.A": torch.ones(4, 1, 1)}
+    honest = [update(adapters, [7, 3, 3, 3]) for _ in range(4)]
+    liar = update(adapters, [0, 10**12, 0, 0])
+    state = State(adapters, {"bias": torch.zeros(1, 4)})
+    base = replace(BASE, num_layers=1, num_experts=4, mean=partial(TrimmedMean, 1))
+    after = build("lossfree", base, {"step": 1.0}).aggregate(state, [*honest, liar])
+    assert after.extras["bias"].tolist() == [[-1.0, 1.0, 1.0, 1.0]]
 
 
 def test_lossfree_chooses_by_biased_scores_and_weighs_by_plain_ones(model):
@@ -303,6 +315,15 @@ def test_hfedmoe_only_the_chosen_experts_have_a_gradient_and_the_output_is_the_s
     learnt = model.layers[1].learners.trained  # above the last layer nothing was cut: its gradient is the plain one
     got = model.adapter["layers.1.up.B"].grad[learnt]
     torch.testing.assert_close(got, grads["layers.1.up.B"][learnt], rtol=1e-4, atol=1e-8)
+
+
+def test_hfedmoe_takes_no_negative_usage():
+    method = one_layer("hfedmoe", 4)
+    adapters = {"layers.0.up.A": torch.ones(4, 1, 1)}
+    sound = {"usage": torch.full((1, 4), 0.25), "importance": torch.ones(1, 4)}
+    assert method.fault(update(adapters, [1, 1, 1, 1], **sound)) is None
+    lie = sound | {"importance": torch.tensor([[1.0, -2.0, 1.0, 1.0]])}
+    assert method.fault(update(adapters, [1, 1, 1, 1], **lie)) == "its importance is below 0"
 
 
 def test_hfedmoe_averages_experts_over_those_who_used_them_enough():

@@ -36,7 +36,9 @@ def test_a_variant_may_change_how_it_trains_but_not_how_much(tiny_run: dict[str,
     assert (cell.tiers.elastic_share, cell.seed, cell.label) == (0.5, 7, "ubsmoe(pg_mode=off;tiers.elastic_share=0.5)")
     assert sgd.settings_in(parse_run(tiny_run), 0).train.optimizer == "sgd"
     assert plain.settings_in(parse_run(tiny_run), 0).label is None
-    for key in ("train.rounds", "data.train", "clients.count", "model.base", "evaluate.max_examples"):
+    labelled = parse_run(with_overrides(tiny_run, {"label": "mine"}))
+    assert plain.settings_in(labelled, 0).label is None  # else every method would have the one name
+    for key in ("train.rounds", "tiers.budgets", "data.train", "clients.count", "model.base", "evaluate.max_examples"):
         with pytest.raises(ConfigError, match=f"changes {key}, so it would not do the work of the others"):
             parse_variants(f"fedavg, fedavg({key}=3)")
 

@@ -174,6 +174,11 @@ def set_dora(folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
 
 
+def set_own_alpha(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {"experts.down_proj": 32}}))
+
+
 @pytest.mark.parametrize(
     ("damage", "keep_sidecar", "sentence"),
     [
@@ -193,6 +198,7 @@ def set_dora(folder: Path) -> None:
         (halve_attention, False, r"lacks .*k_proj.lora_B.weight: expected both factors"),
         (set_rank, False, r"rank 2 with M = 7 .* needs \(14, 24\)"),
         (set_dora, False, "use_dora"),
+        (set_own_alpha, False, "alpha_pattern gives 'experts.down_proj' a rank or alpha of its own"),
         (lambda folder: (folder / "adapter_config.json").unlink(), False, "no PEFT adapter"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"half"), False, "cannot be read"),
     ],

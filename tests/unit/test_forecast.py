@@ -116,8 +116,8 @@ def test_a_whole_run_worked_by_hand() -> None:
 def test_a_device_holds_the_tiers_that_fit_beside_the_libraries() -> None:
     plan = {"tiers": [{"tier": 0, "memory_bytes": GIB}, {"tier": 1, "memory_bytes": GIB + 1}]}
     just = f"{(GIB + RUNTIME_BYTES) / GIB:.9f}GiB"
-    assert fitting(plan, just)["tiers"] == [1]
-    assert fitting(plan, "80GB")["tiers"] == [1, 2] and fitting(plan, "1 GiB")["tiers"] == []
+    assert fitting(plan, just)["tiers"] == [0]
+    assert fitting(plan, "80GB")["tiers"] == [0, 1] and fitting(plan, "1 GiB")["tiers"] == []
     with pytest.raises(ConfigError, match="expected a size in GiB or GB"):
         fitting(plan, "lots")
 

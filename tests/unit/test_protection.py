@@ -59,6 +59,16 @@ def test_multi_krum_leaves_out_the_farthest_and_says_so() -> None:
         through(updates[:4], rule="multi_krum", attackers=1)
 
 
+def test_multi_krum_measures_by_what_all_clients_have() -> None:
+    """FLAME's scale has the name of its client's K."""
+    updates = [update(name, by) for name, by in zip("abcde", (0.1, 0.2, 9.0, 0.15, 0.12), strict=True)]
+    for number, one in enumerate(updates):
+        one.extras[f"scale.{1 + number % 2}"] = torch.ones(1)
+    state = State(STATE.adapters, STATE.extras | {"scale.1": torch.zeros(1), "scale.2": torch.zeros(1)})
+    kept = list(protected(updates, state, RobustSettings(rule="multi_krum", attackers=1), lambda _: None))
+    assert [one.client for one in kept] == ["a", "b", "d", "e"]
+
+
 def test_counts_are_held_to_the_clients_median() -> None:
     kept, _ = through([update(name, 0.0) for name in "abcd"] + [update("liar", 0.0, (10, 0))], utilization_cap=1.25)
     assert [one.expert_tokens.tolist() for one in kept] == [[[6, 4]]] * 4 + [[[8, 3]]]

@@ -121,6 +121,20 @@ def test_a_run_stopped_between_rounds_goes_on_to_the_same_end(quick: dict[str, A
     assert [one["round"] for one in events(tmp_path / "stopped") if one["event"] == "client"] == [1, 1, 2, 2]
 
 
+def test_scoring_a_run_needs_its_test_questions_and_not_its_training_data(
+    quick: dict[str, Any], tmp_path: Path
+) -> None:
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    for path in (train, test):
+        rows = [{"prompt": f"what is {path.stem} {i}", "completion": str(i), "task": "t"} for i in range(12)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data.train": str(train), "data.test": str(test), "train.rounds": 1}
+    summary = carry_out(build_federation(parse_run(with_overrides(quick, changes))), tmp_path / "run")
+    train.unlink()
+    (scored,) = evaluate_run(tmp_path / "run", {})
+    assert scored["scores"] == summary["after"][0]
+
+
 def test_a_run_may_leave_out_the_evaluation_before_round_1(quick: dict[str, Any], tmp_path: Path) -> None:
     whole, short = (
         carry_out(build_federation(parse_run(with_overrides(quick, {"evaluate.before": first}))), tmp_path / str(first))

@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ubsmoe.cli.app import AsJson, Out, RunFile, Set, app, overrides, print_json, read_settings
 from ubsmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from ubsmoe.config import RunSettings
 
 WorkerCount = Annotated[int, typer.Option("--workers", min=1, help="processes that train clients, one thread each")]
 
@@ -60,7 +63,6 @@ def run_command(
     from ubsmoe.engines.local import LocalEngine, check_workers, federation_workers, score_in
     from ubsmoe.engines.simulated import as_simulated
     from ubsmoe.federation import build_federation
-    from ubsmoe.plan import run_costs
     from ubsmoe.report.console import RunConsole, result_table, show
     from ubsmoe.report.tracking import Tracking
     from ubsmoe.rounds import run
@@ -88,9 +90,18 @@ def run_command(
         clients = LocalEngine(federation.trainer, federation.examples, shown.on_step, crew)
         score_all = partial(score_in, crew) if crew else None
         summary = run(federation, folder, as_simulated(clients, federation), on_event, score_all)
-    costs = [cost.as_dict() for cost in run_costs(settings)]
-    show(console, result_table(summary, costs))
+    show(console, result_table(summary, _known_costs(settings)))
     console.print(f"adapter {place / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}", soft_wrap=True)
+
+
+def _known_costs(settings: "RunSettings") -> list[dict[str, Any]] | None:
+    """What each tier costs; None for a base of a family whose sizes nobody has verified, which can be trained all the same."""
+    from ubsmoe.plan import run_costs
+
+    try:
+        return [cost.as_dict() for cost in run_costs(settings)]
+    except UserError:
+        return None
 
 
 @contextmanager

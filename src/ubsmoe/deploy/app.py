@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ubsmoe.config import ConfigError, RunSettings, load_run, parse_value
+from ubsmoe.config.reading import BUILT_IN
 
 # What Flower and Ray do unless they are told not to: report usage, ask for newer versions, install packages before a run.
 QUIET = {
@@ -145,7 +146,8 @@ def _found_paths(settings: RunSettings) -> dict[str, str]:
         "data.train": settings.data.train,
         "data.test": settings.data.test,
     }
-    return {key: str(Path(place).absolute()) for key, place in named.items() if place and Path(place).exists()}
+    found = {key: Path(place) for key, place in named.items() if place and place not in BUILT_IN}
+    return {key: str(place.absolute()) for key, place in found.items() if place.exists()}
 
 
 def _toml(value: Any) -> str:

@@ -199,6 +199,9 @@ def tier_costs(
     dtype_bytes: int = 4,
     trained: Trained = EXPERTS_ONLY,
     pseudo_gradient_fraction: float = 0.0,
+    through_hidden: bool = False,
+    optimizer_moments: int = 2,
+    accumulating: bool = False,
     wire_dtype: WireDtype = "float32",
     factors_up: str = "AB",
     extra_upload_bytes: int = 0,
@@ -225,7 +228,10 @@ def tier_costs(
         k_max: experts per token at budget 1, if not the model's own.
         dtype_bytes: of the base and the activations.
         trained: what is trained beside the experts, and travels.
-        pseudo_gradient_fraction: as in `pseudo_gradient_flops_per_token`.
+        pseudo_gradient_fraction: as `fraction` in `pseudo_gradient_flops_per_token`.
+        through_hidden: as there.
+        optimizer_moments: as in `peak_memory_bytes`.
+        accumulating: as there.
         wire_dtype: of the updates; tasks travel in float32.
         factors_up: as in `update_bytes`.
         extra_upload_bytes: what the method adds to each update.
@@ -248,7 +254,7 @@ def tier_costs(
         forward = forward_flops_per_token(shape, top_k, r, sequence_length, trained)
         backward = backward_flops_per_token(shape, top_k, r, sequence_length, trained).total
         backward += recomputing * (forward.total - forward.head)
-        extra = pseudo_gradient_flops_per_token(shape, top_k, r, pseudo_gradient_fraction)
+        extra = pseudo_gradient_flops_per_token(shape, top_k, r, pseudo_gradient_fraction, through_hidden)
         wire = payload_bytes(
             shape,
             r,
@@ -259,8 +265,9 @@ def tier_costs(
             extra_download_bytes=extra_download_bytes,
         )
         memory = peak_memory_bytes(
-            shape, top_k, r, batch_size, sequence_length, dtype_bytes, trained, recomputing=recomputing
-        )
+            shape, top_k, r, batch_size, sequence_length, dtype_bytes, trained, optimizer_moments,
+            accumulating=accumulating, pair_fraction=pseudo_gradient_fraction, recomputing=recomputing,
+        )  # fmt: skip
         bills.append(
             TierCost(
                 tier=tier,

@@ -2,7 +2,7 @@
 
     start(adapter)                      -> State      what the server holds before round 0
     dispatch(state, profile)            -> payload    what one client (or one tier's evaluation) gets
-    install(model, payload, profile)    -> Hooks      put it on the shared base; leaves no trace after model.clear()
+    install(model, payload, profile, generator) -> Hooks   put it on the shared base; leaves no trace after model.clear()
     aggregate(state, updates)           -> State      consume the updates one by one, in client order
 
 A method lives in one file, reads like its section of the paper and is one line in METHODS. It never copies the training loop:
@@ -106,9 +106,11 @@ class Method:
 
     `varies` says what a tier's budget sets: the experts per token or the LoRA rank. `unpromised` names laws of the
     battery that this method does not keep, each with the reason, `refuses` the protections it cannot run under, likewise.
-    `pair_fraction` is the share of missing (token, expert) pairs that a client computes beside the routed ones; costs
-    charge for it. `factors_up` names the factors that clients return, of A, B and a core R. `extra_down` and `extra_up`
-    count what travels beside them, in float32 elements; down, below zero where less than an adapter travels.
+    `pair_fraction` is the share of missing (token, expert) pairs that a client computes beside the routed ones, and
+    `pairs_reach_input` says whether they send a gradient to the layer's input too; costs charge for both. `factors_up`
+    names the factors that clients return, of A, B and a core R. `extra_down` and `extra_up` count what travels beside them,
+    in float32 elements; down, below zero where less than an adapter travels. `fault` says what is wrong with the values of
+    an update whose form is right, or nothing: what `aggregate` could not take.
     """
 
     name: str
@@ -120,9 +122,11 @@ class Method:
     unpromised: Mapping[str, str] = field(default_factory=dict)
     refuses: Mapping[Protection, str] = field(default_factory=dict)
     pair_fraction: float = 0.0
+    pairs_reach_input: bool = False
     factors_up: str = "AB"
     extra_down: Elements = 0
     extra_up: Elements = 0
+    fault: Callable[[Update], str | None] = lambda update: None
 
     def profile(
         self, base: Base, client: str, tier: int, budget: float, tier_rank: int, num_examples: int = 0

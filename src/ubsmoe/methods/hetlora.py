@@ -93,6 +93,10 @@ def hetlora(
         after = by_norm.result(by_examples.result(state.adapters))
         return State(keep_untouched(state.adapters, after, expert_tokens), state.extras | ranks)
 
+    def fault(update: Update) -> str | None:
+        rank, most = int(update.extras["rank"]), rank_of(update.adapters)
+        return None if 1 <= rank <= most else f"its new rank is {rank}, expected 1 to {most}"
+
     return Method(
         "hetlora",
         State,
@@ -102,6 +106,7 @@ def hetlora(
         varies="rank",
         refuses=FACTORS_APART,
         extra_up=2,  # the new rank is one int64
+        fault=fault,
         unpromised={"client_halves": "clients weigh by the norm of their update, whatever their number of examples"},
     )
 

@@ -68,6 +68,9 @@ def hfedmoe(base: Base, *, mean_share: float = 0.5, bottleneck: float = 0.1, thr
             mean.add(update.adapters, usage_weights(update, tau))
         return State(mean.result(state.adapters))
 
+    def fault(update: Update) -> str | None:
+        return next((f"its {name} is below 0" for name in REPORT if (update.extras[name] < 0).any()), None)
+
     return Method(
         "hfedmoe",
         State,
@@ -76,6 +79,7 @@ def hfedmoe(base: Base, *, mean_share: float = 0.5, bottleneck: float = 0.1, thr
         aggregate,
         refuses=USE_WEIGHS,
         extra_up=len(REPORT) * base.num_layers * base.num_experts,
+        fault=fault,
         unpromised={
             "lone_client": "a client's experts below the usage threshold are not taken over",
             "identical_clients": "the same: what all agree on is taken over only where they use the expert enough",

@@ -2,9 +2,10 @@
 
     A(x) = top-K_c of s_i + b_i,   gate weights from s_i alone,   b_i <- b_i + steps u sign(mean_j load_j - load_i)
 
-s_i is the router's score (after softmax or sigmoid) and load_i = sum_c a_{c,i} the tokens that all clients of the
-round sent to expert i. An expert below the mean load becomes easier to choose, by a fixed step; no loss is added, and
-no gradient bent. The bias travels with the adapter and holds in evaluation too. Aggregation is FedAvg.
+s_i is the router's score (after softmax or sigmoid) and load_i = sum_c a_{c,i} / sum_c slots_c the share of expert i in
+all that the round's clients routed; under a robust rule, that rule's mean of their shares. An expert below the mean load
+becomes easier to choose, by a fixed step; no loss is added, and no gradient bent. The bias travels with the adapter and
+holds in evaluation too. Aggregation is FedAvg.
 
 The paper moves b after every batch. Loads are known to the server once a round, so a round makes `steps_per_round`
 equal moves at once (ours). u = 0.001 is the paper's for sigmoid scores; softmax scores are about 1/M and call for
@@ -50,11 +51,11 @@ def lossfree(base: Base, *, step: float = 1e-3, steps_per_round: int = 1) -> Met
         return Hooks()
 
     def aggregate(state: State, updates: Iterable[Update]) -> State:
-        mean = base.mean()
-        load = torch.zeros(base.num_layers, base.num_experts, dtype=torch.float64)
+        mean, loads = base.mean(), base.mean()
         for update in updates:
             mean.add(update.adapters, update.num_examples)
-            load += update.expert_tokens
+            loads.add({"load": update.expert_tokens.double() / max(update.slots, 1)}, update.slots)
+        load = loads.result({"load": torch.zeros(base.num_layers, base.num_experts, dtype=torch.float64)})["load"]
         moved = step * steps_per_round * torch.sign(load.mean(-1, keepdim=True) - load)
         return State(mean.result(state.adapters), {"bias": state.extras["bias"] + moved.float()})
 

@@ -7,7 +7,9 @@ Its rank R grows by what is added and ends at min(out, in) of the matrix, from w
 cuts nothing.
 
 Clients keep nothing between rounds: every payload carries the whole side factor, so a client that missed rounds is up
-to date. The papers send what one round added and count on nobody missing a round. Costs count R at its largest.
+to date. The papers send what one round added and count on nobody missing a round. Bytes are counted with R at its
+largest; FLOPs and memory are the papers', of a base that S was merged into: here its products come on top, as the
+seconds of a run show.
 """
 
 from collections.abc import Mapping

@@ -167,6 +167,7 @@ def ubsmoe(
         aggregate,
         refuses=USE_WEIGHS if activation_power else {},
         pair_fraction=pseudo.pair_fraction,
+        pairs_reach_input=pseudo.is_exact and "hidden" in pseudo.scope,
         extra_down=extra_down,
         extra_up=modulation if trained_phi else 0,
     )

@@ -12,7 +12,7 @@ Source: peft 0.21 (`peft.tuners.lora.layer.ParamWrapper`); the tests compare log
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +98,7 @@ def from_peft(
     """
     rank, alpha = _rank_and_alpha(config)
     given, adapter, paths = dict(tensors), {}, _paths(sparse)
+    _refuse_own_scales(config, [f"{paths[layer.router]}.weight" for layer in sparse.layers])
     for layer in sparse.layers:
         for name, (key, (experts, *shape)) in _places(layer, paths).items():
             if layer_of_experts(f"{name}.A") is None and f"{key}.lora_A.weight" not in given:
@@ -140,6 +141,16 @@ def _rank_and_alpha(config: Mapping[str, Any]) -> tuple[int, float]:
         if config.get(key):
             raise AdapterMismatch(f"{CONFIG} sets {key}, which has no counterpart here")
     return rank, alpha * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
+
+
+def _refuse_own_scales(config: Mapping[str, Any], routers: Sequence[str]) -> None:
+    """Experts and attention have one alpha / r, the config's; routers may have their own."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in config.get(key) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in routers):
+                raise AdapterMismatch(
+                    f"{key} gives {pattern!r} a rank or alpha of its own; only routers can have that here"
+                )
 
 
 def _own_scale(config: Mapping[str, Any], name: str, otherwise: float) -> float:

@@ -108,23 +108,25 @@ def watch(path: Path, shown: RunConsole, pause: Callable[[], None]) -> None:
         pause()
 
 
-def result_table(summary: dict[str, Any], costs: Sequence[dict[str, Any]]) -> Table:
-    """Tier, K, FLOPs against the top tier, accuracy before and after: what a run is run for."""
+def result_table(summary: dict[str, Any], costs: Sequence[dict[str, Any]] | None) -> Table:
+    """Tier, K, FLOPs against the top tier, accuracy before and after: what a run is run for. A dash for unknown costs."""
     macro, tiers = summary["after"][0]["macro"], summary["tiers"]
-    before_training = summary["before"] or [None] * len(tiers)
+    nothing = [None] * len(tiers)
     table = _table(
         f"{summary['method']}: per tier, {len(summary['after'][0]) - 1} tasks, "
         f"{macro['examples']} questions, before → after",
         ("tier", "β", "K", "rank", "MFLOPs", "vs top", "accuracy %", "unparsed %", "ranked %"),
     )
-    for profile, cost, before, after in zip(tiers, costs, before_training, summary["after"], strict=True):
+    for profile, cost, before, after in zip(
+        tiers, costs or nothing, summary["before"] or nothing, summary["after"], strict=True
+    ):
         table.add_row(
             str(profile["tier"] + 1),
             f"{profile['budget']:g}",
             str(profile["top_k"]),
             str(profile["rank"]),
-            f"{cost['train_flops_per_token'] / 1e6:.4g}",
-            f"{cost['relative_to_top']:.0%}",
+            f"{cost['train_flops_per_token'] / 1e6:.4g}" if cost else "–",
+            f"{cost['relative_to_top']:.0%}" if cost else "–",
             *(
                 _change(before and before["macro"][key], after["macro"][key])
                 for key in ("accuracy", "unparsed", "likelihood")
@@ -223,7 +225,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         f"{_duration(run['seconds_side_by_side'])} side by side; evaluation is not counted",
     ]
     if fits := plan.get("fits"):
-        held = ", ".join(map(str, fits["tiers"])) or "none"
+        held = ", ".join(str(tier + 1) for tier in fits["tiers"]) or "none"
         lines.append(f"a device of {fits['memory_bytes'] / 2**30:.3g} GiB holds tiers: {held}")
     return lines
 

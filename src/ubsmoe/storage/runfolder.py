@@ -30,6 +30,8 @@ from ubsmoe.storage.versions import current_versions
 
 CONFIG, VERSIONS, EVENTS, CHECKPOINTS = "config.json", "versions.json", "events.jsonl", "checkpoints"
 ADAPTER, SUMMARY, DATA, LOCK = "adapter.safetensors", "summary.json", "data.json", ".lock"
+MAY_CHANGE = "rounds.quorum"
+"""The one setting that may be another when a run goes on: where dropping out is seeded, the same round would stop it again."""
 OURS = {CONFIG, DATA, VERSIONS, EVENTS, CHECKPOINTS, ADAPTER, SUMMARY, LOCK, f".{CONFIG}.draft", f".{VERSIONS}.draft"}
 
 
@@ -98,7 +100,7 @@ class RunFolder:
             disk.make_folder(path)
             lock = disk.Lock(path / LOCK)
             exists = (path / CONFIG).exists()
-            before = _check_same_run(path, config_json, may_exist) if exists else _begin(path, config_json, now)
+            before = _go_on(path, config_json, now, may_exist) if exists else _begin(path, config_json, now)
             return cls(path, lock, differing_settings(before, now))
         except (OSError, ValueError) as error:
             if lock:
@@ -252,12 +254,19 @@ def _begin(path: Path, config_json: str, versions: dict[str, str]) -> dict[str, 
     return versions
 
 
-def _check_same_run(path: Path, config_json: str, may_exist: bool) -> dict[str, Any]:
-    """The versions the run was started with, if it is the run that `config_json` asks for."""
+def _go_on(path: Path, config_json: str, versions: dict[str, str], may_exist: bool) -> dict[str, Any]:
+    """The versions the run was started with, if it is the run that `config_json` asks for.
+
+    A start that was refused or killed with nothing saved begins again, with whatever settings.
+    """
     if not may_exist:
         raise RunFolderError(f"{path} holds a run already; choose another --out")
     differing = differing_settings(_read_json(path / CONFIG), json.loads(config_json))
-    if differing:
+    if differing and checkpoints.newest_round(path / CHECKPOINTS) is None:
+        return _begin(path, config_json, versions)
+    if differing.keys() == {MAY_CHANGE}:
+        atomic_write(path / CONFIG, config_json.encode())
+    elif differing:
         named = [f"{key} (there {there!r}, asked {asked!r})" for key, (there, asked) in differing.items()]
         more = f" and {len(named) - 5} more" if len(named) > 5 else ""
         raise RunFolderError(

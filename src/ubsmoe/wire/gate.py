@@ -39,6 +39,7 @@ class Gate:
         elastic: whether clients train some steps at a smaller K.
         wanted: how many updates the round is for; a `quorum` of them must pass, at least one if any is wanted.
         drop: hears of every client that does not count.
+        fault: what the method finds wrong with an update of the right form, as `Method.fault`.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class Gate:
         elastic: bool,
         wanted: int,
         drop: Callable[[Dropped], None],
+        fault: Callable[[Update], str | None] = lambda update: None,
     ) -> None:
+        self._method_fault = fault
         self._form, self._settings, self._elastic, self._drop = form, settings, elastic, drop
         self._quorum = max(min(1, wanted), math.ceil(settings.quorum * wanted - 1e-9))
         self._asked: dict[str, Task] = {}
@@ -76,7 +79,8 @@ class Gate:
         if count < self._quorum:
             raise RoundError(
                 f"round {self._round}: {count} updates count, rounds.quorum asks for {self._quorum}; the checkpoint before "
-                "it is intact. See the events for why clients were dropped, then start again to go on"
+                "it is intact. See the events for why clients were dropped, then start again to go on; where it was by "
+                "chance, the same would be dropped again ([simulation], poisson sampling): lower rounds.quorum first"
             )
 
     def _fault(self, reply: Reply) -> Dropped | None:
@@ -87,6 +91,8 @@ class Gate:
             if task is None:
                 raise Rejected("nothing was asked of this client, or it has answered already")
             check_update(reply, task, self._form(task), self._settings.max_change, self._elastic)
+            if fault := self._method_fault(reply):
+                raise Rejected(fault)
         except Rejected as reason:
             return Dropped(reply.client, self._round, "validation", str(reason))
         return None

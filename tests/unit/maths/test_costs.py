@@ -372,6 +372,21 @@ def test_a_tier_pays_for_its_pseudo_gradients():
     assert bill(0.5) - bill(0.0) == round(pseudo_gradient_flops_per_token(olmoe, 2, 8, 0.5))
 
 
+def test_pseudo_gradients_that_reach_the_hidden_state_cost_more_and_missing_pairs_take_memory():
+    def bill(**changes):
+        return tier_costs(olmoe, (0.25,), rank=8, batch_size=4, sequence_length=256, **changes)[0]
+
+    plain, pairs, deep = (
+        bill(),
+        bill(pseudo_gradient_fraction=0.5),
+        bill(pseudo_gradient_fraction=0.5, through_hidden=True),
+    )
+    extra = deep.train_flops_per_token - plain.train_flops_per_token
+    assert extra == round(pseudo_gradient_flops_per_token(olmoe, 2, 8, 0.5, through_hidden=True))
+    assert extra > pairs.train_flops_per_token - plain.train_flops_per_token
+    assert pairs.peak_memory_bytes > plain.peak_memory_bytes > bill(optimizer_moments=1).peak_memory_bytes
+
+
 def test_a_bill_is_json_with_the_promised_keys():
     bill = tier_costs(olmoe, (1.0,), rank=8, batch_size=4, sequence_length=256)[0].as_dict()
     assert json.loads(json.dumps(bill)) == bill

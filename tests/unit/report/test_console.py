@@ -61,6 +61,11 @@ def test_the_result_shows_before_and_after_beside_the_cost() -> None:
     assert "chance 25.0%, majority 30.0%" in " ".join(text.split())
 
 
+def test_a_base_whose_costs_nobody_can_count_has_a_result_all_the_same() -> None:
+    text = shown(result_table(summary(accuracy=0.75), None))
+    assert "25.0 → 75.0" in text and "12.35" not in text and "–" in text
+
+
 def test_without_an_evaluation_before_training_the_result_shows_what_is_there_after_it() -> None:
     text = shown(result_table({**summary(accuracy=0.75, likelihood=None), "before": None}, [COST]))
     assert "75.0" in text and "→ 75.0" not in text and "–" in text

@@ -66,8 +66,28 @@ def test_create_refuses_a_folder_that_holds_a_run(tmp_path):
         RunFolder.create(tmp_path, CONFIG, VERSIONS)
 
 
-def test_other_settings_are_named_by_dotted_key_and_the_folder_stays_as_it_is(tmp_path):
+def begun(path, config):
+    """A run with something to lose."""
+    with RunFolder.create(path, config, VERSIONS) as folder:
+        folder.save_checkpoint(0, {"total": torch.zeros(())}, {}, keep=2)
+
+
+def test_a_start_with_nothing_saved_begins_again_with_other_settings(tmp_path):
     RunFolder.create(tmp_path, CONFIG, VERSIONS).close()
+    RunFolder.open_or_create(tmp_path, other(seed=3), VERSIONS).close()
+    assert read_run(tmp_path).config["seed"] == 3
+
+
+def test_a_run_goes_on_with_another_quorum(tmp_path):
+    begun(tmp_path, other(rounds={"quorum": 0.5}))
+    RunFolder.open_or_create(tmp_path, other(rounds={"quorum": 0.25}), VERSIONS).close()
+    assert read_run(tmp_path).config["rounds"]["quorum"] == 0.25
+    with pytest.raises(RunFolderError, match=r"seed .there 0, asked 1"):
+        RunFolder.open_or_create(tmp_path, other(rounds={"quorum": 0.1}, seed=1), VERSIONS)
+
+
+def test_other_settings_are_named_by_dotted_key_and_the_folder_stays_as_it_is(tmp_path):
+    begun(tmp_path, CONFIG)
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(RunFolderError) as caught:
         RunFolder.open_or_create(tmp_path, other(train={"rounds": 9, "learning_rate": 0.002}, seed=1), VERSIONS)
@@ -76,7 +96,7 @@ def test_other_settings_are_named_by_dotted_key_and_the_folder_stays_as_it_is(tm
 
 
 def test_only_the_first_five_differences_are_named(tmp_path):
-    RunFolder.create(tmp_path, "{}", VERSIONS).close()
+    begun(tmp_path, "{}")
     with pytest.raises(RunFolderError, match=r"e .there None, asked 4. and 2 more;"):
         RunFolder.open_or_create(tmp_path, json.dumps(dict(zip("abcdefg", range(7), strict=True))), VERSIONS)
 
@@ -138,7 +158,7 @@ def test_two_writers_on_one_folder_are_refused_until_the_first_lets_go(tmp_path)
 
 
 def test_a_refused_open_lets_go_of_the_lock(tmp_path):
-    RunFolder.create(tmp_path, CONFIG, VERSIONS).close()
+    begun(tmp_path, CONFIG)
     with pytest.raises(RunFolderError):
         RunFolder.open_or_create(tmp_path, other(seed=9), VERSIONS)
     RunFolder.open_or_create(tmp_path, CONFIG, VERSIONS).close()

@@ -123,6 +123,17 @@ def test_a_bad_update_is_dropped_and_the_others_count() -> None:
     assert dropped == [Dropped("b", 4, "validation", f"{A} holds NaN or infinity"), replies[2]]
 
 
+def test_what_the_method_finds_wrong_drops_an_update_too() -> None:
+    dropped: list[Dropped] = []
+    gate = Gate(
+        lambda task: FORM, RoundSettings(), elastic=False, wanted=2, drop=dropped.append,
+        fault=lambda update: "its rank is 0" if update.client == "b" else None,
+    )  # fmt: skip
+    list(gate.ask(replace(TASK, profile=replace(TASK.profile, client=client)) for client in "ab"))
+    assert [one.client for one in gate.passed([replace(UPDATE, client=client) for client in "ab"])] == ["a"]
+    assert [(one.client, one.stage, one.reason) for one in dropped] == [("b", "validation", "its rank is 0")]
+
+
 def test_a_second_answer_and_one_that_nobody_asked_for_do_not_count() -> None:
     passed, dropped = through([replace(UPDATE, client=client) for client in ("a", "a", "stranger", "b")], wanted=4)
     assert passed == ["a", "b"]
