@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "worker": {"config", "errors", "node", "wire"},
     "engines": {
         *{"client", "config", "data", "deploy", "engines", "errors", "evaluate", "federation", "messages", "node"},
-        *{"plan", "rounds", "seeds", "storage", "wire", "worker"},
+        *{"forecast", "rounds", "seeds", "storage", "wire", "worker"},
     },
     "pretrain": {"config", "data", "maths", "pretrain"},
     "lab": {"maths", "seeds"},

@@ -9,7 +9,7 @@ drop out as [simulation] says; deadlines are not foreseen.
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -131,7 +131,10 @@ def read_work(settings: RunSettings) -> list[Work]:
     examples = load_examples(settings.data, tokenizer, settings.seed).train
     parts = partition(examples, settings.data.partition, settings.clients.count, settings.seed)
     tokens = tokenize(examples, tokenizer, settings.data, "train")
-    return [_work(settings, index, [tokens[i] for i in part]) for index, part in enumerate(parts)]
+    return [
+        client_work(settings, f"client-{index}", index % len(settings.tiers.budgets), [tokens[i] for i in part])
+        for index, part in enumerate(parts)
+    ]
 
 
 def assumed_work(settings: RunSettings, examples: int) -> list[Work]:
@@ -152,15 +155,16 @@ def _assumed(settings: RunSettings, index: int, share: int, passes: list[Batch])
     return Work(f"client-{index}", index % len(settings.tiers.budgets), share, passes, passes[0])
 
 
-def _work(settings: RunSettings, index: int, examples: Sequence[Tokens]) -> Work:
-    train, client = settings.train, f"client-{index}"
+def client_work(settings: RunSettings, client: str, tier: int, examples: Sequence[Tokens]) -> Work:
+    """A client's first round on its own examples, which stands for all of its rounds."""
+    train = settings.train
     order = batch_order(train, examples, generator_for(settings.seed, client, 1, "batches"))
     passes = steps_per_round(train, len(examples)) * train.gradient_accumulation
     whole = settings.data.loss_on_prompt
     seen = [batch_shape([examples[i] for i in next(order)], whole) for _ in range(passes)]
     longest = batch_shape(sorted(examples, key=lambda one: len(one.input_ids))[-train.batch_size :], whole)
     most = sum(sorted(_labels(one, whole) for one in examples)[-train.batch_size :])
-    return Work(client, index % len(settings.tiers.budgets), len(examples), seen, replace(longest, labelled=most))
+    return Work(client, tier, len(examples), seen, replace(longest, labelled=most))
 
 
 def batch_shape(examples: Sequence[Tokens], loss_on_prompt: bool = False) -> Batch:
@@ -181,19 +185,7 @@ def _tier(
     trained = trained_beside(settings.adapter)
     accumulation, recomputing = settings.train.gradient_accumulation, settings.train.gradient_checkpointing
 
-    def flops(work: Work) -> float:
-        steps = len(work.batches) // accumulation
-        key = generator_for(settings.seed, work.client, 1, "elastic")
-        budgets = elastic_top_ks(settings.tiers, cost.top_k, 0, steps, key)
-        return sum(
-            batch_flops(
-                shape, budgets[i // accumulation], cost.rank, batch, trained,
-                method.pair_fraction, method.pairs_reach_input, recomputing,
-            )
-            for i, batch in enumerate(work.batches)
-        )  # fmt: skip
-
-    count, in_all = len(works), sum(flops(work) for work in works)
+    count, in_all = len(works), sum(client_flops(settings, shape, cost, work, method) for work in works)
     largest = max((work.largest for work in works), key=lambda batch: batch.rows * batch.length)
     labelled = max(work.largest.labelled for work in works)
     memory = peak_memory_bytes(
@@ -228,6 +220,33 @@ def _tier(
         memory=memory,
         device_gib=next((gib for gib in DEVICES if memory.total + RUNTIME_BYTES <= gib * GIB), None),
     )
+
+
+def client_flops(settings: RunSettings, shape: ModelShape, cost: TierCost, work: Work, method: Method) -> float:
+    """FLOPs of a client's round, each step at the K that elastic budgets give it."""
+    accumulation, recomputing = settings.train.gradient_accumulation, settings.train.gradient_checkpointing
+    steps = len(work.batches) // accumulation
+    top_ks = elastic_top_ks(
+        settings.tiers, cost.top_k, 0, steps, generator_for(settings.seed, work.client, 1, "elastic")
+    )
+    return sum(
+        batch_flops(
+            shape, top_ks[i // accumulation], cost.rank, batch, trained_beside(settings.adapter),
+            method.pair_fraction, method.pairs_reach_input, recomputing,
+        )
+        for i, batch in enumerate(work.batches)
+    )  # fmt: skip
+
+
+def flops_by_client(settings: RunSettings) -> Callable[[str, int, Sequence[Tokens]], float]:
+    """FLOPs of a client's first round, from its name, its tier and its examples. Raises UserError as `run_costs`."""
+    shape, costs = shape_from_config(load_config(settings.model.base)), run_costs(settings)
+    method = run_method(settings, shape)
+
+    def flops(client: str, tier: int, examples: Sequence[Tokens]) -> float:
+        return client_flops(settings, shape, costs[tier], client_work(settings, client, tier, examples), method)
+
+    return flops
 
 
 def batch_flops(

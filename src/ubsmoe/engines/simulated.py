@@ -1,6 +1,6 @@
 """Unequal clients on a virtual clock: who answers, and when, is settled before anybody trains, so waiting costs no time.
 
-    seconds_c = FLOPs of its local steps / (flops_per_second beta_c speed_c),    ln speed_c ~ N(0, speed_spread^2)
+    seconds_c = FLOPs of its first round / (flops_per_second beta_c speed_c),    ln speed_c ~ N(0, speed_spread^2)
 
 A client keeps its speed for the whole run; in each round it is silent with probability `dropout`. Among the others the first
 `clients.per_round` to answer before the deadline count, and only they are trained. The network takes no time here.
@@ -9,14 +9,14 @@ A client keeps its speed for the whole run; in each round it is silent with prob
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 
 import torch
 
-from ubsmoe.client import steps_per_round
 from ubsmoe.config import ConfigError, RunSettings
 from ubsmoe.federation import Federation
+from ubsmoe.forecast import flops_by_client
 from ubsmoe.messages import Dropped, Profile, Reply, Stage, Task, Update
-from ubsmoe.plan import run_costs
 from ubsmoe.rounds import Engine
 from ubsmoe.seeds import generator_for
 
@@ -41,20 +41,19 @@ def as_simulated(engine: Engine, federation: Federation) -> Engine:
 
 
 def client_seconds(federation: Federation) -> Seconds:
-    """Virtual seconds of a client's local steps, from its tier's FLOPs and budget and its own speed."""
-    settings, costs = federation.settings, run_costs(federation.settings)
+    """Virtual seconds of a client's round, from the FLOPs that `ubsmoe plan` foresees, its budget and its own speed."""
+    settings, flops_of = federation.settings, flops_by_client(federation.settings)
     simulation = settings.simulation
     assert simulation is not None
-    batch = settings.train.batch_size * settings.train.gradient_accumulation
+
+    @cache
+    def flops(client: str, tier: int) -> float:
+        return flops_of(client, tier, federation.examples[client])
 
     def seconds(profile: Profile) -> float:
-        examples = federation.examples[profile.client]
-        length = sum(len(example.input_ids) for example in examples) / len(examples)
-        flops = (
-            costs[profile.tier].train_flops_per_token * length * batch * steps_per_round(settings.train, len(examples))
-        )
         draw = torch.randn((), generator=generator_for(settings.seed, profile.client, "speed"), dtype=torch.float64)
-        return flops / (simulation.flops_per_second * profile.budget * math.exp(simulation.speed_spread * float(draw)))
+        speed = simulation.flops_per_second * profile.budget * math.exp(simulation.speed_spread * float(draw))
+        return flops(profile.client, profile.tier) / speed
 
     return seconds
 

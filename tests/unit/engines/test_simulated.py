@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +16,8 @@ from ubsmoe.config import ConfigError, RunSettings, parse_run, to_json, with_ove
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.engines.simulated import SimulatedEngine, as_simulated, client_seconds, losses
 from ubsmoe.federation import build_federation
+from ubsmoe.forecast import forecast
 from ubsmoe.messages import Dropped, Profile, Task, Update
-from ubsmoe.plan import run_costs
 from ubsmoe.rounds import run
 from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.gate import RoundError
@@ -96,15 +96,19 @@ def quick(tiny_run: dict[str, Any]) -> dict[str, Any]:
     return with_overrides(tiny_run, changes)
 
 
-def test_seconds_follow_from_flops_budget_and_speed(quick: dict[str, Any]) -> None:
-    federation = build_federation(parse_run(quick))
-    seconds, costs = client_seconds(federation), run_costs(federation.settings)
-    for profile in federation.clients:
-        tokens = [len(example.input_ids) for example in federation.examples[profile.client]]
-        flops = costs[profile.tier].train_flops_per_token * 4 * sum(tokens) / len(tokens)  # one step of four examples
-        assert seconds(profile) == pytest.approx(flops / (1e9 * profile.budget))
-    spread = replace(federation, settings=parse_run(with_overrides(quick, {"simulation.speed_spread": 0.5})))
-    ratios = [client_seconds(spread)(profile) / seconds(profile) for profile in federation.clients]
+def test_seconds_are_those_of_the_plan_and_follow_each_clients_speed(quick: dict[str, Any]) -> None:
+    elastic = with_overrides(quick, {"tiers.elastic_share": 0.5, "train.local_steps": 3})
+    federation = build_federation(parse_run(elastic))
+
+    def seconds_in(table: dict[str, Any]) -> Callable[[Profile], float]:
+        return client_seconds(replace(federation, settings=parse_run(table)))
+
+    seconds, whole = seconds_in(elastic), seconds_in(with_overrides(quick, {"train.local_steps": 3}))
+    planned = {tier["tier"]: tier["virtual_seconds"] for tier in forecast(federation.settings)["tiers"]}
+    assert {profile.tier: pytest.approx(seconds(profile)) for profile in federation.clients} == planned
+    assert seconds(federation.clients[-1]) < whole(federation.clients[-1])  # a step at K = 1 takes less time
+    spread = seconds_in(with_overrides(elastic, {"simulation.speed_spread": 0.5}))
+    ratios = [spread(profile) / seconds(profile) for profile in federation.clients]
     assert len(set(ratios)) == 4 and all(0.05 < ratio < 20 for ratio in ratios)
 
 
