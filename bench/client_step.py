@@ -3,7 +3,11 @@
     ours      SparseModel with LoRA on all experts and counting, as a client trains; freed memory is kept, as the program does
     peft      transformers + PEFT `target_parameters` on the fused experts, experts by grouped_mm (its fastest way), as it comes
     frozen    stock transformers, nothing trained, gradient by the inputs alone: what one pays without any adapter
-    ... kept  the last two with our allocator setting, which they do not have of their own: what the kernel alone is worth
+    rest      ours with experts that do nothing: attention, norms, routers, head, which no kernel for experts can shorten
+    ... kept  peft and frozen with our allocator setting, which they do not have of their own: what the kernel alone is worth
+
+What no kernel for experts can go below is therefore `rest` and the frozen experts' bare matrix products (experts_efficiency.py),
+without LoRA or any sorting: PEFT's time over that sum is the most that could be reached, the table's `limit` (`full` only).
 
 Two kinds of batches, a table each:
 
@@ -37,7 +41,9 @@ from typing import Any
 
 import torch
 from experts_efficiency import efficiency
+from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ubsmoe import forecast
 from ubsmoe.allocator import keep_freed_memory
@@ -56,7 +62,8 @@ VOCAB, WORDS = 1024, 4096  # of random tokens, and what the shipped tokenizer ha
 LAYERS, HIDDEN, WIDTH, EXPERTS = 4, 256, 256, 32
 WARM_UP = 2  # steps that are not counted
 SIZES = [(size, top_k) for size in (8, 1) for top_k in (8, 2, 1)]
-Batch = dict[str, torch.Tensor]
+NO_EXPERTS = "no-experts"
+Batch = dict[str, Tensor]
 Step = Callable[[Batch], None]
 
 
@@ -124,6 +131,29 @@ def ours(data: str, top_k: int) -> Step:
     return step
 
 
+def rest(data: str, top_k: int) -> Step:
+    model = SparseModel(olmoe_shaped(data))
+    model.load_adapter(model.fresh_adapter(RANK, torch.Generator().manual_seed(SEED), shared_a=True), alpha=16.0)
+    model.set_top_k(top_k)
+    model.model.set_experts_implementation(NO_EXPERTS)
+    for layer in model.layers:
+        layer.experts.dial = torch.nn.Parameter(torch.ones(()))
+
+    def step(batch: Batch) -> None:
+        with model.counting():
+            language_loss(model, batch).backward()
+
+    return step
+
+
+def no_experts(module: torch.nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """A scale in the experts' place, so that gradients go where they would: to the layers below and through the router."""
+    return hidden * (module.dial * top_k_weights.sum(-1, keepdim=True))  # type: ignore[operator]
+
+
+ALL_EXPERTS_FUNCTIONS.register(NO_EXPERTS, no_experts)
+
+
 def peft(data: str, top_k: int) -> Step:
     from peft import LoraConfig, get_peft_model
 
@@ -162,6 +192,7 @@ def _set_top_k(model: Any, top_k: int) -> None:
 
 WAYS: dict[str, tuple[Callable[[str, int], Step], bool]] = {  # how to step, and whether freed memory is kept
     "ours": (ours, True),
+    "rest": (rest, True),
     "peft": (peft, False),
     "peft kept": (peft, True),
     "frozen": (frozen, False),
@@ -278,9 +309,9 @@ def show(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     table = [other for other in rows if other["data"] == row["data"]]
     if len(table) == 1:
         print(f"{row['data']}: {row['padding']:.0%} padding, {row['labelled']:.0%} of the rest labelled")
-        print("               CPU ms                              peft / ours   ours / frozen   ours over")
+        print("               CPU ms                              peft / ours         ours / frozen   ours over")
         print(
-            "batch  K  ours (quartiles)       peft   frozen       as is  kept   as is  kept    K=8 (FLOPs)   efficiency"
+            "batch  K  ours (quartiles)       peft   frozen       as is  kept limit   as is  kept    K=8 (FLOPs)   efficiency"
         )
     top = next(other for other in table if other["batch"] == row["batch"])
     mine = row["ours"]["median"]
@@ -288,10 +319,13 @@ def show(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     def ratio(over: str, under: str) -> str:
         return f"{row[over]['median'] / row[under]['median']:.2f}" if over in row and under in row else "-"
 
+    limit = "-"
+    if "rest" in row and "bare_ms" in row:
+        limit = f"{row['peft']['median'] / (row['rest']['median'] + row['bare_ms']):.2f}"
     print(
         f"{row['batch']:>5} {row['top_k']:>2} {mine:8.1f} ({row['ours']['q1']:.1f}-{row['ours']['q3']:.1f})"
         f" {row['peft']['median']:8.1f} {row['frozen']['median'] if 'frozen' in row else math.nan:8.1f}"
-        f" {ratio('peft', 'ours'):>11} {ratio('peft kept', 'ours'):>5}"
+        f" {ratio('peft', 'ours'):>11} {ratio('peft kept', 'ours'):>5} {limit:>5}"
         f" {ratio('ours', 'frozen'):>7} {ratio('ours', 'frozen kept'):>5}"
         f" {mine / top['ours']['median']:8.2f} ({row['mflops_per_token'] / top['mflops_per_token']:.2f})"
         + (f" {row['efficiency']:12.2f}" if "efficiency" in row else ""),
