@@ -4,7 +4,7 @@ They train and answer with all K_max experts, so tier 1 pays about as much as ti
 run that. The paper's table has FLoRA and FLoRIST, which give every tier one and the same model, at .0094 and .0112 in tier 1 and
 .2996 and .2724 in tier 4: its tiers can only have differed in how they answered. That it was by K is our reading.
 
-python bench/rank_budgets.py COMPARISON_FOLDER [--out FILE]     after `ubsmoe compare`; writes tidy rows as CSV
+python bench/rank_budgets.py COMPARISON [--tiers 1 2] [--out FILE]     after `ubsmoe compare`; tidy rows as CSV
 """
 
 import argparse
@@ -22,6 +22,7 @@ METHODS = ("hetlora", "flexlora", "flora", "florist")
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("comparison", type=Path)
+    parser.add_argument("--tiers", type=int, nargs="+", default=[1])
     parser.add_argument("--out", type=Path, default=Path("rank_budgets.csv"))
     options = parser.parse_args()
     rows = []
@@ -31,8 +32,8 @@ def main() -> None:
         if method not in METHODS:
             continue
         k_max = record.summary["tiers"][-1]["top_k"]
-        for tier, budget in enumerate(settings["tiers"]["budgets"], 1):
-            top_k = budget_top_k(k_max, budget)
+        for tier in options.tiers:
+            top_k = budget_top_k(k_max, settings["tiers"]["budgets"][tier - 1])
             (found,) = evaluate_run(folder, {}, tier, top_k)
             score = found["scores"]["macro"]
             place = {"method": method, "seed": settings["seed"], "tier": tier, "top_k": top_k, "rank": found["rank"]}

@@ -1,6 +1,6 @@
 """The command line. Each verb calls one function; whatever is slow to import is imported inside the verb.
 
-Exit codes: 0 done; 1 a failure of ours or of the machine; 2 something to change in the input (the message says what).
+Exit codes: 0 done; 1 a failure of ours; 2 something to change, in the input or on the machine (the message says what).
 """
 
 import sys

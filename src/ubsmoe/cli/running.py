@@ -152,7 +152,7 @@ def compare_command(
     methods: Annotated[
         str,
         typer.Option(
-            help='such as "fedavg, ubsmoe, ubsmoe(pg_mode=off; train.learning_rate=1e-3)", or a file of them',
+            help='such as "fedavg, ubsmoe, ubsmoe(pg_mode=off; train.learning_rate=1e-3)", or a .txt file of them',
             show_default=False,
         ),
     ],

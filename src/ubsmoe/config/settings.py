@@ -29,6 +29,7 @@ class AdapterSettings(Settings):
 
     rank: Rank = Field(8, description="LoRA rank on every expert matrix")
     alpha: PositiveFloat = Field(16.0, description="LoRA numerator: the update is alpha / rank * B A")
+    # measured, like router: docs/results.md, Screening, the rows of their names
     shared_a: bool = Field(True, description="start all experts of a layer from one A (pseudo-gradients need it)")
     router: Literal["frozen", "trained"] = Field("frozen", description="whether the routers' weights are trained too")
     attention: Literal["frozen", "trained"] = Field(
@@ -53,6 +54,7 @@ class TierSettings(Settings):
         "mass",  # measured: docs/decisions/0002-output-scale.md
         description="layer output at K < K_max: as it is, times K_max / K, or with the routing mass of K_max",
     )
+    # off, since it is not the paper's; what it gains and costs: docs/results.md, Screening and Confirmation, rows elastic_share
     elastic_share: Share = Field(0.0, description="share of local steps run at a smaller K: elastic budgets")
     elastic_draw: Literal["one", "uniform"] = Field("one", description="the smaller K: always 1, or uniform on 1..K_c")
 
@@ -130,6 +132,7 @@ class TrainSettings(Settings):
         description="keep only the input of each layer and run it again in the backward pass: less memory, more time",
     )
     group_by_length: bool = Field(False, description="batches of like lengths: less padding, another order of examples")
+    # measured: docs/results.md, Screening, rows optimizer=sgd
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="local optimiser; its state is reset every round")
     learning_rate: PositiveFloat = Field(2e-3, description="peak step size")
     momentum: Share = Field(0.9, description="for sgd")

@@ -11,7 +11,9 @@ A round, as in Figure 1 of the paper:
 
 The paper states steps 1-5, the tanh target and momentum, and that phi may also be trained with a range penalty. Ours: the
 defaults N_p = 2 K_max, zeta = 0.9, which side zeta weighs, every PG formula (the paper's is not public), PG's strength and
-scope, and activation-aware averaging as an option. `dmr = false` or `pg_mode = "off"` switch the parts off one by one.
+scope, and activation-aware averaging as an option. Each default has its row in docs/results.md, Screening, where nothing
+beat it beyond the noise (zeta: momentum; N_p: num_candidates; pg_mode, pg_strength, pg_scope; phi; activation_power).
+`dmr = false` or `pg_mode = "off"` switch the parts off one by one.
 
 Source: UB-SMoE (arXiv 2605.16690).
 """
