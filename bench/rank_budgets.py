@@ -4,7 +4,7 @@ They train and answer with all K_max experts, so tier 1 pays about as much as ti
 run that. The paper's table has FLoRA and FLoRIST, which give every tier one and the same model, at .0094 and .0112 in tier 1 and
 .2996 and .2724 in tier 4: its tiers can only have differed in how they answered. That it was by K is our reading.
 
-python bench/rank_budgets.py COMPARISON [--tiers 1 2] [--out FILE]     after `ubsmoe compare`; tidy rows as CSV
+python bench/rank_budgets.py [COMPARISON] [--tiers 1 2] [--out FILE]     after `ubsmoe compare`; tidy rows as CSV
 """
 
 import argparse
@@ -21,10 +21,12 @@ METHODS = ("hetlora", "flexlora", "flora", "florist")
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("comparison", type=Path)
+    parser.add_argument("comparison", type=Path, nargs="?", default=Path("out/confirmation-compare"))
     parser.add_argument("--tiers", type=int, nargs="+", default=[1])
     parser.add_argument("--out", type=Path, default=Path("rank_budgets.csv"))
     options = parser.parse_args()
+    if not options.comparison.exists():
+        return print(f"no {options.comparison}: runs/study/confirmation.toml says how it is made")
     rows = []
     for folder in sorted((options.comparison / "runs").iterdir()):
         record = read_run(folder)
