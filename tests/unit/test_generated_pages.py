@@ -61,7 +61,9 @@ def test_a_formula_in_plain_text_gets_letters_and_indices(generate: ModuleType, 
 
 def test_the_command_line_page_has_every_verb_and_the_exit_codes(generate: ModuleType) -> None:
     page = generate.command_line_page()
-    assert "| 2 | something to change, in the input or on the machine" in page and "| `RUN_FILE` | run file (TOML)" in page
+    assert (
+        "| 2 | something to change, in the input or on the machine" in page and "| `RUN_FILE` | run file (TOML)" in page
+    )
     assert all(f"\n## ubsmoe {verb}\n" in page for verb in ("run", "eval", "data commonsense", "lab bias-floor"))
 
 
