@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ubsmoe.allocator import keep_freed_memory
+from ubsmoe.client.allocator import keep_freed_memory
 from ubsmoe.maths.lora import LoraPair
 from ubsmoe.maths.spectra import truncated_svd
 

@@ -18,12 +18,12 @@ def measure(keep: bool) -> dict[str, float]:
     """CPU milliseconds per optimiser step by K, one thread, on the quickstart's clients."""
     import torch
 
-    from ubsmoe.allocator import keep_freed_memory
-    from ubsmoe.client import train
+    from ubsmoe.client.allocator import keep_freed_memory
+    from ubsmoe.client.train import train
     from ubsmoe.config import load_run
-    from ubsmoe.federation import build_federation
     from ubsmoe.messages import Task
-    from ubsmoe.rounds import start_state
+    from ubsmoe.server.federation import build_federation
+    from ubsmoe.server.start import start_state
 
     if keep:
         keep_freed_memory()

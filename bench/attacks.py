@@ -22,17 +22,19 @@ from typing import Any
 
 import torch
 
-from ubsmoe.allocator import keep_freed_memory
+from ubsmoe.client.allocator import keep_freed_memory
 from ubsmoe.config import load_run
 from ubsmoe.data.tokens import Tokens
 from ubsmoe.engines.local import LocalEngine
-from ubsmoe.federation import Federation, build_federation, build_method
 from ubsmoe.maths.robust import squared_norm
-from ubsmoe.messages import Reply, Task, Update
-from ubsmoe.methods.base import State
-from ubsmoe.protection import change_of
-from ubsmoe.rounds import Engine, evaluate_tier, one_round, start_state
+from ubsmoe.messages import Engine, Reply, Task, Update
+from ubsmoe.methods.chosen import build_method
+from ubsmoe.methods.method import State
 from ubsmoe.seeds import generator_for
+from ubsmoe.server.federation import Federation, build_federation
+from ubsmoe.server.robust import change_of
+from ubsmoe.server.rounds import evaluate_tier, one_round
+from ubsmoe.server.start import start_state
 
 LIARS = ("client-3", "client-7")  # of client-0 to client-9; both in the top tier, and all of it
 TESTBED = Path(__file__).parents[1] / "runs" / "quickstart.toml"

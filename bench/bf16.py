@@ -19,8 +19,8 @@ from typing import Any
 import matplotlib
 import torch
 
-from ubsmoe.allocator import keep_freed_memory
-from ubsmoe.client import language_loss
+from ubsmoe.client.allocator import keep_freed_memory
+from ubsmoe.client.train import language_loss
 from ubsmoe.config import RunSettings, parse_run
 from ubsmoe.data.sources import load_training
 from ubsmoe.data.tokens import batches, collate, pad_id, tokenize

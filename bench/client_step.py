@@ -45,16 +45,16 @@ from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ubsmoe import forecast
-from ubsmoe.allocator import keep_freed_memory
-from ubsmoe.client import language_loss
+from ubsmoe.client.allocator import keep_freed_memory
+from ubsmoe.client.train import language_loss
 from ubsmoe.config import parse_run
+from ubsmoe.costs.shape import EXPERTS_ONLY
 from ubsmoe.data.sources import load_training
 from ubsmoe.data.tokens import IGNORED, batches, collate, pad_id, tokenize
-from ubsmoe.maths.shape import EXPERTS_ONLY
 from ubsmoe.model.load import load_tokenizer
 from ubsmoe.model.presets import shape_from_config
 from ubsmoe.model.surgery import SparseModel
+from ubsmoe.plan import forecast
 
 RESULT = Path(__file__).resolve().parent / "results" / "client_step.json"
 SEED, RANK, LENGTH = 0, 8, 128

@@ -23,7 +23,7 @@ from fault_cases.stock_flower import in_flower
 from rich.console import Console
 from rich.table import Table
 
-from ubsmoe.federation import build_federation
+from ubsmoe.server.federation import build_federation
 from ubsmoe.storage.disk import encode_json
 from ubsmoe.storage.runfolder import atomic_write
 

@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ubsmoe.deploy.app import PYPROJECT, write_app
-from ubsmoe.deploy.loopback import loopback
+from ubsmoe.engines.flower.app import PYPROJECT, write_app
+from ubsmoe.engines.flower.localhost import loopback
 
 RESULTS = Path(__file__).resolve().parent / "results" / "flower.json"
 RUN = """
@@ -125,8 +125,8 @@ def large(folder: Path) -> dict[str, Any]:
 
 def adapter_bytes(rank: int) -> int:
     from ubsmoe.config import parse_run
-    from ubsmoe.federation import build_server
-    from ubsmoe.rounds import start_state
+    from ubsmoe.server.federation import build_server
+    from ubsmoe.server.start import start_state
 
     server = build_server(parse_run({"adapter": {"rank": rank}, "data": {"world": {"test_examples": 8}}}))
     return sum(tensor.nbytes for tensor in start_state(server).adapters.values())

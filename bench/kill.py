@@ -25,8 +25,8 @@ from fault_cases.small_run import small_settings, write_base
 
 from ubsmoe.config import to_json
 from ubsmoe.engines.local import LocalEngine
-from ubsmoe.federation import Federation, build_federation
-from ubsmoe.rounds import run
+from ubsmoe.server.federation import Federation, build_federation
+from ubsmoe.server.rounds import run
 from ubsmoe.storage.disk import encode_json
 from ubsmoe.storage.runfolder import RunFolder, atomic_write
 

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from ubsmoe.alignment import SIGNALS, layer_signals
 from ubsmoe.model.surgery import SparseModel
+from ubsmoe.study.alignment import SIGNALS, layer_signals
 
 NUMBERS, LENGTH, BATCH, RANK, ALPHA = 37, 20, 16, 4, 8.0
 BUDGETS = (1, 2, 4)

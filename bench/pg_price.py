@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from client_step import LENGTH, RANK, SEED, Batch, Step, fresh_batch, olmoe_config, olmoe_shaped
 
-from ubsmoe.allocator import keep_freed_memory
-from ubsmoe.client import language_loss
-from ubsmoe.maths.costs import backward_flops_per_token, forward_flops_per_token, pseudo_gradient_flops_per_token
+from ubsmoe.client.allocator import keep_freed_memory
+from ubsmoe.client.train import language_loss
+from ubsmoe.costs.flops import backward_flops_per_token, forward_flops_per_token, pseudo_gradient_flops_per_token
 from ubsmoe.messages import Profile
-from ubsmoe.methods.base import Base
+from ubsmoe.methods.method import Base
 from ubsmoe.methods.ubsmoe import ubsmoe
 from ubsmoe.model.presets import shape_from_config
 from ubsmoe.model.surgery import SparseModel

@@ -1,6 +1,6 @@
 """`ubsmoe plan` against reality: 14 runs, foreseen from their settings, then carried out.
 
-    FLOPs   torch's FlopCounterMode around one client's round (`ubsmoe.client.train`, batches of 3), against the tier's FLOPs
+    FLOPs   torch's FlopCounterMode around one client's round (`ubsmoe.client.train.train`, batches of 3), against the tier's FLOPs
     memory  a fresh process trains a client of a tiny base of the same family, so that the libraries hold what they will: code
             that is paged in at its first use, the products' buffers. What is resident then is the runtime, against
             RUNTIME_BYTES. It then builds the run, resets the kernel's peak-RSS mark, trains that client for a round: what the
@@ -98,9 +98,9 @@ def make_base(config: dict[str, Any], folder: Path) -> Path:
 
 def first_task(settings: Any, tier: int) -> Any:
     """The run, and the task of the tier's first client in round 1."""
-    from ubsmoe.federation import build_federation
     from ubsmoe.messages import Task
-    from ubsmoe.rounds import start_state
+    from ubsmoe.server.federation import build_federation
+    from ubsmoe.server.start import start_state
 
     federation = build_federation(settings)
     profile = next(client for client in federation.clients if client.tier == tier)
@@ -109,7 +109,7 @@ def first_task(settings: Any, tier: int) -> Any:
 
 def measure_memory(settings: Any, tiny: Any, tier: int) -> dict[str, float]:
     """In a process of its own: bytes of the peak above what was resident before, plus the weights."""
-    from ubsmoe.client import train
+    from ubsmoe.client.train import train
 
     # what the libraries page in and allot at their first step is theirs, not the model's
     federation, task = first_task(tiny, tier)
@@ -143,7 +143,7 @@ def count_flops(settings: Any, tier: int) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-    from ubsmoe.client import train
+    from ubsmoe.client.train import train
 
     # torch's counter lacks the product in place and the processor's own attention; all get shapes
     aten = torch.ops.aten
@@ -164,8 +164,8 @@ def run_events(settings: Any, folder: Path) -> tuple[list[dict[str, Any]], dict[
     """The `client` events of the second round, and the bytes that each of its clients kept at home."""
     from ubsmoe.config import to_json
     from ubsmoe.engines.local import LocalEngine
-    from ubsmoe.federation import build_federation
-    from ubsmoe.rounds import run
+    from ubsmoe.server.federation import build_federation
+    from ubsmoe.server.rounds import run
     from ubsmoe.storage.events import read_events
     from ubsmoe.storage.runfolder import RunFolder
 
@@ -196,7 +196,7 @@ def stayed_home(after: Any, before: Any) -> int:
 
 
 def one_case(number: int) -> dict[str, Any]:
-    from ubsmoe.forecast import forecast
+    from ubsmoe.plan.forecast import forecast
 
     name, config, changes, tier = CASES[number]
     with tempfile.TemporaryDirectory() as scratch:

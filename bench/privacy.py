@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 
-from ubsmoe.allocator import keep_freed_memory
+from ubsmoe.client.allocator import keep_freed_memory
 from ubsmoe.config import load_run
 from ubsmoe.engines.local import LocalEngine
-from ubsmoe.federation import Federation, build_federation
 from ubsmoe.maths.robust import squared_norm
 from ubsmoe.messages import Task, Update
-from ubsmoe.privacy import spent
-from ubsmoe.protection import change_of
-from ubsmoe.rounds import evaluate_tier, noise_key, one_round, start_state
+from ubsmoe.server.federation import Federation, build_federation
+from ubsmoe.server.privacy import spent
+from ubsmoe.server.robust import change_of
+from ubsmoe.server.rounds import evaluate_tier, one_round
+from ubsmoe.server.start import noise_key, start_state
 
 TESTBED = Path(__file__).parents[1] / "runs" / "quickstart.toml"
 RESULTS = Path(__file__).with_name("results") / "privacy.jsonl"

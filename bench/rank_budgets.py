@@ -10,11 +10,11 @@ python bench/rank_budgets.py [COMPARISON] [--tiers 1 2] [--out FILE]     after `
 import argparse
 from pathlib import Path
 
-from ubsmoe.compare import METRICS, to_csv
-from ubsmoe.finished import evaluate_run
+from ubsmoe.finished.run import evaluate_run
 from ubsmoe.maths.routing import budget_top_k
 from ubsmoe.storage.disk import atomic_write
 from ubsmoe.storage.runfolder import read_run
+from ubsmoe.study.compare import METRICS, to_csv
 
 METHODS = ("hetlora", "flexlora", "flora", "florist")
 

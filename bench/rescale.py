@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 
-from ubsmoe.allocator import keep_freed_memory
+from ubsmoe.client.allocator import keep_freed_memory
 from ubsmoe.config import load_run
+from ubsmoe.data.synthetic import World
 from ubsmoe.data.tasks import Example
-from ubsmoe.data.world import World
 from ubsmoe.engines.local import LocalEngine
-from ubsmoe.evaluate import evaluate, prepare
-from ubsmoe.federation import build_federation
-from ubsmoe.rounds import evaluate_tier, one_round, start_state
+from ubsmoe.server.evaluate import evaluate, prepare
+from ubsmoe.server.federation import build_federation
+from ubsmoe.server.rounds import evaluate_tier, one_round
+from ubsmoe.server.start import start_state
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES, TOP_KS, SEEDS = ("none", "ratio", "mass"), (8, 6, 4, 2, 1), (0, 1)

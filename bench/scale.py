@@ -36,11 +36,12 @@ def one_round_of(clients: int, workers: int, steps: int, batch_size: int, exampl
     """One row: a round in this process."""
     import torch
 
-    from ubsmoe.allocator import keep_freed_memory
+    from ubsmoe.client.allocator import keep_freed_memory
     from ubsmoe.config import parse_run
     from ubsmoe.engines.local import LocalEngine, federation_workers
-    from ubsmoe.federation import build_federation
-    from ubsmoe.rounds import one_round, start_state
+    from ubsmoe.server.federation import build_federation
+    from ubsmoe.server.rounds import one_round
+    from ubsmoe.server.start import start_state
 
     torch.set_num_threads(1)
     keep_freed_memory()

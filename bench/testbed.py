@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from ubsmoe.allocator import keep_freed_memory
+from ubsmoe.client.allocator import keep_freed_memory
 from ubsmoe.config import load_run
-from ubsmoe.data.world import World
-from ubsmoe.evaluate import evaluate, prepare
-from ubsmoe.federation import Federation, build_federation
+from ubsmoe.data.synthetic import World
 from ubsmoe.maths import balance
+from ubsmoe.server.evaluate import evaluate, prepare
+from ubsmoe.server.federation import Federation, build_federation
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = [ROOT / "runs" / "tiers.toml", ROOT / "runs" / "study" / "confirmation.toml"]

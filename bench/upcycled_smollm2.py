@@ -27,9 +27,9 @@ import torch
 from transformers import AutoTokenizer
 
 from ubsmoe import FederatedMoE
+from ubsmoe.bases.upcycle import load_dense
 from ubsmoe.data.records import read_file
 from ubsmoe.data.tasks import TASKS, Example
-from ubsmoe.model.upcycle import load_dense
 
 RESULTS = Path(__file__).parent / "results" / "upcycled_smollm2.jsonl"
 TESTS = ("piqa", "ARC-Easy")

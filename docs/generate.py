@@ -18,10 +18,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ubsmoe import cli
+from ubsmoe.bases.pretrain.settings import PretrainSettings
 from ubsmoe.config import MethodSettings, RunSettings
 from ubsmoe.methods import METHODS, summary_line
-from ubsmoe.methods.base import LAWS, Base, Method
-from ubsmoe.pretrain.settings import PretrainSettings
+from ubsmoe.methods.method import LAWS, Base, Method
 
 VARIES = {"top_k": "experts per token, K", "rank": "LoRA rank; every client runs K_max experts"}
 SMALLEST = Base(num_layers=1, num_experts=2, k_max=1, rank=1, alpha=1.0)  # what a page says does not depend on sizes

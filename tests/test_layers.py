@@ -1,80 +1,98 @@
-"""The import arrows: one way, and heavy or foreign packages only where they belong."""
+"""The rooms of the package: what each is for, and which others it may import from. CONTRIBUTING.md says the rules in words."""
 
 import ast
 from pathlib import Path
 
 import pytest
+from rooms import SOURCE, arrows, imported, levels, modules, room_of
 
-SOURCE = Path(__file__).parent.parent / "src" / "ubsmoe"
-
-# who may import whom, by the first part of the module's name inside ubsmoe; what is not listed may import anything
-MAY_IMPORT = {
+MAY_IMPORT: dict[str, set[str]] = {
+    # nouns that everybody may use
     "errors": set(),
     "seeds": set(),
     "messages": set(),
-    "config": {"config", "errors"},
-    "maths": {"maths"},
-    "model": {"config", "data", "errors", "maths", "model"},
-    "data": {"config", "data", "errors", "seeds"},
-    "storage": {"errors", "storage"},
-    "methods": {"errors", "maths", "messages", "methods", "model", "seeds"},
-    "evaluate": {"config", "data", "model"},
-    "client": {"config", "data", "errors", "messages", "methods", "model", "seeds"},
-    "wire": {"config", "errors", "maths", "messages", "methods", "model", "seeds", "wire"},
-    "deploy": {"config", "deploy", "errors", "storage", "worker"},
-    "worker": {"config", "errors", "node", "wire"},
-    "engines": {
-        *{"client", "config", "data", "deploy", "engines", "errors", "evaluate", "federation", "messages", "node"},
-        *{"forecast", "rounds", "seeds", "storage", "wire", "worker"},
+    # tensors in, tensors out; arithmetic from a model's shape
+    "maths": set(),
+    "costs": {"maths"},
+    # run files, folders, records, bytes
+    "config": {"errors"},
+    "storage": {"errors"},
+    "data": {"config", "errors", "seeds"},
+    "wire": {"config", "errors", "maths", "messages"},
+    "report": {"errors", "maths", "messages", "storage"},
+    # the model, what a method does with it, what a client does with both
+    "model": {"config", "costs", "data", "errors", "maths"},
+    "methods": {"config", "costs", "errors", "maths", "messages", "model", "seeds"},
+    "export": {"config", "errors", "model", "storage"},
+    "bases": {"config", "data", "maths", "model", "seeds", "storage"},
+    "bases/pretrain": {"config", "data", "maths"},
+    "client": {"config", "data", "errors", "messages", "methods", "model", "seeds", "wire"},
+    # a run: planned, carried out, opened again
+    "plan": {"client", "config", "costs", "data", "errors", "methods", "model", "seeds"},
+    "server": {
+        *{"client", "config", "data", "errors", "export", "maths", "messages", "methods", "model"},
+        *{"seeds", "storage", "wire"},
     },
-    "pretrain": {"config", "data", "maths", "pretrain"},
-    "lab": {"maths", "seeds"},
-    "report": {"errors", "maths", "messages", "report", "storage"},
+    "engines": {"client", "config", "data", "messages", "plan", "seeds", "server", "wire"},
+    "engines/flower": {"client", "config", "data", "errors", "messages", "server", "storage", "wire"},
+    "finished": {
+        *{"config", "data", "errors", "export", "maths", "messages", "methods", "model", "seeds", "server", "storage"},
+    },
+    "study": {
+        *{"client", "config", "data", "engines", "finished", "maths", "messages", "methods", "model", "plan"},
+        *{"report", "seeds", "server", "storage"},
+    },
+    # what a user sees
+    "__init__": {"finished"},
+    "cli": {
+        *{"__init__", "bases", "bases/pretrain", "client", "config", "data", "engines", "engines/flower", "errors"},
+        *{"export", "finished", "methods", "plan", "report", "server", "storage", "study"},
+    },
+    "__main__": {"cli"},
 }
-ONLY_IN = {
-    "transformers": {"model", "data", "evaluate", "pretrain"},
+ONLY_IN: dict[str, set[str]] = {
+    "transformers": {"bases", "bases/pretrain", "data", "model", "server"},
     "flwr": {"engines/flower"},
-    "cryptography": {"deploy"},
+    "cryptography": {"engines/flower"},
     "typer": {"cli"},
-    "matplotlib": {"report"},
+    "matplotlib": {"report", "study"},
     "plotly": {"report"},
     "wandb": {"report"},
     "mlflow": {"report"},
     "pickle": set(),
 }
-MODULES = sorted(SOURCE.rglob("*.py"))
+"""Packages that are heavy or foreign, and the rooms that may import them."""
+
+WRITERS = {"storage", "report", "data", "bases/pretrain"}
+"""Rooms that write files."""
+
+MOST_LINES = 300
 
 
-def imported(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+def test_every_room_has_its_rule() -> None:
+    assert arrows().keys() == MAY_IMPORT.keys()
 
 
-def layer_of(path: Path) -> str:
-    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+@pytest.mark.parametrize("room", sorted(MAY_IMPORT))
+def test_a_room_imports_only_from_rooms_that_it_may(room: str) -> None:
+    assert arrows()[room] <= MAY_IMPORT[room]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_imports_follow_the_arrows(path: Path) -> None:
-    layer = layer_of(path)
+def test_the_rules_themselves_go_one_way() -> None:
+    levels(MAY_IMPORT)  # raises for a circle
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(SOURCE).as_posix())
+def test_a_module_is_short_and_imports_heavy_packages_only_where_they_belong(path: Path) -> None:
+    room = room_of(path.relative_to(SOURCE))
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES, f"{path} is longer than {MOST_LINES} lines"
     for name in imported(path):
-        parts = name.split(".")
-        if parts[0] == "ubsmoe" and len(parts) > 1 and layer in MAY_IMPORT:
-            assert parts[1] in MAY_IMPORT[layer] or parts[1] == "__version__", f"{layer} must not import {name}"
-        if parts[0] in ONLY_IN:
-            assert {layer, str(path.parent.relative_to(SOURCE))} & ONLY_IN[parts[0]], (
-                f"{parts[0]} must not be in {path}"
-            )
+        package = name.partition(".")[0]
+        assert room in ONLY_IN.get(package, {room}), f"{room} must not import {package}"
 
 
 def test_files_are_written_only_by_those_who_may() -> None:
-    writers = {"storage", "report", "data", "pretrain"}
-    for path in MODULES:
-        calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Attribute)]
-        if layer_of(path) not in writers:
+    for path in modules():
+        if room_of(path.relative_to(SOURCE)) not in WRITERS:
+            calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Attribute)]
             assert not {"write_text", "write_bytes", "save_file"} & {call.attr for call in calls}, path

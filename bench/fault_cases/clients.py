@@ -12,12 +12,12 @@ from fault_cases.matrix import BOUNDED, DROPPED, STOPPED, Row, judge
 from fault_cases.round_of_five import Honest, Round, field, within
 from ubsmoe.config import parse_run
 from ubsmoe.engines.local import LocalEngine
+from ubsmoe.engines.processes import Workers
 from ubsmoe.engines.simulated import SimulatedEngine
-from ubsmoe.engines.workers import Workers
+from ubsmoe.errors import RoundError
 from ubsmoe.maths.robust import TrimmedMean, capped_counts
 from ubsmoe.messages import Update
 from ubsmoe.wire.codec import Packed, decode_task, encode_update
-from ubsmoe.wire.gate import RoundError
 
 
 def deaths(world: Round) -> Iterator[Row]:

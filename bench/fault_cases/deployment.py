@@ -23,9 +23,9 @@ from fault_cases.disk import carry_out, hash_of
 from fault_cases.matrix import DROPPED, REFUSED, RESUMED, Row, judge
 from fault_cases.site import PATIENCE, SECRET, Site, events, power_off, trusting, until
 from ubsmoe.config import load_run
-from ubsmoe.deploy import keys
-from ubsmoe.deploy.loopback import free_port, superlink_options, supernode_options
-from ubsmoe.federation import build_federation
+from ubsmoe.engines.flower import keys
+from ubsmoe.engines.flower.localhost import free_port, superlink_options, supernode_options
+from ubsmoe.server.federation import build_federation
 
 RUN = """
 seed = 3

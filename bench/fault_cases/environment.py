@@ -14,9 +14,10 @@ from fault_cases.small_run import small_settings, write_base
 from ubsmoe.data.tokens import Tokens
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.errors import UserError
-from ubsmoe.federation import Federation, build_federation
 from ubsmoe.model.surgery import SparseModel
-from ubsmoe.rounds import one_round, start_state
+from ubsmoe.server.federation import Federation, build_federation
+from ubsmoe.server.rounds import one_round
+from ubsmoe.server.start import start_state
 
 
 class Hungry(list[Tokens]):

@@ -13,15 +13,14 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from ubsmoe.config import RoundSettings, parse_run
 from ubsmoe.engines.simulated import SimulatedEngine
 from ubsmoe.maths.means import Mean, WeightedMean
-from ubsmoe.messages import Dropped, Reply, Task, Update
+from ubsmoe.messages import Dropped, Engine, Reply, Task, Update
 from ubsmoe.methods import build
-from ubsmoe.methods.base import Base, State
+from ubsmoe.methods.method import Base, State
 from ubsmoe.model.surgery import SparseModel
-from ubsmoe.rounds import Engine
 from ubsmoe.seeds import generator_for
-from ubsmoe.wire.checks import Form
+from ubsmoe.server.checks import Form
+from ubsmoe.server.validator import Gate, expected_form
 from ubsmoe.wire.codec import Packed, WireError, decode_update, encode_update
-from ubsmoe.wire.gate import Gate, expected_form
 
 A, ROOM = "adapters.layers.0.up.A", 1 << 20
 Fields, Tensors = dict[str, Any], dict[str, torch.Tensor]

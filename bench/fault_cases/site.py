@@ -18,9 +18,9 @@ from typing import Any
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
-from ubsmoe.deploy import keys
-from ubsmoe.deploy.app import write_app
-from ubsmoe.deploy.loopback import (
+from ubsmoe.engines.flower import keys
+from ubsmoe.engines.flower.app import write_app
+from ubsmoe.engines.flower.localhost import (
     Loopback,
     descendants,
     flower_command,
@@ -30,7 +30,7 @@ from ubsmoe.deploy.loopback import (
     superlink_options,
     supernode_options,
 )
-from ubsmoe.worker import stop_workers
+from ubsmoe.engines.flower.resident import stop_workers
 
 PATIENCE = 180.0  # seconds for a process of Flower's to do what it does in five
 SECRET = "a-token-that-no-log-may-hold"

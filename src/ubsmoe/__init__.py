@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ubsmoe.federated_moe import FederatedMoE as FederatedMoE
+    from ubsmoe.finished.federated_moe import FederatedMoE as FederatedMoE
 
 __version__ = "0.1.0"
 
@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """`FederatedMoE` on first use: importing torch would make every verb of the command line slow."""
     if name == "FederatedMoE":
-        from ubsmoe.federated_moe import FederatedMoE
+        from ubsmoe.finished.federated_moe import FederatedMoE
 
         return FederatedMoE
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

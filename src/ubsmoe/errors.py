@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """Something to change in the input. The command line prints the message alone and ends with exit code 2."""
+
+
+class RoundError(UserError):
+    """Too few clients are left for a round to count."""

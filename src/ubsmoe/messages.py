@@ -3,9 +3,9 @@
 All tensors are fused over experts: `layers.{l}.{projection}.A` is [M, r, in] and `.B` is [M, out, r], M experts, rank r.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -92,3 +92,11 @@ class Dropped:
 
 
 Reply = Update | Dropped
+
+
+class Engine(Protocol):
+    """How tasks reach clients and replies come back, in the order of the tasks."""
+
+    def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
+        """Yield each task's update, or why there is none."""
+        ...

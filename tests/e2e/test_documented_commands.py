@@ -17,10 +17,10 @@ import typer
 
 from documents import PAGES, ROOT, SHELL, Block, blocks, commands, inline_commands, method_of
 from e2e.test_cli import ubsmoe as run_command
-from ubsmoe import lab
 from ubsmoe.cli import app
 from ubsmoe.config import parse_run, read_toml
 from ubsmoe.methods import METHODS
+from ubsmoe.study import lab
 
 Place = Callable[[Path, Any], None]
 

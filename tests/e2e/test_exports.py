@@ -18,8 +18,8 @@ import ubsmoe
 from e2e.test_cli import ubsmoe as command
 from ubsmoe.config import with_overrides
 from ubsmoe.errors import UserError
-from ubsmoe.federated_moe import FederatedMoE
-from ubsmoe.finished import export_run, open_run
+from ubsmoe.finished.federated_moe import FederatedMoE
+from ubsmoe.finished.run import export_run, open_run
 
 WriteToml = Callable[..., Path]
 IDS = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(1))

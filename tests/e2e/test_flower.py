@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ubsmoe.deploy.app import write_app
-from ubsmoe.deploy.loopback import flower_command, flower_environment, loopback
+from ubsmoe.engines.flower.app import write_app
+from ubsmoe.engines.flower.localhost import flower_command, flower_environment, loopback
 
 UBSMOE = [sys.executable, "-c", "from ubsmoe.cli import main; main()"]
 

@@ -13,7 +13,7 @@ from e2e.test_cli import ubsmoe as command
 from ubsmoe.config import with_overrides
 from ubsmoe.data.prompts import plain
 from ubsmoe.data.records import read_file
-from ubsmoe.finished import export_run
+from ubsmoe.finished.run import export_run
 
 WriteToml = Callable[..., Path]
 WORDS = ["river", "stone", "cloud", "paper", "glass", "wheat", "iron", "salt", "amber", "cedar"]

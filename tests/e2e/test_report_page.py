@@ -10,7 +10,7 @@ import pytest
 
 from drawn_runs import ROUNDS, write_run
 from ubsmoe.config import parse_run
-from ubsmoe.plan import run_costs
+from ubsmoe.plan.tiers import run_costs
 from ubsmoe.report.page import write_report
 from ubsmoe.report.series import read_series
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from ubsmoe.maths.shape import ModelShape
+from ubsmoe.costs.shape import ModelShape
 from ubsmoe.messages import Profile, Update
-from ubsmoe.methods.base import Base, Method, State
+from ubsmoe.methods.method import Base, Method, State
 from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.presets import shape_from_config
 from ubsmoe.model.surgery import SparseModel

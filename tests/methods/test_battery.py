@@ -10,21 +10,21 @@ from functools import partial
 import pytest
 import torch
 
-from ubsmoe.client import Trainer, train
+from ubsmoe.client.train import Trainer, train
 from ubsmoe.config import TierSettings, TrainSettings
+from ubsmoe.costs.shape import Trained
+from ubsmoe.costs.traffic import count_bytes, payload_bytes, update_bytes
 from ubsmoe.data.tokens import Tokens
 from ubsmoe.maths.robust import TrimmedMean
-from ubsmoe.maths.shape import Trained
-from ubsmoe.maths.traffic import count_bytes, payload_bytes, update_bytes
 from ubsmoe.messages import Task, Tensors
 from ubsmoe.methods import METHODS, build, summary_line
-from ubsmoe.methods.base import LAWS, Method, State
+from ubsmoe.methods.method import LAWS, Method, State
 from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.load import weights_sha256
+from ubsmoe.server.checks import check_update
+from ubsmoe.server.validator import expected_form
 from ubsmoe.storage.checkpoints import read_tensors, tensor_bytes
-from ubsmoe.wire.checks import check_update
 from ubsmoe.wire.codec import Packed, decode_task, decode_update, encode_task, encode_update
-from ubsmoe.wire.gate import expected_form
 
 TIERS, TOP, EXPERTS = range(4), 3, 6
 MATRIX = r"layers\.\d+\.(up|down|attention\.[qkvo]_proj)"

@@ -6,7 +6,7 @@ import torch
 from documents import ROOT, blocks, method_of
 from methods.test_battery import *  # noqa: F403  every law, with the fixture below in place of the table's
 from ubsmoe.methods import METHODS, build
-from ubsmoe.methods.base import Method
+from ubsmoe.methods.method import Method
 from ubsmoe.model.surgery import SparseModel
 
 (BLOCK,) = (block for block in blocks(ROOT / "docs/add-a-method.md") if block.is_method)

@@ -10,10 +10,10 @@ from ubsmoe.maths.lora import LoraPair
 from ubsmoe.maths.means import WeightedMean
 from ubsmoe.messages import Update
 from ubsmoe.methods import build, side
-from ubsmoe.methods.base import install_adapter
 from ubsmoe.methods.factors import at_rank, keep_untouched, pairs
 from ubsmoe.methods.fed_sb import basis
 from ubsmoe.methods.hetlora import pruned_rank
+from ubsmoe.methods.method import install_adapter
 from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for

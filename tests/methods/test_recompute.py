@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ubsmoe.client import Trainer, train
+from ubsmoe.client.train import Trainer, train
 from ubsmoe.config import TierSettings, TrainSettings
 from ubsmoe.data.tokens import Tokens
 from ubsmoe.messages import Task

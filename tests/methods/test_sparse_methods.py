@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ubsmoe.client import Trainer, language_loss, train
+from ubsmoe.client.train import Trainer, language_loss, train
 from ubsmoe.config import TierSettings, TrainSettings
 from ubsmoe.data.tokens import Tokens
 from ubsmoe.maths.balance import gini, load_balancing_loss
@@ -17,8 +17,8 @@ from ubsmoe.maths.pseudo_gradient import ExpertMeans
 from ubsmoe.maths.robust import TrimmedMean
 from ubsmoe.messages import Task, Update
 from ubsmoe.methods import build
-from ubsmoe.methods.base import State
 from ubsmoe.methods.hfedmoe import Selection, bottleneck_score, importance, usage_weights
+from ubsmoe.methods.method import State
 from ubsmoe.model.conventions import UnsupportedModel
 from ubsmoe.model.surgery import SparseModel
 

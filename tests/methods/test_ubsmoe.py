@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ubsmoe.client import language_loss
+from ubsmoe.client.train import language_loss
 from ubsmoe.messages import Update
 from ubsmoe.methods import build
-from ubsmoe.methods.base import State
+from ubsmoe.methods.method import State
 
 LOW, TOP = 0, 3  # tiers: K = 1 and K = 3 of 6 experts
 BATCH = {

@@ -14,10 +14,10 @@ from ubsmoe.errors import UserError
 
 # importing a module adds its verbs, here in the order of the help page
 # isort: off
-from ubsmoe.cli import running, seeing, probe, models, data, lab, flower
+from ubsmoe.cli import run, inspect, probe, models, data, lab, flower
 # isort: on
 
-__all__ = ["app", "data", "flower", "lab", "main", "models", "probe", "running", "seeing"]
+__all__ = ["app", "data", "flower", "inspect", "lab", "main", "models", "probe", "run"]
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ def init_command(
     set_: Set = None,
 ) -> None:
     """Write a Flower app that carries out a run file."""
-    from ubsmoe.deploy.app import write_app
+    from ubsmoe.engines.flower.app import write_app
 
     write_app(run, app, overrides(set_), out)
     typer.echo(f"{app}: a Flower app; `ubsmoe flower up {app} --run` tries it on this machine, its README says more")
@@ -35,7 +35,7 @@ def up_command(
     """Start a federation on this machine (SuperLink and SuperNodes, TLS, keys); Ctrl-C stops what was started."""
     import signal
 
-    from ubsmoe.deploy.loopback import loopback
+    from ubsmoe.engines.flower.localhost import loopback
 
     try:
         with loopback(app, nodes, simulate, typer.echo) as found:
@@ -54,7 +54,7 @@ def keys_command(
     node: Annotated[list[str] | None, typer.Option(help="name of a node; repeatable")] = None,
 ) -> None:
     """Make an authority, the server's certificate and keys of nodes; what is there already stays."""
-    from ubsmoe.deploy.keys import make_keys
+    from ubsmoe.engines.flower.keys import make_keys
 
     for path in make_keys(folder, host, node or []):
         typer.echo(str(path))

@@ -17,8 +17,8 @@ def bias_floor_command(
 ) -> None:
     """Measure where top-K SGD stalls on a small convex mixture, for every K and pseudo-gradient, against the bound."""
     needs("matplotlib")
-    from ubsmoe.lab import bias_floor, floor_markdown, floor_rows
-    from ubsmoe.report.experiments import write_bias_floor
+    from ubsmoe.study.figures import write_bias_floor
+    from ubsmoe.study.lab import bias_floor, floor_markdown, floor_rows
 
     rows = floor_rows(list(bias_floor(range(seeds))))
     write_bias_floor(rows, out)

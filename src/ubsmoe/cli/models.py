@@ -28,7 +28,7 @@ def export_command(
     tier: Annotated[int | None, typer.Option(help="counted from 1; the largest budget's when left out")] = None,
 ) -> None:
     """Write a tier's adapter for PEFT, merged into a whole model, or in our own format; its README says what is lost."""
-    from ubsmoe.finished import export_run
+    from ubsmoe.finished.run import export_run
 
     sidecar = export_run(run_folder, out, format.value, tier)
     typer.echo(f"{out}: {sidecar.format} export of tier {sidecar.tier}, K={sidecar.top_k}, rank {sidecar.rank}")
@@ -57,9 +57,9 @@ def serve_command(
     port: Annotated[int, typer.Option(help="on this machine alone: 127.0.0.1")] = 8000,
 ) -> None:
     """Answer OpenAI's requests through transformers' own server; says first what of the tier that leaves out."""
-    from ubsmoe import exports
     from ubsmoe.config import ConfigError
-    from ubsmoe.model.sidecar import beyond_stock
+    from ubsmoe.export import formats as exports
+    from ubsmoe.export.sidecar import beyond_stock
 
     sidecar = exports.read(folder)
     if sidecar.format != "merged":
@@ -86,8 +86,8 @@ def pretrain_command(
     ] = None,
 ) -> None:
     """Pretrain a small base of your own, as ubsmoe-tiny was."""
-    from ubsmoe.allocator import keep_freed_memory
-    from ubsmoe.pretrain import load_pretrain, pretrain
+    from ubsmoe.bases.pretrain import load_pretrain, pretrain
+    from ubsmoe.client.allocator import keep_freed_memory
 
     keep_freed_memory()
     pretrain(load_pretrain(run_file), corpus, out)
@@ -111,7 +111,7 @@ def upcycle_command(
     seed: Annotated[int, typer.Option(help="of every draw")] = 0,
 ) -> None:
     """Make a mixture of experts of a dense model: a base with real knowledge for whoever has no other."""
-    from ubsmoe.upcycling import upcycle_checkpoint
+    from ubsmoe.bases.upcycle import upcycle_checkpoint
 
     losses = upcycle_checkpoint(
         dense,

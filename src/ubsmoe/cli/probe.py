@@ -18,10 +18,10 @@ def alignment_command(
 ) -> None:
     """Compare every pseudo-gradient with the gradient that top-K leaves out, per tier and round; mean over the runs."""
     needs("matplotlib")
-    from ubsmoe.alignment import probe_run
     from ubsmoe.report.console import alignment_table, show
-    from ubsmoe.report.experiments import write_alignment
     from ubsmoe.report.series import run_folders
+    from ubsmoe.study.alignment import probe_run
+    from ubsmoe.study.figures import write_alignment
 
     rows: list[dict[str, Any]] = [
         {"run": str(folder), **row}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ubsmoe.config import ConfigError, PartitionSettings
+from ubsmoe.config import ConfigError, PartitionSettings, RunSettings
 from ubsmoe.data.tasks import Example
 from ubsmoe.seeds import seed_for
 
@@ -79,6 +79,17 @@ def partition(examples: Sequence[Example], settings: PartitionSettings, num_clie
         parts = _dirichlet(_groups(examples, settings.field), num_clients, rng, settings.alpha)
     _check_sizes(parts, settings)
     return [sorted(part) for part in parts]
+
+
+def client_names(settings: RunSettings) -> list[str]:
+    """The run file's own clients."""
+    return [f"client-{i}" for i in range(settings.clients.count)]
+
+
+def deal(settings: RunSettings, examples: Sequence[Example]) -> dict[str, list[int]]:
+    """Which of the run's training examples each of its own clients holds."""
+    parts = partition(examples, settings.data.partition, settings.clients.count, settings.seed)
+    return dict(zip(client_names(settings), parts, strict=True))
 
 
 def partition_report(examples: Sequence[Example], parts: Sequence[Sequence[int]], field: str) -> PartitionReport:

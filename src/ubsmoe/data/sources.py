@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from ubsmoe.config import ConfigError, DataSettings, WorldSettings
 from ubsmoe.data.records import read_file, read_folder, read_hub
 from ubsmoe.data.rows import SUFFIXES
+from ubsmoe.data.synthetic import World
 from ubsmoe.data.tasks import Example
-from ubsmoe.data.world import World
 from ubsmoe.seeds import seed_for
 
 if TYPE_CHECKING:

@@ -9,14 +9,14 @@ from dataclasses import asdict
 
 import torch
 
-from ubsmoe.client import ClientFailure, Trainer, train
+from ubsmoe.client.train import ClientFailure, Trainer, train
 from ubsmoe.config import ConfigError, RunSettings
 from ubsmoe.data.tokens import Tokens
-from ubsmoe.engines.workers import Died, Parts, Workers
-from ubsmoe.evaluate import Score
-from ubsmoe.federation import Federation
+from ubsmoe.engines.processes import Died, Parts, Workers
 from ubsmoe.messages import Dropped, Profile, Reply, Task, Update
-from ubsmoe.rounds import score
+from ubsmoe.server.evaluate import Score
+from ubsmoe.server.federation import Federation
+from ubsmoe.server.rounds import score
 from ubsmoe.wire.codec import decode_task, decode_update, encode_task, encode_update
 from ubsmoe.wire.packed import Packed
 

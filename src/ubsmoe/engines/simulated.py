@@ -14,11 +14,10 @@ from functools import cache
 import torch
 
 from ubsmoe.config import ConfigError, RunSettings
-from ubsmoe.federation import Federation
-from ubsmoe.forecast import flops_by_client
-from ubsmoe.messages import Dropped, Profile, Reply, Stage, Task, Update
-from ubsmoe.rounds import Engine
+from ubsmoe.messages import Dropped, Engine, Profile, Reply, Stage, Task, Update
+from ubsmoe.plan.forecast import flops_by_client
 from ubsmoe.seeds import generator_for
+from ubsmoe.server.federation import Federation
 
 Seconds = Callable[[Profile], float]
 

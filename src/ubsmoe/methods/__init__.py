@@ -9,7 +9,6 @@ from pydantic import ConfigDict, ValidationError, validate_call
 
 from ubsmoe.errors import UserError
 from ubsmoe.methods.a3smoe import a3smoe
-from ubsmoe.methods.base import Base, Method
 from ubsmoe.methods.fed_sb import fed_sb
 from ubsmoe.methods.fedavg import fedavg
 from ubsmoe.methods.fedex_lora import fedex_lora
@@ -22,6 +21,7 @@ from ubsmoe.methods.florist import florist
 from ubsmoe.methods.hetlora import hetlora
 from ubsmoe.methods.hfedmoe import hfedmoe
 from ubsmoe.methods.lossfree import lossfree
+from ubsmoe.methods.method import Base, Method
 from ubsmoe.methods.smoe_glb import smoe_glb
 from ubsmoe.methods.smoe_llb import smoe_llb
 from ubsmoe.methods.ubsmoe import ubsmoe

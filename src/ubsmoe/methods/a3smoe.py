@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ubsmoe.messages import Update
-from ubsmoe.methods.base import USE_WEIGHS, Base, Method, State, activation_weights
 from ubsmoe.methods.fedavg import fedavg
+from ubsmoe.methods.method import USE_WEIGHS, Base, Method, State, activation_weights
 
 
 def a3smoe(base: Base) -> Method:

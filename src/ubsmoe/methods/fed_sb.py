@@ -24,12 +24,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ubsmoe.costs.shape import ModelShape, Trained
 from ubsmoe.errors import UserError
-from ubsmoe.maths.shape import ModelShape, Trained
 from ubsmoe.messages import Profile, Tensors
-from ubsmoe.methods.base import Base, Hooks, Method, State
 from ubsmoe.methods.factors import routers
 from ubsmoe.methods.fedavg import fedavg
+from ubsmoe.methods.method import Base, Hooks, Method, State
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
 

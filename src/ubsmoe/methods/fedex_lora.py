@@ -25,8 +25,8 @@ from torch import Tensor
 from ubsmoe.maths.lora import LoraPair, stack
 from ubsmoe.maths.means import WeightedMean
 from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.base import FACTORS_APART, Base, Hooks, Method, State, adapter_part, install_adapter
 from ubsmoe.methods.factors import pairs, shares
+from ubsmoe.methods.method import FACTORS_APART, Base, Hooks, Method, State, adapter_part, install_adapter
 from ubsmoe.methods.side import empty_side, fold, full_side
 from ubsmoe.model.surgery import SparseModel
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ubsmoe.maths.means import WeightedMean
 from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.base import FACTORS_APART, Base, Hooks, Method, State, install_adapter
 from ubsmoe.methods.factors import at_rank, keep_untouched, rank_of
+from ubsmoe.methods.method import FACTORS_APART, Base, Hooks, Method, State, install_adapter
 from ubsmoe.model.surgery import SparseModel
 
 

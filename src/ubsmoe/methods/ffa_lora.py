@@ -17,10 +17,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ubsmoe.maths.shape import ModelShape
+from ubsmoe.costs.shape import ModelShape
 from ubsmoe.messages import Profile, Tensors
-from ubsmoe.methods.base import Base, Hooks, Method, State
 from ubsmoe.methods.fedavg import fedavg
+from ubsmoe.methods.method import Base, Hooks, Method, State
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.base import USE_WEIGHS, Base, Hooks, Method, State, activation_weights, install_adapter
+from ubsmoe.methods.method import USE_WEIGHS, Base, Hooks, Method, State, activation_weights, install_adapter
 from ubsmoe.model.surgery import SparseModel
 
 

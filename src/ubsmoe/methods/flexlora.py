@@ -23,8 +23,8 @@ from torch import Tensor
 from ubsmoe.maths.lora import LoraPair, refill
 from ubsmoe.maths.spectra import Split, truncated_svd
 from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.base import FACTORS_APART, Base, Hooks, Method, State, install_adapter
 from ubsmoe.methods.factors import at_rank, keep_untouched, mean_routers, pairs, rank_of, shares, tensors
+from ubsmoe.methods.method import FACTORS_APART, Base, Hooks, Method, State, install_adapter
 from ubsmoe.model.surgery import SparseModel
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ubsmoe.maths.lora import LoraPair, stack
 from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.base import FACTORS_APART, Base, Hooks, Method, State
 from ubsmoe.methods.factors import mean_routers, pairs, routers, shares
+from ubsmoe.methods.method import FACTORS_APART, Base, Hooks, Method, State
 from ubsmoe.methods.side import empty_side, fold, install_fresh, side_for_adapter
 from ubsmoe.model.surgery import SparseModel
 

@@ -19,8 +19,8 @@ from dataclasses import replace
 
 from ubsmoe.maths.lora import LoraPair, truncate_rank
 from ubsmoe.maths.spectra import energy_rank, truncated_svd
-from ubsmoe.methods.base import Base, Method
 from ubsmoe.methods.flora import folding
+from ubsmoe.methods.method import Base, Method
 
 
 def florist(base: Base, *, energy: float = 0.9) -> Method:

@@ -29,8 +29,8 @@ from torch import Tensor
 from ubsmoe.maths.lora import frobenius
 from ubsmoe.maths.means import Weight, WeightedMean
 from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.base import FACTORS_APART, Base, Hooks, Method, State, install_adapter
 from ubsmoe.methods.factors import at_rank, keep_untouched, pairs, rank_of
+from ubsmoe.methods.method import FACTORS_APART, Base, Hooks, Method, State, install_adapter
 from ubsmoe.model.surgery import SparseModel
 
 

@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.base import USE_WEIGHS, Base, Hooks, Method, State, install_adapter
+from ubsmoe.methods.method import USE_WEIGHS, Base, Hooks, Method, State, install_adapter
 from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.surgery import SparseModel
 

@@ -17,12 +17,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ubsmoe.costs.shape import ModelShape, Trained
 from ubsmoe.maths.lora import LoraPair, pad_rank, stack
-from ubsmoe.maths.shape import ModelShape, Trained
 from ubsmoe.maths.spectra import truncated_svd
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods import factors
-from ubsmoe.methods.base import Base, adapter_part, side_part
+from ubsmoe.methods.method import Base, adapter_part, side_part
 from ubsmoe.model.surgery import SparseModel
 
 

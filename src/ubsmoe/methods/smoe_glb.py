@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.base import Base, Hooks, Method, State, install_adapter
+from ubsmoe.methods.method import Base, Hooks, Method, State, install_adapter
 from ubsmoe.methods.smoe_llb import balance_penalty, check_coefficient
 from ubsmoe.model.surgery import SparseModel
 

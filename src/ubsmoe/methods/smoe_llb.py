@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ubsmoe.maths.balance import load_balancing_loss
 from ubsmoe.messages import Profile, Tensors
-from ubsmoe.methods.base import Base, Hooks, Method, install_adapter
 from ubsmoe.methods.fedavg import fedavg
+from ubsmoe.methods.method import Base, Hooks, Method, install_adapter
 from ubsmoe.model.surgery import SparseModel
 
 

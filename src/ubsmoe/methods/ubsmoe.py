@@ -24,11 +24,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ubsmoe.costs.shape import ModelShape
 from ubsmoe.maths import routing
 from ubsmoe.maths.pseudo_gradient import Mode, PseudoGradient, Scope, Sparsity, parameter_signal, unit_rows
-from ubsmoe.maths.shape import ModelShape
 from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.base import USE_WEIGHS, Base, Hooks, Method, State, activation_weights, install_adapter
+from ubsmoe.methods.method import USE_WEIGHS, Base, Hooks, Method, State, activation_weights, install_adapter
 from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.surgery import SparseModel
 

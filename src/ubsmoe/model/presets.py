@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from ubsmoe.costs.shape import LatentAttention, ModelShape
 from ubsmoe.errors import UserError
-from ubsmoe.maths.shape import LatentAttention, ModelShape
 from ubsmoe.model.load import check_place, quieten
 
 PRESETS = {"olmoe-1b-7b": "configs/olmoe-1b-7b.json", "ubsmoe-tiny": "ubsmoe-tiny/config.json"}

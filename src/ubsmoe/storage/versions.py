@@ -5,13 +5,11 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-import ubsmoe
-
 
 def current_versions() -> dict[str, str]:
     """The versions that results depend on, asked of the installed packages without importing them."""
     versions = {
-        "ubsmoe": ubsmoe.__version__,
+        "ubsmoe": metadata.version("ubsmoe"),
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
@@ -27,7 +25,7 @@ def current_versions() -> dict[str, str]:
 
 def _commit() -> str | None:
     """The commit of the checkout that this package runs from, "+" behind it if files differ; None if it is installed."""
-    root = Path(ubsmoe.__file__).parents[2]
+    root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from ubsmoe.config import ConfigError, DataSettings, WorldSettings
 from ubsmoe.data.sources import by_task, load_examples
+from ubsmoe.data.synthetic import World
 from ubsmoe.data.tasks import Example
-from ubsmoe.data.world import World
 
 Write = Callable[..., Path]
 

@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from ubsmoe.client import Trainer
+from ubsmoe.client.train import Trainer
 from ubsmoe.config import ConfigError, parse_run, to_json
 from ubsmoe.engines import local
 from ubsmoe.engines.local import LocalEngine, check_workers, federation_workers, score_in
-from ubsmoe.federation import Federation, build_federation, build_method
+from ubsmoe.errors import RoundError
 from ubsmoe.messages import Task, Update
-from ubsmoe.rounds import run
+from ubsmoe.methods.chosen import build_method
+from ubsmoe.server.federation import Federation, build_federation
+from ubsmoe.server.rounds import run
 from ubsmoe.storage.runfolder import RunFolder
-from ubsmoe.wire.gate import RoundError
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from ubsmoe.config import ConfigError, RunSettings, parse_run, to_json, with_overrides
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.engines.simulated import SimulatedEngine, as_simulated, client_seconds, losses
-from ubsmoe.federation import build_federation
-from ubsmoe.forecast import forecast
+from ubsmoe.errors import RoundError
 from ubsmoe.messages import Dropped, Profile, Task, Update
-from ubsmoe.rounds import run
+from ubsmoe.plan.forecast import forecast
+from ubsmoe.server.federation import build_federation
+from ubsmoe.server.rounds import run
 from ubsmoe.storage.runfolder import RunFolder
-from ubsmoe.wire.gate import RoundError
 
 SECONDS = {"client-0": 4.0, "client-1": 1.0, "client-2": 9.0, "client-3": 2.0}
 

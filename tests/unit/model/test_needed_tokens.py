@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ubsmoe.client import language_loss
+from ubsmoe.client.train import language_loss
 from ubsmoe.data.tokens import IGNORED
 from ubsmoe.maths.pseudo_gradient import PseudoGradient
 from ubsmoe.model import experts

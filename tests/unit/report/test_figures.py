@@ -9,7 +9,7 @@ import torch
 from drawn_runs import write_run
 from ubsmoe.config import parse_run
 from ubsmoe.maths import balance
-from ubsmoe.plan import run_costs
+from ubsmoe.plan.tiers import run_costs
 from ubsmoe.report.figures import flops_per_tier, write_figures
 from ubsmoe.report.series import label_of, read_series
 from ubsmoe.storage.runfolder import RunFolderError

@@ -7,7 +7,7 @@ import pytest
 
 from drawn_runs import write_run
 from ubsmoe.config import parse_run
-from ubsmoe.plan import run_costs
+from ubsmoe.plan.tiers import run_costs
 from ubsmoe.report import charts
 from ubsmoe.report.page import report_html
 from ubsmoe.report.series import read_series

@@ -11,8 +11,8 @@ from pathlib import Path
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from ubsmoe import worker
-from ubsmoe.deploy.app import read_app
+from ubsmoe.engines.flower import resident as worker
+from ubsmoe.engines.flower.app import read_app
 from ubsmoe.engines.flower.record import from_record, to_record
 from ubsmoe.errors import UserError
 from ubsmoe.wire.packed import Packed, WireError
@@ -48,6 +48,6 @@ def _work(kind: str, run_file: Path, message: Message, context: Context) -> Pack
             return worker.ask(kind, settings, config, packed, seconds)
         except worker.Unavailable as error:
             logging.getLogger("ubsmoe").warning("no worker (%s): this process loads the base itself", error)
-    from ubsmoe.node import node_of
+    from ubsmoe.client.node import node_of
 
     return node_of(settings, config).answer(kind, packed)

@@ -14,12 +14,13 @@ from flwr.app import ConfigRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from ubsmoe.config import ConfigError, to_json
-from ubsmoe.deploy.app import read_app
+from ubsmoe.data.partition import client_names
+from ubsmoe.engines.flower.app import read_app
 from ubsmoe.engines.flower.record import from_record, to_record
 from ubsmoe.errors import UserError
-from ubsmoe.federation import Federation, admit, build_server, client_names
 from ubsmoe.messages import Announcement, Dropped, Profile, Reply, Task, Update
-from ubsmoe.rounds import run
+from ubsmoe.server.federation import Federation, admit, build_server
+from ubsmoe.server.rounds import run
 from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.codec import decode_announcements, decode_update, encode_task
 from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed, WireError

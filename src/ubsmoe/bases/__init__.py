@@ -1,0 +1,1 @@
+"""Making a base model: upcycle a dense one, or pretrain a small one."""

@@ -1,0 +1,255 @@
+"""Verbs that train and score: run, import, compare, eval."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ubsmoe.cli.app import AsJson, Out, RunFile, Set, app, overrides, print_json, read_settings
+from ubsmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from ubsmoe.config import RunSettings
+
+WorkerCount = Annotated[int, typer.Option("--workers", min=1, help="processes that train clients, one thread each")]
+
+Track = Annotated[
+    list[str] | None, typer.Option("--track", help="also draw curves in tensorboard, wandb or mlflow; repeatable")
+]
+
+
+class EngineName(StrEnum):
+    """Where clients run."""
+
+    local = "local"
+    simulation = "simulation"
+    superlink = "superlink"
+
+
+@app.command("run")
+def run_command(
+    run_file: RunFile,
+    out: Out = None,
+    set_: Set = None,
+    workers: WorkerCount = 1,
+    engine: Annotated[
+        EngineName,
+        typer.Option(help="this process; Flower's simulation; or a SuperLink with SuperNodes, all on this machine"),
+    ] = EngineName.local,
+    track: Track = None,
+) -> None:
+    """Fine-tune across clients; on an existing folder, go on where it stopped."""
+    if engine is not EngineName.local:
+        if workers != 1:
+            raise UserError(
+                f"--workers is {workers}, but with --engine {engine.value} nodes train, each its own; leave it out"
+            )
+        if track:
+            raise UserError(
+                f"--track {track[0]}: curves are drawn by runs in this process; leave out --engine or --track"
+            )
+        return _run_on_flower(run_file, out, set_, engine is EngineName.simulation)
+    settings = read_settings(run_file, set_)
+    from functools import partial
+
+    from rich.console import Console
+
+    from ubsmoe.client.allocator import keep_freed_memory
+    from ubsmoe.config import to_json
+    from ubsmoe.engines.local import LocalEngine, check_workers, federation_workers, score_in
+    from ubsmoe.engines.simulated import as_simulated
+    from ubsmoe.report.console import RunConsole, result_table, show
+    from ubsmoe.report.tracking import Tracking
+    from ubsmoe.server.federation import build_federation
+    from ubsmoe.server.rounds import run
+    from ubsmoe.storage.runfolder import RunFolder
+
+    check_workers(workers, settings)
+    keep_freed_memory()
+    console = Console()
+    place = out or Path("out") / run_file.stem
+    tracking = Tracking(track or [], place, settings.model_dump(mode="json"))
+    federation = build_federation(settings)
+
+    def on_event(event: str, round: int, fields: dict[str, Any]) -> None:
+        shown.on_event(event, round, fields)
+        tracking.on_event(event, round, fields)
+
+    with (
+        _resumable(place, settings.train.rounds),
+        federation_workers(federation, workers) as crew,
+        RunFolder.open_or_create(place, to_json(settings)) as folder,
+        RunConsole(console) as shown,
+        tracking,
+    ):
+        shown.plan(settings.train.rounds, settings.clients_per_round)
+        clients = LocalEngine(federation.trainer, federation.examples, shown.on_step, crew)
+        score_all = partial(score_in, crew) if crew else None
+        summary = run(federation, folder, as_simulated(clients, federation), on_event, score_all)
+    show(console, result_table(summary, _known_costs(settings)))
+    console.print(f"adapter {place / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}", soft_wrap=True)
+
+
+def _known_costs(settings: "RunSettings") -> list[dict[str, Any]] | None:
+    """What each tier costs; None for a base of a family whose sizes nobody has verified, which can be trained all the same."""
+    from ubsmoe.plan.tiers import run_costs
+
+    try:
+        return [cost.as_dict() for cost in run_costs(settings)]
+    except UserError:
+        return None
+
+
+@contextmanager
+def _resumable(place: Path, rounds: int) -> Iterator[None]:
+    """Let Ctrl-C end in a sentence that says what is saved; exit code 130, as of a program that the signal ends."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from ubsmoe.storage.runfolder import saved_round
+
+        done = saved_round(place)
+        where = "before anything was saved" if done is None else f"after round {done} of {rounds}, saved in {place}"
+        typer.echo(f"ubsmoe: stopped {where}; the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
+
+
+def _run_on_flower(run_file: Path, out: Path | None, changes: list[str] | None, simulated: bool) -> None:
+    """The same on a federation that lives as long as the run."""
+    from tempfile import TemporaryDirectory
+
+    from ubsmoe.engines.flower.app import write_app
+    from ubsmoe.engines.flower.localhost import loopback
+    from ubsmoe.storage.runfolder import read_adapter
+
+    place = out or Path("out") / run_file.stem
+    with TemporaryDirectory() as folder:
+        settings = write_app(run_file, Path(folder) / "run", overrides(changes), place)
+        nodes = min(settings.clients.count, len(settings.tiers.budgets))
+        with loopback(Path(folder) / "run", nodes, simulated, typer.echo) as federation:
+            federation.run()
+    read_adapter(place)  # flwr run tells nobody that the server failed
+
+
+@app.command("import")
+def import_command(
+    adapter: Annotated[Path, typer.Argument(help="folder of a PEFT adapter", show_default=False)],
+    run_file: RunFile,
+    out: Out = None,
+    set_: Set = None,
+) -> None:
+    """Start a run from a PEFT adapter: `run` with adapter.start set to it."""
+    run_command(run_file, out, [*(set_ or []), f"adapter.start={json.dumps(str(adapter))}"])
+
+
+@app.command("compare")
+def compare_command(
+    run_file: RunFile,
+    methods: Annotated[
+        str,
+        typer.Option(
+            help='such as "fedavg, ubsmoe, ubsmoe(pg_mode=off; train.learning_rate=1e-3)", or a .txt file of them',
+            show_default=False,
+        ),
+    ],
+    seeds: Annotated[int, typer.Option(min=1, help="runs per method, with seeds 0, 1, ...")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="the first of these seeds")] = 0,
+    reference: Annotated[
+        str | None, typer.Option(help="what the others are compared with; the first when left out")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
+    out: Annotated[Path | None, typer.Option(help="folder; out/<name of the run file>-compare when left out")] = None,
+    set_: Set = None,
+    track: Track = None,
+    plan: Annotated[bool, typer.Option("--plan", help="only say what it will take")] = False,
+) -> None:
+    """Run several methods on the same work; write comparison.csv and comparison.md. Goes on where it stopped."""
+    settings = read_settings(run_file, set_)
+    from rich.console import Console
+
+    from ubsmoe.config import ConfigError
+    from ubsmoe.report.comparison import comparison_markdown
+    from ubsmoe.storage.runfolder import atomic_write
+    from ubsmoe.study.compare import compare, parse_variants
+
+    console = Console()
+    variants = parse_variants(_methods_text(methods))
+    labels = [variant.label for variant in variants]
+    against = "".join((reference or labels[0]).split())
+    if against not in labels:
+        raise ConfigError(f"--reference {reference!r} is not among --methods: {', '.join(labels)}")
+    place, total = out or Path("out") / f"{run_file.stem}-compare", len(variants) * seeds
+
+    if plan:
+        from ubsmoe.study.compare import foresee
+
+        in_all = [0.0, 0.0]
+        for label, *work in foresee(settings, variants, first_seed):
+            in_all = [all_ + seeds * one for all_, one in zip(in_all, work, strict=True)]
+            typer.echo(f"{label}: {seeds} x {work[0] / 1e12:.3g} TFLOP, {work[1]:.0f} s")
+        typer.echo(
+            f"in all {total} runs, {in_all[0] / 1e12:.3g} TFLOP, {in_all[1] / 3600:.2g} h of training on one core"
+        )
+        return
+
+    def done(label: str, seed: int, count: int) -> None:
+        console.print(f"{count}/{total}  {label}  seed {seed}", highlight=False)
+
+    rows = compare(settings, variants, range(first_seed, first_seed + seeds), place, jobs, done, track or [])
+    text = comparison_markdown(rows, against)
+    atomic_write(place / "comparison.md", text.encode())
+    typer.echo(text)
+
+
+def _methods_text(methods: str) -> str:
+    """--methods itself, or the text of the file it names."""
+    if not methods.endswith(".txt"):
+        return methods
+    try:
+        return Path(methods).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--methods: cannot read {methods}: {error.strerror}") from None
+
+
+@app.command("eval")
+def eval_command(
+    run_folder: Annotated[Path, typer.Argument(help="a run folder", show_default=False)],
+    tier: Annotated[int | None, typer.Option(help="one tier, counted from 1; all when left out")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="at so many experts per token; each tier's own when left out")
+    ] = None,
+    set_: Set = None,
+    json_: AsJson = False,
+    harness: Annotated[
+        str | None, typer.Option(help="tasks of lm-evaluation-harness instead, as in piqa,arc_easy")
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="for --harness: folder of task files of your own")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="for --harness: examples per task")] = None,
+) -> None:
+    """Score a finished run's adapter, each tier at its own budget; --set changes how (evaluate.*, data.test)."""
+    from rich.console import Console
+
+    from ubsmoe.report.console import harness_table, show, task_table
+
+    if harness is not None:
+        from ubsmoe.config import ConfigError
+        from ubsmoe.finished.harness import harness_scores
+
+        if set_:
+            raise ConfigError("--set changes our own evaluation, and --harness replaces it; leave one of them out")
+        if top_k is not None:
+            raise ConfigError("--top-k is for our own evaluation, and --harness replaces it; leave one of them out")
+        results = harness_scores(run_folder, harness.split(","), tier, include, limit)
+    else:
+        from ubsmoe.finished.run import evaluate_run
+
+        results = evaluate_run(run_folder, overrides(set_), tier, top_k)
+    if json_:
+        return print_json({"tiers": results})
+    labels = [f"tier {result['tier'] + 1} K={result['top_k']}" for result in results]
+    table = task_table if harness is None else harness_table
+    show(Console(), table([result["scores"] for result in results], labels))

@@ -1,0 +1,177 @@
+"""What a client does with a task: `train(task) -> update`, the same function in every engine."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ubsmoe.client.schedule import batch_order, elastic_top_ks, steps_per_round
+from ubsmoe.config import RunSettings, TierSettings, TrainSettings, WireDtype
+from ubsmoe.data.tokens import IGNORED, Tokens, collate, pad_id
+from ubsmoe.errors import UserError
+from ubsmoe.messages import Task, Update
+from ubsmoe.methods.method import Hooks, Method
+from ubsmoe.model.recompute import recomputing
+from ubsmoe.model.surgery import SparseModel
+from ubsmoe.seeds import generator_for
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """All that clients share: the base (one per process), the method, how to train, and how updates travel."""
+
+    model: SparseModel
+    method: Method
+    settings: TrainSettings
+    tiers: TierSettings
+    seed: int
+    pad_id: int
+    loss_on_prompt: bool = False
+    base_sha256: str = ""
+    wire_dtype: WireDtype = "float32"
+
+
+def make_trainer(
+    settings: RunSettings, model: SparseModel, method: Method, tokenizer: Any, base_sha256: str
+) -> Trainer:
+    """What clients of one process share."""
+    return Trainer(
+        model,
+        method,
+        settings.train,
+        settings.tiers,
+        settings.seed,
+        pad_id(tokenizer),
+        settings.data.loss_on_prompt,
+        base_sha256,
+        settings.wire.dtype,
+    )
+
+
+class ClientFailure(UserError):
+    """A client's training failed; carries client, round and stage."""
+
+
+def train(
+    trainer: Trainer, task: Task, examples: Sequence[Tokens], on_step: Callable[[int, int, float], None] | None = None
+) -> Update:
+    """Fine-tune the payload on one client's examples and return what changed.
+
+    Args:
+        trainer: the shared base and settings. The base is left exactly as it was found.
+        task: the client's profile and payload.
+        examples: the client's tokenised data.
+        on_step: called with (step, number of steps, loss), for progress.
+
+    Raises:
+        ClientFailure: if the loss stops being finite.
+    """
+    started = time.perf_counter()
+    client, model = task.profile.client, trainer.model
+    key = (trainer.seed, client, task.round)
+    try:
+        hooks = trainer.method.install(model, task.payload, task.profile, generator_for(*key, "install"))
+        with model.counting(), recomputing(model) if trainer.settings.gradient_checkpointing else nullcontext():
+            loss, tokens, slots = _steps(trainer, task, examples, hooks, on_step)
+            return Update(
+                client=client,
+                round=task.round,
+                num_examples=len(examples),
+                adapters={name: value.detach().cpu().clone() for name, value in model.adapter.items()},
+                expert_tokens=model.expert_tokens(),
+                tokens=tokens,
+                slots=slots,
+                loss=loss,
+                seconds=time.perf_counter() - started,
+                extras=hooks.extras(),
+                tier=task.profile.tier,
+                run=task.run,
+                base=trainer.base_sha256,
+            )
+    finally:
+        model.clear()
+
+
+def _steps(
+    trainer: Trainer,
+    task: Task,
+    examples: Sequence[Tokens],
+    hooks: Hooks,
+    on_step: Callable[[int, int, float], None] | None,
+) -> tuple[float, int, int]:
+    """The training loop. Gives the mean loss, the tokens seen and the (token, expert) choices per layer they made."""
+    model, settings = trainer.model, trainer.settings
+    key = (trainer.seed, task.profile.client, task.round)
+    parameters = [*model.adapter.values(), *hooks.parameters]
+    optimizer = _optimizer(parameters, settings)
+    order = batch_order(settings, examples, generator_for(*key, "batches"))
+    num_steps = steps_per_round(settings, len(examples))
+    first = (task.round - 1) * num_steps
+    budgets = elastic_top_ks(trainer.tiers, task.profile.top_k, first, num_steps, generator_for(*key, "elastic"))
+    losses, tokens, slots = [], 0, 0
+    for step, top_k in enumerate(budgets):
+        model.set_top_k(top_k)
+        _set_learning_rate(optimizer, settings, step)
+        optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for batch, share in _micro_batches(trainer, examples, order):
+            seen = int(batch["attention_mask"].sum())
+            tokens, slots = tokens + seen, slots + seen * top_k
+            value = language_loss(model, batch) * share
+            total = value + hooks.penalty() / settings.gradient_accumulation if hooks.penalty else value
+            total.backward()
+            loss += value.item()
+        if not torch.isfinite(torch.tensor(loss)):
+            raise ClientFailure(
+                f"client {task.profile.client}, round {task.round}, step {step}: the loss is {loss}; "
+                "lower train.learning_rate or set train.clip_norm"
+            )
+        if hooks.before_step:
+            hooks.before_step()
+        if settings.clip_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+        optimizer.step()
+        losses.append(loss)
+        if on_step:
+            on_step(step + 1, num_steps, loss)
+    return sum(losses) / len(losses), tokens, slots
+
+
+def _micro_batches(
+    trainer: Trainer, examples: Sequence[Tokens], order: Iterator[list[int]]
+) -> list[tuple[dict[str, Tensor], float]]:
+    """The batches of one step, each with its share of the labelled tokens: their sum is the loss of one large batch."""
+    micro = [
+        collate([examples[i] for i in next(order)], trainer.pad_id, trainer.loss_on_prompt)
+        for _ in range(trainer.settings.gradient_accumulation)
+    ]
+    labelled = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in micro]
+    return [(batch, count / sum(labelled)) for batch, count in zip(micro, labelled, strict=True)]
+
+
+def language_loss(model: SparseModel, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross-entropy over the tokens that have a label. Only their logits are ever computed."""
+    device = next(model.model.parameters()).device
+    batch = {name: value.to(device) for name, value in batch.items()}
+    predicts = batch["labels"][:, 1:] != IGNORED
+    logits = model.logits_at(batch["input_ids"], batch["attention_mask"], predicts)
+    return cross_entropy(logits.float(), batch["labels"][:, 1:][predicts])
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+    return torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, settings: TrainSettings, step: int) -> None:
+    warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+    for group in optimizer.param_groups:
+        group["lr"] = settings.learning_rate * warm

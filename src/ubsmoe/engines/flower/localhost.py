@@ -1,0 +1,257 @@
+"""A federation on this machine, to try a Flower app with: its own processes, on loopback, stopped when it is left.
+
+Two kinds, behind the same address book (`config.toml` in Flower's home folder):
+
+    simulation   a SuperLink that simulates its nodes with Ray, in plaintext on loopback
+    deployment   a SuperLink and one SuperNode process per node, TLS, and a registered key for every node
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ubsmoe.engines.flower.app import QUIET
+from ubsmoe.engines.flower.keys import CA, SERVER, SERVER_KEY, make_keys
+from ubsmoe.engines.flower.resident import FOLDER, stop_workers
+from ubsmoe.errors import UserError
+from ubsmoe.storage import disk
+
+HEALTHY_SECONDS = 180.0
+IDLE_SECONDS = 600  # how long a worker stays without work
+STOP_SECONDS = 10.0
+
+
+class FlowerFailure(UserError):
+    """A process of Flower's did not do what it is for; the message names its log."""
+
+
+@dataclass(frozen=True)
+class Loopback:
+    """A federation that runs.
+
+    `name` is its connection's in Flower's home folder `home`, `nodes` how many there are, `simulated` which kind it is.
+    """
+
+    name: str
+    home: Path
+    app: Path
+    nodes: int
+    simulated: bool
+
+    def run(self, changes: Mapping[str, Any] | None = None) -> None:
+        """`flwr run` the app and show its log until it has ended. Raises FlowerFailure if Flower refuses the app."""
+        options = [f"{key}={json.dumps(value)}" for key, value in (changes or {}).items()]
+        command = ["run", str(self.app), self.name, "--stream"]
+        command += ["--run-config", " ".join(options)] if options else []
+        if self.simulated:
+            command += ["--federation-config", f"num-supernodes={self.nodes} client-resources-num-cpus=1"]
+        if subprocess.run(flower_command("flwr", *command), env=flower_environment(self.home), check=False).returncode:
+            raise FlowerFailure(f"flwr run failed; see above, and the logs in {self.home}")
+
+    def flwr(self, *words: str) -> Any:
+        """What a `flwr` command says in JSON. Raises FlowerFailure if it fails."""
+        command = flower_command("flwr", *words, self.name, "--format", "json")
+        done = subprocess.run(command, env=flower_environment(self.home), check=False, capture_output=True, text=True)
+        try:
+            said = json.loads(done.stdout)
+        except ValueError:
+            said = {}
+        if done.returncode or not said.get("success"):
+            raise FlowerFailure(f"flwr {' '.join(words)}: {said.get('error-message') or done.stderr or done.stdout}")
+        return said
+
+
+@contextmanager
+def loopback(
+    app: Path,
+    nodes: int,
+    simulated: bool,
+    say: Callable[[str], None] = print,
+    node_config: Callable[[int], Mapping[str, Any]] = lambda node: {"worker-seconds": IDLE_SECONDS},
+    home: Path | None = None,
+) -> Iterator[Loopback]:
+    """Start a federation, wait until it is healthy, and stop it, and nothing else, on leaving.
+
+    Args:
+        app: a Flower app's folder; Flower's home is `.flwr` inside it, which Flower does not ship to nodes.
+        nodes: how many.
+        simulated: which kind.
+        say: told what happens.
+        node_config: what a node's configuration says beside partition-id and num-partitions; for a deployment.
+        home: Flower's home, if not inside the app's folder.
+
+    Raises:
+        FlowerFailure: if a process dies or is not healthy in time.
+    """
+    home = (home or app / ".flwr").absolute()
+    disk.make_folder(home)
+    home.chmod(0o700)
+    port = free_port()
+    found = Loopback("loopback", home, app, nodes, simulated)
+    trust = "insecure = true" if simulated else f"root-certificates = {json.dumps(str(home / CA))}"
+    disk.atomic_write(home / "config.toml", f'[superlink.loopback]\naddress = "127.0.0.1:{port}"\n{trust}\n'.encode())
+    with ExitStack() as stack:
+        stack.enter_context(_ends_on_sigterm())
+        workers = stack.enter_context(_workers())
+
+        def start(program: str, options: Sequence[str], name: str) -> subprocess.Popen[bytes]:
+            return stack.enter_context(
+                _process(program, options, flower_environment(home, workers), app, home / f"{name}.log")
+            )
+
+        if not simulated:
+            make_keys(home, ["127.0.0.1", "localhost"], [_node(i) for i in range(nodes)])
+        superlink = start("flower-superlink", superlink_options(None if simulated else home, port), "superlink")
+        authority = None if simulated else home / CA
+        _wait(lambda: _answers(port, authority), [superlink], f"the SuperLink, {home}/superlink.log")
+        if not simulated:
+            processes = [superlink]
+            for i in range(nodes):
+                found.flwr("supernode", "register", str(home / f"{_node(i)}.pub"))
+                config = {"partition-id": i, "num-partitions": nodes, **node_config(i)}
+                options = supernode_options(home, home / _node(i), port, config)
+                processes.append(start("flower-supernode", options, _node(i)))
+            _wait(lambda: _online(found) == nodes, processes, f"{nodes} SuperNodes, {home}/node-*.log")
+        say(f"{nodes} {'simulated nodes' if simulated else 'SuperNodes'} at 127.0.0.1:{port}")
+        yield found
+
+
+def superlink_options(keys: Path | None, port: int) -> list[str]:
+    """How a SuperLink is started on loopback: with the keys of a folder, or in plaintext to simulate its nodes."""
+    options = ["--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
+    if keys is None:
+        return [*options, "--insecure", "--simulation"]
+    files = ["--ssl-ca-certfile", keys / CA, "--ssl-certfile", keys / SERVER, "--ssl-keyfile", keys / SERVER_KEY]
+    return [*options, *map(str, files), "--enable-supernode-auth"]
+
+
+def supernode_options(keys: Path, key: Path, port: int, config: Mapping[str, Any]) -> list[str]:
+    """How a SuperNode is started: whom it trusts, who it is, where the SuperLink is."""
+    options = ["--superlink", f"127.0.0.1:{port}", "--root-certificates", str(keys / CA), "--port", str(free_port())]
+    words = " ".join(f"{name}={json.dumps(value)}" for name, value in config.items())
+    return [*options, "--auth-supernode-private-key", str(key), "--node-config", words]
+
+
+@contextmanager
+def _ends_on_sigterm() -> Iterator[None]:
+    """Being told to end is a reason to stop what was started, as Ctrl-C is."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _workers() -> Iterator[Path]:
+    """A folder for the nodes' workers; those that are there at the end are asked to end. Short: socket names must be."""
+    with TemporaryDirectory(prefix="ubsmoe-") as folder:
+        yield Path(folder)
+        stop_workers(Path(folder))
+
+
+def _node(i: int) -> str:
+    return f"node-{i}"
+
+
+def _online(found: Loopback) -> int:
+    return sum(node["status"] == "online" for node in found.flwr("supernode", "list")["nodes"])
+
+
+def flower_command(program: str, *words: str) -> list[str]:
+    """Flower's programs stand beside the Python that runs this."""
+    path = shutil.which(program, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if path is None:
+        raise UserError(f"{program} is not installed: pip install 'ubsmoe[flower]'")
+    return [path, *words]
+
+
+def flower_environment(home: Path, workers: Path | None = None) -> dict[str, str]:
+    """Flower starts more programs by name, so they must be on the path."""
+    own = {
+        "FLWR_HOME": str(home),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    }
+    return {**os.environ, **QUIET, **own, **({FOLDER: str(workers)} if workers else {})}
+
+
+@contextmanager
+def _process(
+    program: str, options: Sequence[str], environment: Mapping[str, str], folder: Path, log_file: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of ours; asked to end on leaving, and ended if it does not, with what it has started and left behind."""
+    with open(log_file, "ab") as log:
+        process = subprocess.Popen(
+            flower_command(program, *options),
+            env=environment,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for us: we stop them in order
+        )
+    try:
+        yield process
+    finally:
+        family = descendants(process.pid)  # a SuperLink that ends leaves the app of a run that goes on
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+        kill([process.pid, *family] if process.poll() is None else family)
+        process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and those that these have, where Linux tells."""
+    try:
+        children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return children + [one for child in children for one in descendants(child)]
+
+
+def kill(pids: Iterable[int]) -> None:
+    """End these processes, as far as they are there."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _wait(ready: Callable[[], bool], processes: Sequence[subprocess.Popen[bytes]], what: str) -> None:
+    end = time.monotonic() + HEALTHY_SECONDS
+    while not ready():
+        if any(process.poll() is not None for process in processes):
+            raise FlowerFailure(f"a process ended at once: {what}")
+        if time.monotonic() > end:
+            raise FlowerFailure(f"not healthy within {HEALTHY_SECONDS:g} s: {what}")
+        time.sleep(0.5)
+
+
+def _answers(port: int, certificate: Path | None) -> bool:
+    context = ssl.create_default_context(cafile=certificate) if certificate else None
+    scheme = "https" if certificate else "http"
+    try:
+        with urllib.request.urlopen(f"{scheme}://127.0.0.1:{port}/health", timeout=2, context=context) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False
+
+
+def free_port() -> int:
+    """A port that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

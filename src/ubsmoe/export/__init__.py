@@ -1,0 +1,1 @@
+"""Adapters and whole models in formats that others load, and back."""

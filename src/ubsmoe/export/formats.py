@@ -1,0 +1,134 @@
+"""From a finished run to a folder that others can load, and back.
+
+    native   our tensors, `adapter.safetensors`
+    peft     what `PeftModel.from_pretrained` loads
+    merged   a whole model, what `AutoModelForCausalLM.from_pretrained` loads
+
+Each has the sidecar `ubsmoe.json` and a README.md that says what stock software leaves out.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ubsmoe.config import ConfigError, ModelSettings
+from ubsmoe.export.card import export_card
+from ubsmoe.export.installed import Installed, merge
+from ubsmoe.export.peft import CONFIG, WEIGHTS, AdapterMismatch, from_peft, to_peft
+from ubsmoe.export.sidecar import Format, Sidecar, beyond_stock, parse_sidecar
+from ubsmoe.model.surgery import SparseModel
+from ubsmoe.storage import exportfolder
+from ubsmoe.storage.disk import encode_json
+
+NATIVE = "adapter.safetensors"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an export comes from: the base as a run file names it, its hash, and what trained the adapter."""
+
+    model: ModelSettings
+    base_sha256: str
+    method: str
+    tier: int | None = None
+
+
+def write(
+    sparse: SparseModel, tokenizer: Any, installed: Installed, origin: Origin, format: Format, out: Path
+) -> Sidecar:
+    """Write one export. After "merged" the model's weights are no longer the base's.
+
+    Args:
+        sparse: the base, with nothing in place.
+        tokenizer: the base's; goes with a merged model.
+        installed: what to export.
+        origin: facts for the sidecar.
+        format: "native", "peft" or "merged".
+        out: a folder that does not exist yet, or is empty.
+
+    Returns:
+        The sidecar that was written.
+
+    Raises:
+        ExportError: if `out` is taken or cannot be written; then nothing is.
+    """
+    exportfolder.check_free(out)  # before anything is merged
+    stock_top_k = sparse.model.config.num_experts_per_tok
+    sidecar = parse_sidecar(
+        {
+            "format": format,
+            "base": origin.model.base,
+            "base_sha256": origin.base_sha256,
+            "dtype": origin.model.dtype,
+            "family": sparse.model.config.model_type,
+            "method": origin.method,
+            "tier": origin.tier,
+            "rank": installed.rank,
+            "alpha": installed.alpha,
+            **(merge(sparse, installed) if format == "merged" else installed.routing),
+        }
+    )
+
+    def fill(folder: Path) -> None:
+        if format == "merged":
+            sparse.model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        elif format == "peft":
+            tensors, config = to_peft(sparse, installed.adapter, installed.alpha, origin.model.base)
+            exportfolder.write_tensors(folder / WEIGHTS, tensors)
+            exportfolder.put_text(folder / CONFIG, encode_json(config, indent=2).decode())
+        else:
+            exportfolder.write_tensors(folder / NATIVE, installed.adapter)
+        card = export_card(sidecar.model_dump(), beyond_stock(sidecar, stock_top_k))
+        exportfolder.put_text(folder / "README.md", card)
+
+    exportfolder.write_export(out, sidecar.model_dump(), fill)
+    return sidecar
+
+
+def read(folder: Path) -> Sidecar:
+    """The sidecar of an export that is whole. Raises UserError with the reason if it is not."""
+    return parse_sidecar(exportfolder.read_export(folder))
+
+
+def read_tensors(folder: Path, sidecar: Sidecar, sparse: SparseModel) -> dict[str, Tensor]:
+    """The adapter of an export by our names; empty for a merged one. Raises UserError if it does not fit the base."""
+    if sidecar.format == "merged":
+        return {}
+    if sidecar.format == "native":
+        return exportfolder.read_export_tensors(folder / NATIVE)
+    return from_peft(sparse, *_peft_files(folder))[0]
+
+
+def check_base(sidecar: Sidecar, sparse: SparseModel, sha256: str, folder: Path) -> None:
+    """Raise ConfigError unless this is the base an adapter was trained on."""
+    family = sparse.model.config.model_type
+    if sidecar.family != family:
+        raise ConfigError(f"{folder} is an adapter for {sidecar.family}, this base is {family}; give its own base")
+    if sidecar.base_sha256 != sha256:
+        raise ConfigError(
+            f"{folder} was trained on another base: its weights' SHA-256 begins {sidecar.base_sha256[:12]}, "
+            f"this base's {sha256[:12]}; expected {sidecar.base} in {sidecar.dtype}"
+        )
+
+
+def read_peft(folder: Path, sparse: SparseModel, sha256: str) -> tuple[dict[str, Tensor], float]:
+    """A PEFT adapter, ours or anybody's, by our names, and its alpha.
+
+    Raises:
+        UserError: if files are missing, damaged, or the adapter belongs on another base.
+    """
+    if exportfolder.is_export(folder):
+        sidecar = read(folder)
+        if sidecar.format != "peft":
+            raise ConfigError(f"{folder} is a {sidecar.format} export; expected a PEFT adapter")
+        check_base(sidecar, sparse, sha256, folder)
+    return from_peft(sparse, *_peft_files(folder))
+
+
+def _peft_files(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not (folder / CONFIG).is_file():
+        raise AdapterMismatch(f"{folder} is no PEFT adapter: it has no {CONFIG}")
+    return exportfolder.read_export_tensors(folder / WEIGHTS), exportfolder.read_export_json(folder / CONFIG)

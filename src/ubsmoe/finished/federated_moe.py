@@ -1,0 +1,150 @@
+"""`FederatedMoE`: a base, a finished run or an export as one object that answers at any budget."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from ubsmoe.config import ConfigError, ModelSettings
+from ubsmoe.data.tokens import pad_id
+from ubsmoe.export import formats as exports
+from ubsmoe.export.installed import install, read_installed
+from ubsmoe.export.sidecar import Format, Sidecar
+from ubsmoe.finished.run import open_run
+from ubsmoe.maths.routing import budget_top_k
+from ubsmoe.model.load import load_base, weights_sha256
+from ubsmoe.model.surgery import SparseModel
+from ubsmoe.storage.exportfolder import is_export
+from ubsmoe.storage.runfolder import is_run
+
+
+class FederatedMoE:
+    """A sparse mixture of experts with an adapter in place, and a budget that can be changed at any time.
+
+    Attributes:
+        model: the transformers model; it obeys the budget, in `generate` and in every forward pass.
+        tokenizer: the base's.
+    """
+
+    def __init__(self, sparse: SparseModel, tokenizer: Any, origin: exports.Origin) -> None:
+        self._sparse, self.tokenizer, self._origin = sparse, tokenizer, origin
+
+    @classmethod
+    def from_pretrained(
+        cls, place: str | Path, *, tier: int | None = None, base: str | None = None, device: str = "cpu"
+    ) -> Self:
+        """Load a run folder, an export of any format, or a bare base.
+
+        Args:
+            place: a finished run, an export, or whatever model.base may be.
+            tier: of a run: whose adapter and budget, counted from 1; the largest budget's when left out.
+            base: of an adapter export: where its base lies, if not where it did.
+            device: torch device.
+
+        Raises:
+            UserError: if it cannot be loaded; the message says why.
+        """
+        folder = Path(place)
+        if is_run(folder):
+            return cls._from_run(folder, tier, device)
+        if tier is not None:
+            raise ConfigError(f"tier chooses among the tiers of a run, and {place} is no run folder")
+        if is_export(folder):
+            return cls._from_export(folder, base, device)
+        settings = ModelSettings(base=str(place), device=device)
+        sparse, tokenizer = load_base(settings)
+        return cls(sparse, tokenizer, exports.Origin(settings, weights_sha256(sparse.model), "none"))
+
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+        return self._sparse.model
+
+    @property
+    def k_max(self) -> int:
+        """Experts per token at budget 1."""
+        return self._sparse.k_max
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token now."""
+        return self._sparse.layers[0].top_k
+
+    def set_budget(self, budget: float) -> None:
+        """Use max(1, floor(K_max * budget)) experts per token from now on.
+
+        Raises:
+            UserError: outside (0, 1], or if the adapter has output scales that were learned at one K alone.
+        """
+        try:
+            self._set_top_k(budget_top_k(self.k_max, budget))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    @contextmanager
+    def budget(self, budget: float) -> Iterator[Self]:
+        """`set_budget` for the length of a with statement."""
+        before = self.top_k
+        self.set_budget(budget)
+        try:
+            yield self
+        finally:
+            self._sparse.set_top_k(before)
+
+    @torch.no_grad()
+    def generate(self, prompt: str, **settings: Any) -> str:
+        """Continue a text at the current budget.
+
+        Args:
+            prompt: as the model is to see it, template and all.
+            settings: transformers' own, such as max_new_tokens, do_sample or num_beams.
+
+        Returns:
+            The new text alone.
+        """
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        out = self.model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad_id(self.tokenizer), **settings)
+        text: str = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        return text
+
+    def save_pretrained(self, folder: str | Path, format: Format = "native") -> Sidecar:
+        """Export what is in place, at the current budget; "merged" uses this object up.
+
+        Raises:
+            UserError: if there is no adapter, or the folder is taken.
+        """
+        try:
+            installed = read_installed(self._sparse)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        return exports.write(self._sparse, self.tokenizer, installed, self._origin, format, Path(folder))
+
+    def _set_top_k(self, top_k: int) -> None:
+        if top_k != self.top_k and self._sparse.layers[0].output_scale is not None:
+            raise ConfigError(
+                f"this adapter has output scales learned at K = {self.top_k}; load the tier that uses K = {top_k} instead"
+            )
+        self._sparse.set_top_k(top_k)
+
+    @classmethod
+    def _from_run(cls, folder: Path, tier: int | None, device: str) -> Self:
+        run = open_run(folder, device)
+        profile = run.tier(tier)
+        run.install(profile)
+        origin = exports.Origin(run.settings.model, run.base_sha256, run.method.name, profile.tier + 1)
+        return cls(run.model, run.tokenizer, origin)
+
+    @classmethod
+    def _from_export(cls, folder: Path, base: str | None, device: str) -> Self:
+        sidecar = exports.read(folder)
+        place = str(folder) if sidecar.format == "merged" else base or sidecar.base
+        settings = ModelSettings(base=place, dtype=sidecar.dtype, device=device)
+        sparse, tokenizer = load_base(settings)
+        sha256 = weights_sha256(sparse.model)
+        if sidecar.format != "merged":
+            exports.check_base(sidecar, sparse, sha256, folder)
+        install(sparse, exports.read_tensors(folder, sidecar, sparse), sidecar)
+        return cls(sparse, tokenizer, exports.Origin(settings, sha256, sidecar.method, sidecar.tier))

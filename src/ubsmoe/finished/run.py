@@ -1,0 +1,145 @@
+"""A finished run, opened again: scored; or, without its data, put on the base, exported, or asked."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ubsmoe.config import ConfigError, RunSettings, parse_run, with_overrides
+from ubsmoe.export import formats as exports
+from ubsmoe.export.installed import read_installed
+from ubsmoe.export.sidecar import Format, Sidecar
+from ubsmoe.messages import Profile
+from ubsmoe.methods.chosen import build_method
+from ubsmoe.methods.method import Method, State, unpack
+from ubsmoe.model.load import load_base, weights_sha256
+from ubsmoe.model.surgery import SparseModel
+from ubsmoe.seeds import generator_for
+from ubsmoe.server.federation import build_server
+from ubsmoe.server.rounds import evaluate_tier
+from ubsmoe.storage.runfolder import read_adapter, read_run
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that has ended, its base loaded. `tiers` is one profile per tier."""
+
+    settings: RunSettings
+    model: SparseModel
+    tokenizer: Any
+    method: Method
+    tiers: list[Profile]
+    state: State
+    base_sha256: str
+
+    def tier(self, number: int | None) -> Profile:
+        """A tier, counted from 1; the one with the largest budget for None. Raises ConfigError if there is none."""
+        if number is None:
+            return max(self.tiers, key=lambda profile: profile.budget)
+        return _numbered(self.tiers, number)
+
+    def install(self, profile: Profile) -> None:
+        """Put on the base what a client of this profile gets."""
+        payload = self.method.dispatch(self.state, profile)
+        self.method.install(self.model, payload, profile, generator_for(self.settings.seed, "evaluation"))
+
+
+def open_run(path: Path, device: str | None = None) -> FinishedRun:
+    """Open a finished run.
+
+    Args:
+        path: the run folder.
+        device: where to, if not where it was trained.
+
+    Raises:
+        RunFolderError: if the folder holds no finished run.
+        ConfigError: if its base cannot be had, or is another than it was trained on.
+    """
+    tensors, facts = read_adapter(path)
+    settings = settings_of_run(path, {"model.device": device} if device else {})
+    model, tokenizer = load_base(settings.model, settings.tiers.rescale, settings.tiers.k_max)
+    sha256 = weights_sha256(model.model)
+    _require_base(path, facts, sha256, settings)
+    _, method, tiers = build_method(settings, model)
+    return FinishedRun(settings, model, tokenizer, method, tiers, unpack(tensors), sha256)
+
+
+def export_run(path: Path, out: Path, format: Format, tier: int | None = None) -> Sidecar:
+    """Export what one tier of a finished run uses.
+
+    Args:
+        path: the run folder.
+        out: the new folder.
+        format: "native", "peft" or "merged".
+        tier: counted from 1; the one with the largest budget when left out.
+
+    Raises:
+        UserError: if there is no finished run, no such tier, or `out` is taken; then nothing is written.
+    """
+    run = open_run(path)
+    profile = run.tier(tier)
+    run.install(profile)
+    installed = read_installed(run.model)
+    run.model.clear()
+    origin = exports.Origin(run.settings.model, run.base_sha256, run.method.name, profile.tier + 1)
+    return exports.write(run.model, run.tokenizer, installed, origin, format, out)
+
+
+def evaluate_run(
+    path: Path, overrides: dict[str, Any], tier: int | None = None, top_k: int | None = None
+) -> list[dict[str, Any]]:
+    """Score the adapter of a finished run.
+
+    Args:
+        path: the run folder.
+        overrides: dotted settings that say how to score: evaluate.*, data.*, model.device.
+        tier: one tier, counted from 1; None for all.
+        top_k: score with so many experts per token, 1..K_max; None for each tier's own.
+
+    Returns:
+        Per tier: tier, top_k, rank and scores by task.
+
+    Raises:
+        ConfigError: for another setting, a tier or a K that does not exist, or a base that is not the run's.
+        RunFolderError: if the folder holds no finished run.
+    """
+    if wrong := [key for key in overrides if not key.startswith(("evaluate.", "data.")) and key != "model.device"]:
+        raise ConfigError(f"--set {wrong[0]}: scoring a run can change evaluate.*, data.* and model.device only")
+    tensors, facts = read_adapter(path)
+    federation = build_server(settings_of_run(path, overrides))
+    _require_base(path, facts, federation.base_sha256, federation.settings)
+    state = unpack(tensors)
+    chosen = federation.tiers if tier is None else [_numbered(federation.tiers, tier)]
+    if top_k is not None:
+        if not 1 <= top_k <= federation.base.k_max:
+            raise ConfigError(f"--top-k must lie in 1..{federation.base.k_max}, got {top_k}")
+        chosen = [replace(profile, top_k=top_k) for profile in chosen]
+    return [
+        {
+            "tier": profile.tier,
+            "top_k": profile.top_k,
+            "rank": profile.rank,
+            "scores": {task: asdict(score) for task, score in evaluate_tier(federation, state, profile).items()},
+        }
+        for profile in chosen
+    ]
+
+
+def settings_of_run(path: Path, changes: dict[str, Any]) -> RunSettings:
+    """A run's settings with these changes, and its number of threads in force: other sums would round differently."""
+    settings = parse_run(with_overrides(read_run(path).config, changes))
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    return settings
+
+
+def _numbered(tiers: list[Profile], number: int) -> Profile:
+    if not 1 <= number <= len(tiers):
+        raise ConfigError(f"--tier must lie in 1..{len(tiers)}, got {number}")
+    return tiers[number - 1]
+
+
+def _require_base(path: Path, facts: dict[str, Any], base_sha256: str, settings: RunSettings) -> None:
+    if facts["base_sha256"] != base_sha256:
+        raise ConfigError(f"model.base: {path} was trained on another base than {settings.model.base}")

@@ -1,0 +1,1 @@
+"""Estimates before a run starts: per tier and for the whole run."""

@@ -1,0 +1,125 @@
+"""Everything a run needs, built once from its settings: the base, the method, the clients with their data, the questions."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ubsmoe.client.train import Trainer, make_trainer
+from ubsmoe.config import ConfigError, RunSettings, to_json
+from ubsmoe.data.card import data_card
+from ubsmoe.data.partition import PartitionReport, client_names, deal, partition_report
+from ubsmoe.data.sources import load_examples, load_test
+from ubsmoe.data.tokens import Tokens, tokenize
+from ubsmoe.messages import Announcement, Profile
+from ubsmoe.methods.chosen import build_method, profile_of
+from ubsmoe.methods.method import Base, Method
+from ubsmoe.model.load import load_base, weights_sha256
+from ubsmoe.model.surgery import SparseModel
+from ubsmoe.server.evaluate import Question, prepare
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A run, ready to start.
+
+    `clients` is one profile per client, `examples` its tokenised data; `tiers` is one profile per tier, which is what
+    evaluation dispatches to.
+    """
+
+    settings: RunSettings
+    model: SparseModel
+    tokenizer: Any
+    method: Method
+    base: Base
+    clients: list[Profile]
+    tiers: list[Profile]
+    examples: dict[str, list[Tokens]]
+    questions: dict[str, list[Question]]
+    partition: PartitionReport | None
+    base_sha256: str
+    data_card: dict[str, Any] | None
+
+    @property
+    def run_id(self) -> str:
+        """The same on every machine that was given the same run file."""
+        return hashlib.sha256(to_json(self.settings).encode()).hexdigest()[:16]
+
+    @property
+    def trainer(self) -> Trainer:
+        """What the clients share."""
+        return make_trainer(self.settings, self.model, self.method, self.tokenizer, self.base_sha256)
+
+
+def build_federation(settings: RunSettings) -> Federation:
+    """Load, split and tokenise everything a run needs.
+
+    Raises:
+        UserError: for any setting that cannot be met; nothing has been written by then.
+    """
+    server = build_server(settings)
+    splits = load_examples(settings.data, server.tokenizer, settings.seed)
+    train = splits.train
+    parts = deal(settings, train)
+    tokens = tokenize(train, server.tokenizer, settings.data, "train")
+    return replace(
+        server,
+        clients=[admit(server, Announcement(name, len(part))) for name, part in parts.items()],
+        examples={name: [tokens[i] for i in part] for name, part in parts.items()},
+        partition=_report(train, list(parts.values()), settings.data.partition.field),
+        data_card=data_card(settings.data, splits, tokens),
+    )
+
+
+def build_server(settings: RunSettings) -> Federation:
+    """The same without clients and their data, which are elsewhere.
+
+    Raises:
+        UserError: as `build_federation`.
+    """
+    model, tokenizer = load_base(settings.model, settings.tiers.rescale, settings.tiers.k_max)
+    base, method, tiers = build_method(settings, model)
+    test = load_test(settings.data, tokenizer, settings.seed)
+    return Federation(
+        settings=settings,
+        model=model,
+        tokenizer=tokenizer,
+        method=method,
+        base=base,
+        clients=[],
+        tiers=tiers,
+        examples={},
+        questions=prepare(test, tokenizer, settings.data, settings.evaluate),
+        partition=None,
+        base_sha256=weights_sha256(model.model),
+        data_card=None,
+    )
+
+
+def admit(federation: Federation, announced: Announcement) -> Profile:
+    """What a client is asked to do: the largest tier that its budget affords, or the run file's tier for it.
+
+    Raises:
+        ConfigError: if it affords no tier, or the run file has no such client and it names no budget.
+    """
+    settings, names = federation.settings, client_names(federation.settings)
+    if announced.budget is not None:
+        affordable = [(b, tier) for tier, b in enumerate(settings.tiers.budgets) if b <= announced.budget]
+        if not affordable:
+            raise ConfigError(
+                f"{announced.client} affords a budget of {announced.budget:g}, the smallest of tiers.budgets is "
+                f"{min(settings.tiers.budgets):g}"
+            )
+        tier = max(affordable)[1]
+    elif announced.client in names:
+        tier = names.index(announced.client) % len(settings.tiers.budgets)
+    else:
+        raise ConfigError(f"{announced.client} is none of the run file's clients and says no budget")
+    return profile_of(settings, federation.method, federation.base, announced.client, tier, announced.num_examples)
+
+
+def _report(examples: list[Any], parts: list[list[int]], field: str) -> PartitionReport | None:
+    """How unlike the clients are; None where the examples have no such field and the split did not need one."""
+    try:
+        return partition_report(examples, parts, field)
+    except ConfigError:
+        return None

@@ -1,0 +1,78 @@
+"""How a run and each of its rounds begin: the server's first state, and which clients are asked."""
+
+import secrets
+from pathlib import Path
+
+import torch
+
+from ubsmoe.config import ConfigError, RunSettings
+from ubsmoe.export.formats import read_peft
+from ubsmoe.messages import Profile
+from ubsmoe.methods.method import State
+from ubsmoe.seeds import generator_for
+from ubsmoe.server.federation import Federation
+
+
+def start_state(federation: Federation) -> State:
+    """What the server holds before round 1: the method's start from an adapter of the largest tier's rank.
+
+    It is a fresh one, or the PEFT adapter that adapter.start names.
+
+    Raises:
+        UserError: if that adapter does not fit the base or the run, or the method would not go on from it.
+    """
+    adapter = federation.settings.adapter
+    if adapter.start is not None:
+        return _start_from(federation, adapter.start)
+    fresh = federation.model.fresh_adapter(
+        max(profile.rank for profile in federation.tiers),
+        generator_for(federation.settings.seed, "adapter"),
+        shared_a=adapter.shared_a,
+        router=adapter.router == "trained",
+        attention=adapter.attention == "trained",
+    )
+    return federation.method.start(fresh)
+
+
+def _start_from(federation: Federation, folder: str) -> State:
+    settings, method = federation.settings.adapter, federation.method
+    adapter, alpha = read_peft(Path(folder), federation.model, federation.base_sha256)
+    rank = max(profile.rank for profile in federation.tiers)
+    theirs = next(value.shape[1] for name, value in adapter.items() if name.endswith(".A"))
+    if (theirs, alpha) != (rank, settings.alpha):
+        raise ConfigError(
+            f"adapter.start: {folder} has rank {theirs} and alpha {alpha:g}, this run {rank} and {settings.alpha:g}; "
+            f"set adapter.rank = {theirs} (or the top of tiers.ranks) and adapter.alpha = {alpha:g}"
+        )
+    for key, wanted in (("router", settings.router), ("attention", settings.attention)):
+        if (wanted == "trained") != any(name.split(".")[2] == key for name in adapter):
+            raise ConfigError(f"adapter.{key} is {wanted!r}, but {folder} says otherwise; set it to match")
+    state = method.start(adapter)
+    if not all(name in state.adapters and torch.equal(state.adapters[name], value) for name, value in adapter.items()):
+        raise ConfigError(f"adapter.start: {method.name} begins from an adapter of its own; choose another method")
+    return state
+
+
+def noise_key(settings: RunSettings) -> str:
+    """What a private run's noise follows from: a secret of the server's, kept with its checkpoints, unless a seed is set."""
+    if settings.privacy is None:
+        return ""
+    return secrets.token_hex(32) if settings.privacy.seed is None else str(settings.privacy.seed)
+
+
+def sample_clients(federation: Federation, round: int, noise: str = "") -> list[Profile]:
+    """The clients asked in a round, in client order: all, a seeded draw of so many, or each with the same probability.
+
+    That probability is the one that epsilon is reckoned with, however many of the configured clients are there; and a
+    private run draws from its `noise_key`, since epsilon holds against those who do not know who was drawn.
+    """
+    clients, settings = federation.clients, federation.settings
+    if settings.clients.sampling == "poisson":
+        draws = torch.rand(len(clients), generator=generator_for(noise or settings.seed, round, "sampling"))
+        share = settings.clients_per_round / settings.clients.count
+        return [client for client, draw in zip(clients, draws.tolist(), strict=True) if draw < share]
+    asked = settings.clients_per_round + settings.rounds.extra_clients
+    if asked >= len(clients):
+        return clients
+    draw = torch.randperm(len(clients), generator=generator_for(settings.seed, round, "sampling"))
+    return [clients[i] for i in sorted(draw[:asked].tolist())]

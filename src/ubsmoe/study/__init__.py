@@ -1,0 +1,1 @@
+"""Research tools: comparisons, and experiments on kept states and on small problems."""

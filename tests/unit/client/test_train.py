@@ -1,0 +1,194 @@
+"""A client's work: the loss, one optimiser step, what it counts, and the base it leaves behind."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from ubsmoe.client.schedule import elastic_top_ks, steps_per_round
+from ubsmoe.client.train import ClientFailure, Trainer, language_loss, train
+from ubsmoe.config import TierSettings, TrainSettings, parse_run
+from ubsmoe.data.tokens import Tokens, collate
+from ubsmoe.messages import Task
+from ubsmoe.methods.method import Hooks, install_adapter
+from ubsmoe.model.load import weights_sha256
+from ubsmoe.seeds import generator_for
+from ubsmoe.server.federation import Federation, build_federation
+
+MIXED = [Tokens(tuple(range(5, 5 + length)), prompt) for length, prompt in ((12, 4), (7, 5), (20, 3), (9, 8), (15, 6))]
+SGD = TrainSettings(local_steps=1, optimizer="sgd", momentum=0.0, learning_rate=0.5, clip_norm=None)
+
+
+@pytest.fixture(scope="module")
+def federation(random_base: Any) -> Federation:
+    table = {
+        "model": {"base": str(random_base)},
+        "adapter": {"rank": 3, "alpha": 6.0},
+        "clients": {"count": 4},
+        "data": {"world": {"train_examples": 24, "test_examples": 8, "entities": 8}},
+        "method": {"name": "fedavg"},
+    }
+    return build_federation(parse_run(table))
+
+
+@pytest.fixture
+def task(federation: Federation) -> Task:
+    adapter = federation.model.fresh_adapter(3, generator_for("adapter"), shared_a=True)
+    gen = generator_for("B")
+    adapter = {
+        name: value if name.endswith(".A") else 0.1 * torch.randn(value.shape, generator=gen)
+        for name, value in adapter.items()
+    }
+    return Task(1, federation.clients[1], adapter)
+
+
+def trained(federation: Federation, task: Task, settings: TrainSettings, examples: list[Tokens], **change: Any) -> Any:
+    trainer: Trainer = replace(federation.trainer, settings=settings, **change)
+    return train(trainer, task, examples)
+
+
+def test_the_loss_is_that_of_a_full_forward_pass(federation: Federation, task: Task) -> None:
+    model = federation.model
+    install_adapter(model, task.payload, task.profile, alpha=6.0)
+    try:
+        for on_prompt in (False, True):
+            batch = collate(MIXED, pad_id=0, loss_on_prompt=on_prompt)
+            with torch.no_grad():
+                expected = model.model(**batch, use_cache=False).loss
+            torch.testing.assert_close(language_loss(model, batch).detach(), expected)
+    finally:
+        model.clear()
+
+
+def test_accumulated_micro_batches_are_one_large_batch(federation: Federation, task: Task) -> None:
+    """Answers of unequal length too: a mean of means would weigh a short batch's tokens more."""
+    large = trained(federation, task, SGD.model_copy(update={"batch_size": 6}), MIXED)
+    # 2 + 2 + 1 of the five examples
+    small = trained(federation, task, SGD.model_copy(update={"batch_size": 2, "gradient_accumulation": 3}), MIXED)
+    assert small.loss == pytest.approx(large.loss, rel=1e-5)
+    for name, value in large.adapters.items():
+        assert not torch.equal(value, task.payload[name])
+        torch.testing.assert_close(small.adapters[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_penalty_counts_once_a_step_however_many_micro_batches_it_has(federation: Federation, task: Task) -> None:
+    """0.3 |theta|^2 moves theta by -0.5 * 0.6 theta, whatever the data do."""
+
+    def install(model: Any, *given: Any) -> Hooks:
+        hooks = federation.method.install(model, *given)
+        hooks.penalty = lambda: 0.3 * torch.stack([value.square().sum() for value in model.adapter.values()]).sum()
+        return hooks
+
+    penalised = replace(federation.method, install=install)
+    for sizes in ({"batch_size": 6}, {"batch_size": 2, "gradient_accumulation": 3}):
+        settings = SGD.model_copy(update=sizes)
+        plain = trained(federation, task, settings, MIXED)
+        update = trained(federation, task, settings, MIXED, method=penalised)
+        for name, start in task.payload.items():
+            torch.testing.assert_close(update.adapters[name], plain.adapters[name] - 0.3 * start, rtol=1e-4, atol=1e-6)
+
+
+def test_a_plain_step_is_the_learning_rate_times_the_gradient(federation: Federation, task: Task) -> None:
+    model = federation.model
+    install_adapter(model, task.payload, task.profile, alpha=6.0)
+    language_loss(model, collate(MIXED, pad_id=0)).backward()
+    expected = {name: value.detach() - 0.5 * value.grad for name, value in model.adapter.items()}
+    model.clear()
+    update = trained(federation, task, SGD.model_copy(update={"batch_size": 5}), MIXED)
+    for name, value in expected.items():
+        torch.testing.assert_close(update.adapters[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_warm_up_starts_at_its_share_of_the_rate(federation: Federation, task: Task) -> None:
+    full = trained(federation, task, SGD.model_copy(update={"batch_size": 5}), MIXED)
+    warm = trained(federation, task, SGD.model_copy(update={"batch_size": 5, "warmup_steps": 4}), MIXED)
+    for name, start in task.payload.items():
+        torch.testing.assert_close(warm.adapters[name] - start, (full.adapters[name] - start) / 4, rtol=1e-3, atol=1e-6)
+
+
+def test_clipping_bounds_the_whole_step(federation: Federation, task: Task) -> None:
+    settings = SGD.model_copy(update={"batch_size": 5, "learning_rate": 1.0, "clip_norm": 1e-3})
+    update = trained(federation, task, settings, MIXED)
+    step = torch.cat([(value - task.payload[name]).flatten() for name, value in update.adapters.items()])
+    assert float(step.norm()) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_counts_are_tokens_times_experts_without_padding(federation: Federation, task: Task) -> None:
+    update = trained(federation, task, SGD.model_copy(update={"batch_size": 5}), MIXED)
+    assert update.tokens == 12 + 7 + 20 + 9 + 15
+    assert update.slots == update.tokens * task.profile.top_k
+    assert update.expert_tokens.sum(dim=-1).tolist() == [update.slots] * 2
+
+
+def test_counts_of_elastic_steps_follow_the_experts_that_ran(federation: Federation, task: Task) -> None:
+    tiers = TierSettings(elastic_share=0.5)
+    settings = SGD.model_copy(update={"batch_size": 5, "local_steps": 2})
+    update = trained(federation, task, settings, MIXED, tiers=tiers)
+    assert update.slots == 63 * task.profile.top_k + 63 * 1
+    assert update.expert_tokens.sum(dim=-1).tolist() == [update.slots] * 2
+
+
+def test_training_leaves_the_base_as_it_was_and_repeats_bit_for_bit(federation: Federation, task: Task) -> None:
+    before = weights_sha256(federation.model.model)
+    settings = TrainSettings(local_steps=3, batch_size=2)
+    first, second = (trained(federation, task, settings, MIXED) for _ in range(2))
+    assert weights_sha256(federation.model.model) == before
+    assert federation.model.adapter == {} and federation.model.layers[0].top_k == federation.model.k_max
+    assert all(torch.equal(value, second.adapters[name]) for name, value in first.adapters.items())
+    assert first.loss == second.loss
+    other = train(replace(federation.trainer, settings=settings, seed=1), task, MIXED)
+    assert other.loss != first.loss
+
+
+def test_progress_is_told_after_every_step(federation: Federation, task: Task) -> None:
+    heard: list[tuple[int, int]] = []
+    trainer = replace(federation.trainer, settings=TrainSettings(local_steps=3, batch_size=2))
+    train(trainer, task, MIXED, lambda step, steps, loss: heard.append((step, steps)))
+    assert heard == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_loss_that_is_no_number_stops_the_client_by_name(federation: Federation, task: Task) -> None:
+    broken = replace(task, payload={name: value * float("nan") for name, value in task.payload.items()})
+    with pytest.raises(ClientFailure, match=r"client client-1, round 1, step 0: the loss is nan; lower"):
+        trained(federation, broken, SGD, MIXED)
+    assert federation.model.adapter == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "examples", "steps"),
+    [
+        ({"local_steps": 7, "local_epochs": 3.0}, 10, 7),
+        ({"batch_size": 4}, 10, 3),  # batches of 4, 4 and 2
+        ({"batch_size": 4, "local_epochs": 2.0}, 10, 6),
+        ({"batch_size": 4, "local_epochs": 0.01}, 10, 1),
+        ({"batch_size": 4, "gradient_accumulation": 3}, 10, 1),
+        ({"batch_size": 5, "local_epochs": 0.5}, 40, 4),
+    ],
+)
+def test_epochs_are_passes_over_the_clients_batches(change: dict[str, Any], examples: int, steps: int) -> None:
+    assert steps_per_round(TrainSettings(**change), examples) == steps
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.3, 0.5, 1.0])
+def test_elastic_steps_keep_their_share_and_are_spread(share: float) -> None:
+    budgets = elastic_top_ks(TierSettings(elastic_share=share), 6, 0, 20, generator_for("elastic"))
+    low = [step for step, top_k in enumerate(budgets) if top_k == 1]
+    assert len(low) == round(20 * share) and set(budgets) <= {1, 6}
+    if share == 0.25:
+        assert low == [3, 7, 11, 15, 19]
+
+
+def test_a_share_below_one_step_a_round_is_kept_over_the_rounds() -> None:
+    tiers, generator = TierSettings(elastic_share=0.1), generator_for("elastic")
+    rounds = [elastic_top_ks(tiers, 6, 4 * number, 4, generator) for number in range(10)]
+    assert sum(top_k == 1 for budgets in rounds for top_k in budgets) == 4
+
+
+def test_uniform_elastic_draws_stay_within_the_clients_budget() -> None:
+    draw: Callable[[str], list[int]] = lambda key: elastic_top_ks(  # noqa: E731
+        TierSettings(elastic_share=1.0, elastic_draw="uniform"), 5, 0, 400, generator_for(key)
+    )
+    budgets = draw("a")
+    assert set(budgets) == {1, 2, 3, 4, 5} and budgets == draw("a") != draw("b")

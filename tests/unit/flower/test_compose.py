@@ -1,0 +1,80 @@
+"""The compose files: nobody is root, nothing is in plaintext, and Flower knows every option that they give."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ubsmoe.engines.flower.app import QUIET
+
+FOLDER = Path(__file__).parents[3] / "deploy"
+SERVICES = {
+    name: service
+    for file in FOLDER.glob("*.compose.yaml")
+    for name, service in yaml.safe_load(file.read_text())["services"].items()
+}
+
+
+def test_the_image_is_quiet_and_not_root() -> None:
+    text = (FOLDER / "Dockerfile").read_text()
+    assert all(f"{key}={value}" in text for key, value in QUIET.items())
+    assert re.search(r"^USER ubsmoe$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_is_not_root_has_no_rights_and_speaks_tls(name: str) -> None:
+    service: dict[str, Any] = SERVICES[name]
+    assert service["user"] not in ("0", "root") and service["read_only"] and service["cap_drop"] == ["ALL"]
+    assert "no-new-privileges:true" in service["security_opt"]
+    assert "--insecure" not in service["command"]
+    words = " ".join(service["command"])
+    assert ("--enable-supernode-auth" in words and "--ssl-keyfile" in words) or "--auth-supernode-private-key" in words
+    assert any(volume.startswith("state:") for volume in service["volumes"])
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_flower_knows_the_options(name: str) -> None:
+    program, *words = SERVICES[name]["command"]
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / program), "--help"], capture_output=True, text=True, check=True
+    )
+    for option in (word.partition("=")[0] for word in words if word.startswith("--")):
+        assert option in done.stdout, option
+
+
+SPEC = {
+    "image",
+    "user",
+    "read_only",
+    "cap_drop",
+    "security_opt",
+    "restart",
+    "environment",
+    "command",
+    "ports",
+    "volumes",
+    "tmpfs",
+}
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.compose.yaml")), ids=lambda file: file.name)
+def test_a_file_keeps_to_the_compose_specification(file: Path) -> None:
+    """As far as it is used here: known keys, volumes that are declared or stand beside the file, paths that are mounted."""
+    text = file.read_text()
+    whole = yaml.safe_load(text)
+    assert set(whole) == {"services", "volumes"}
+    for service in whole["services"].values():
+        assert set(service) <= SPEC
+        mounts = dict(volume.split(":")[:2] for volume in service["volumes"])
+        assert {name for name in mounts if not name.startswith("./")} <= set(whole["volumes"])
+        for path in re.findall(r"""[=" ](/[a-z]+)/""", " ".join(service["command"])):
+            assert path in {*mounts.values(), *(place.split(":")[0] for place in service["tmpfs"])}
+    variables = {name: rest for name, rest in re.findall(r"\$\{(\w+)(:[?-][^}]+)?\}", text)}
+    assert all(variables.values()), "every variable has a default or a sentence that asks for it"
+    asked = {name for name, rest in variables.items() if rest.startswith(":?")}
+    head = text.split("services:")[0]
+    assert all(f"{name}=" in head for name in asked), "the head of the file names what must be set"

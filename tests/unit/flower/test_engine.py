@@ -1,0 +1,303 @@
+"""The Flower engine over a Grid in this process: the same bits as the local engine, and what becomes of bad nodes."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
+
+from ubsmoe.config import ConfigError, load_run
+from ubsmoe.engines.flower.app import read_app
+from ubsmoe.engines.flower.client import client_app
+from ubsmoe.engines.flower.record import from_record, to_record
+from ubsmoe.engines.flower.server import FlowerEngine
+from ubsmoe.engines.local import LocalEngine
+from ubsmoe.messages import Dropped, Reply, Task, Update
+from ubsmoe.server.federation import Federation, build_federation, build_server
+from ubsmoe.server.rounds import one_round
+from ubsmoe.server.start import noise_key, start_state
+from ubsmoe.wire.codec import decode_task, decode_update, encode_update
+from ubsmoe.wire.packed import Packed, WireError
+from unit.engines.loop_grid import LoopGrid, as_process
+
+OUT = {"out": "unused", "join-seconds": 1}
+
+
+@pytest.fixture(autouse=True)
+def _process() -> None:
+    as_process()
+
+
+class Site:
+    """A server and two machines with two of the run file's four clients each."""
+
+    def __init__(
+        self, run_file: Path, run_config: dict[str, Any], nodes: dict[int, dict[str, Any]] | None = None
+    ) -> None:
+        self.said: list[str] = []
+        self.now = 0.0
+        self.server: Federation = build_server(read_app(run_file, run_config))
+        nodes = nodes or {70 - i: {"partition-id": i, "num-partitions": 2} for i in range(2)}
+        self.grid = LoopGrid(client_app(run_file), nodes, run_config)
+        self.engine = FlowerEngine(self.grid, self.server, self.said.append, self.clock)
+
+    def clock(self) -> float:
+        self.now += 1.0
+        return self.now
+
+    def replies(self) -> list[Reply]:
+        state = start_state(self.server)
+        tasks = (
+            Task(1, profile, self.server.method.dispatch(state, profile), "run", self.server.base_sha256)
+            for profile in self.server.clients
+        )
+        return list(self.engine.exchange(tasks))
+
+
+@pytest.fixture
+def site(tiny_run: dict[str, Any], write_toml: Callable[..., Path]) -> Callable[..., Site]:
+    run_file = write_toml(tiny_run)
+    return lambda nodes=None, **changes: Site(
+        run_file, OUT | {key.replace("__", "."): value for key, value in changes.items()}, nodes
+    )
+
+
+PROTECTED = {
+    "plain": {},
+    "trimmed mean": {"robust__rule": "trimmed_mean", "robust__attackers": 1, "robust__utilization_cap": 1.1},
+    "multi-Krum, clipped": {"robust__rule": "multi_krum", "robust__attackers": 1, "robust__clip_norm": 0.05},
+    "private": {"privacy__noise_multiplier": 0.5, "privacy__clip_norm": 0.1, "privacy__seed": 7},
+    "private, drawn": {
+        "privacy__noise_multiplier": 0.5, "privacy__clip_norm": 0.1, "privacy__seed": 7,
+        "clients__per_round": 3, "clients__sampling": "poisson",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", PROTECTED.values(), ids=PROTECTED)
+def test_two_rounds_give_the_bits_of_the_local_engine(site: Callable[..., Site], changes: dict[str, Any]) -> None:
+    here = site(clients__count=5, **changes)  # seed 3 draws 4 of them, then 3, where 3 is the mean
+    local = build_federation(here.server.settings)
+    here.engine.join(10)
+    assert here.server.clients == local.clients
+    engines = {"flower": (here.server, here.engine), "local": (local, LocalEngine(local.trainer, local.examples))}
+    results, dropped = {}, dict[str, list[str]]()
+    for name, (federation, engine) in engines.items():
+        state, lost = start_state(federation), dropped.setdefault(name, [])
+        for number in (1, 2):
+            state = one_round(
+                federation, engine, state, number,
+                lambda event, _, lost=lost, **fields: lost.append(fields["client"]) if event == "dropped" else None,
+                noise_key(federation.settings),
+            )  # fmt: skip
+        results[name] = {**state.adapters, **state.extras}
+    assert results["flower"].keys() == results["local"].keys()
+    assert all(torch.equal(value, results["local"][key]) for key, value in results["flower"].items())
+    assert dropped["flower"] == dropped["local"]
+    assert len(dropped["local"]) == (2 if changes.get("robust__rule") == "multi_krum" else 0)
+    assert "client-1 is node 69: 8 examples, tier 2" in here.said
+
+
+def test_nodes_are_asked_who_they_are_before_anything_is_sent(site: Callable[..., Site]) -> None:
+    here = site()
+    here.engine.join(10)
+    here.replies()
+    kinds = [kind for _, kind in here.grid.asked]
+    assert kinds == ["query.announce"] * 2 + ["train"] * 4
+
+
+def edited(answer: Message, message: Message, **changes: Any) -> Message:
+    payload = decode_task(from_record(message.content), 1 << 20).payload
+    update = replace(decode_update(from_record(answer.content), 1 << 20, payload), **changes)
+    return Message(to_record(encode_update(update)), reply_to=message)
+
+
+def raw(message: Message, header: Any, blob: bytes) -> Message:
+    record = to_record(Packed(b"", blob))
+    record["header"] = ConfigRecord({"json": header})
+    return Message(record, reply_to=message)
+
+
+def from_another(answer: Message, sender: int) -> Message:
+    answer.metadata.__dict__["_src_node_id"] = sender
+    return answer
+
+
+FAULTS = {
+    "is not who was asked": (lambda m, a: [from_another(a(), 70)], "wire", "node 70 answered for node 69"),
+    "fails": (
+        lambda m, a: [Message(Error(2, "out of\nmemory " + "x" * 999), reply_to=m)],
+        "training",
+        "out of memory x",
+    ),
+    "says nothing": (lambda m, a: [], "deadline", "no answer within rounds.deadline_seconds = 40"),
+    "claims another's name": (
+        lambda m, a: [edited(a(), m, client="client-0")],
+        "validation",
+        "in the name of 'client-0'",
+    ),
+    "sends no record of ours": (lambda m, a: [Message(RecordDict(), reply_to=m)], "wire", "without our header"),
+    "sends text for a header": (lambda m, a: [raw(m, "text", b"")], "wire", "header or blob is not bytes"),
+    "sends a list": (
+        lambda m, a: [Message(RecordDict({"blob": ArrayRecord()}), reply_to=m)],
+        "wire",
+        "without our header",
+    ),
+    "sends noise": (lambda m, a: [raw(m, b"{", b"noise")], "wire", "header, as a whole: Invalid JSON"),
+}
+
+
+@pytest.mark.parametrize(("fault", "stage", "reason"), FAULTS.values(), ids=FAULTS)
+def test_what_a_bad_node_does_drops_its_clients_and_nobody_else(
+    fault: Any, stage: str, reason: str, site: Callable[..., Site]
+) -> None:
+    here = site(rounds__deadline_seconds=40)
+    here.engine.join(10)
+    here.grid.faults[69] = fault
+    one, two, three, four = here.replies()
+    assert isinstance(one, Update) and isinstance(three, Update)
+    for lost, name in ((two, "client-1"), (four, "client-3")):
+        assert isinstance(lost, Dropped) and (lost.client, lost.round, lost.stage) == (name, 1, stage)
+        assert reason in lost.reason and len(lost.reason) <= 300 and "\n" not in lost.reason
+
+
+def test_a_second_answer_counts_for_nothing(site: Callable[..., Site]) -> None:
+    here = site()
+    here.engine.join(10)
+    here.grid.faults[69] = lambda message, answer: [answer(), edited(answer(), message, loss=99.0)]
+    assert [reply.client for reply in here.replies()] == [f"client-{i}" for i in range(4)]
+    assert all(isinstance(reply, Update) and reply.loss < 99 for reply in here.replies())
+
+
+def test_the_first_to_answer_count_when_more_are_asked_than_wanted(site: Callable[..., Site]) -> None:
+    here = site(clients__per_round=2, rounds__extra_clients=2)
+    here.engine.join(10)
+    here.grid.faults[70] = lambda message, answer: []
+    replies = here.replies()
+    assert [isinstance(reply, Update) for reply in replies] == [False, True, False, True]
+    lost = replies[0]
+    assert (
+        isinstance(lost, Dropped) and lost.stage == "deadline" and lost.reason == "the round had its 2 updates before"
+    )
+
+
+def test_a_node_that_went_and_came_back_is_asked_anew(site: Callable[..., Site]) -> None:
+    here = site()
+    here.engine.join(10)
+    gone = here.grid.nodes.pop(69)
+    lost = [reply for reply in here.replies() if isinstance(reply, Dropped)]
+    assert [(reply.client, reply.stage) for reply in lost] == [("client-1", "wire"), ("client-3", "wire")]
+    here.grid.nodes[71] = gone  # the same machine under another number
+    assert all(isinstance(reply, Update) for reply in here.replies())
+
+
+def test_a_name_belongs_to_the_node_that_has_it(site: Callable[..., Site]) -> None:
+    whole = {"partition-id": 0, "num-partitions": 1}
+    here = site({5: whole, 6: {"client": "client-2"}})
+    here.engine.join(1)
+    assert [profile.client for profile in here.server.clients] == [f"client-{i}" for i in range(4)]
+    refused = [line for line in here.said if "refused" in line]
+    assert len(refused) == 1 and "is that client already" in refused[0]
+
+
+def named(site: Callable[..., Site], clients: dict[int, str], names: dict[int, str]) -> Site:
+    """Nodes that say they are these clients, their keys registered under these names; all there from the start."""
+    here = site({node: {"client": client} for node, client in clients.items()}, clients__count=2)
+    here.grid.names = names
+    here.engine.join(4)
+    return here
+
+
+def who(here: Site) -> dict[str, str]:
+    """Which node is which client, by what was said last."""
+    return {line.split()[0]: line.split()[3].rstrip(":") for line in here.said if " is node " in line}
+
+
+def test_a_node_is_the_client_that_its_key_is_registered_as_and_no_other(site: Callable[..., Site]) -> None:
+    here = named(site, {5: "ward-a", 6: "ward-b", 7: "ward-a"}, {5: "ward-a", 6: "ward-a", 7: "ward-c"})
+    assert who(here) == {"ward-a": "5"}
+    assert "node 6: client 'ward-b' is refused: its key is registered as 'ward-a'" in here.said
+    assert "node 7: client 'ward-a' is refused: its key is registered as 'ward-c'" in here.said
+
+
+def test_a_registered_name_is_not_for_a_nameless_node_even_when_its_own_is_away(site: Callable[..., Site]) -> None:
+    here = named(site, {5: "ward-a", 6: "ward-a"}, {6: "ward-a"})
+    assert who(here) == {"ward-a": "6"}
+    del here.grid.nodes[6]
+    here.grid.nodes[8] = {"client": "ward-a"}
+    here.replies()
+    here.replies()
+    refusal = "client 'ward-a' is refused: another key is registered as that; register this node's with --name"
+    assert f"node 8: {refusal}" in here.said and who(here) == {"ward-a": "6"}
+
+
+def test_a_new_key_of_the_same_name_takes_over_once_the_old_is_away(site: Callable[..., Site]) -> None:
+    here = named(site, {5: "ward-a"}, {5: "ward-a", 6: "ward-a"})
+    here.grid.nodes[6] = {"client": "ward-a"}
+    here.replies()
+    assert who(here) == {"ward-a": "5"}
+    del here.grid.nodes[5], here.grid.nodes[6]
+    here.replies()
+    here.grid.nodes[6] = {"client": "ward-a"}
+    here.replies()
+    assert who(here) == {"ward-a": "6"}
+    assert all(isinstance(reply, Update) for reply in here.replies())
+
+
+def test_nobody_can_know_the_id_of_a_message_that_was_not_sent_to_him(site: Callable[..., Site]) -> None:
+    here = site()
+    here.engine.join(10)
+    nonces: list[bytes] = []
+    here.grid.faults = dict.fromkeys(
+        (69, 70), lambda message, answer: nonces.append(message.content["nonce"]["bytes"]) or [answer()]
+    )
+    here.replies()
+    assert len(set(nonces)) == 4 and {len(nonce) for nonce in nonces} == {16}
+
+
+def test_a_machine_with_data_of_its_own_says_what_it_affords(site: Callable[..., Site], tmp_path: Path) -> None:
+    record = {"instruction": "Say yes.", "input": "", "output": "yes"}
+    (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps(record) for _ in range(3)))
+    own = {"client": "ward-b", "budget": 0.6, "data.train": str(tmp_path / "mine.jsonl")}
+    here = site({8: own, 9: {"client": "ward-a", "budget": 0.2}}, clients__count=2)
+    here.engine.join(10)
+    (ward_b,) = here.server.clients
+    assert (ward_b.client, ward_b.tier, ward_b.budget, ward_b.num_examples) == ("ward-b", 1, 0.5, 3)
+    assert any("ward-a affords a budget of 0.2, the smallest of tiers.budgets is 0.25" in line for line in here.said)
+    (update,) = here.replies()
+    assert isinstance(update, Update) and update.num_examples == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({}, "expected client, or whole numbers partition-id and num-partitions"),
+        ({"partition-id": 4, "num-partitions": 9}, "partition-id 4 of num-partitions 9 has no client among 4"),
+        ({"client": "a", "budget": "much"}, "budget is 'much', expected a number"),
+        ({"client": "a", "train.rounds": 9}, "unknown key 'train.rounds'"),
+        ({"client": "a", "data.train": "gone/ward.csv"}, "data.train: 'gone/ward.csv' does not exist"),
+    ],
+)
+def test_a_node_configuration_that_makes_no_sense_is_an_answer_of_its_own(
+    config: dict[str, Any], sentence: str, site: Callable[..., Site]
+) -> None:
+    here = site({3: config})
+    with pytest.raises(ConfigError, match="0 clients came within 1 s"):
+        here.engine.join(1)
+    assert sentence in here.said[0]
+
+
+def test_a_virtual_clock_is_refused(tiny_run: dict[str, Any], write_toml: Callable[..., Path]) -> None:
+    run_file = write_toml(tiny_run | {"simulation": {}})
+    load_run(run_file)
+    with pytest.raises(ConfigError, match="virtual clock"):
+        read_app(run_file, OUT)
+
+
+def test_an_array_of_any_other_shape_is_a_wire_error() -> None:
+    with pytest.raises(WireError):
+        from_record(RecordDict({"header": ConfigRecord({"json": b""}), "blob": ArrayRecord()}))

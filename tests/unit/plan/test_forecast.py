@@ -1,0 +1,133 @@
+"""What `ubsmoe plan` foresees, against what then happens."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from ubsmoe.client.train import train
+from ubsmoe.config import ConfigError, RunSettings, parse_run, to_json, with_overrides
+from ubsmoe.data.tokens import IGNORED, Tokens, collate
+from ubsmoe.engines.local import LocalEngine
+from ubsmoe.messages import Task
+from ubsmoe.plan.forecast import GIB, RUNTIME_BYTES, fitting, forecast
+from ubsmoe.plan.work import Batch, assumed_work, batch_shape
+from ubsmoe.server.federation import build_federation
+from ubsmoe.server.rounds import run
+from ubsmoe.server.start import start_state
+from ubsmoe.storage.events import read_events
+from ubsmoe.storage.runfolder import RunFolder
+
+ATEN = torch.ops.aten
+COUNTED: dict[Any, Any] = {
+    ATEN.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
+    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    # fused attention computes its scores once more; costs.py counts eager attention
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
+        2 * sdpa_flop_count(q, k, v)
+    ),
+}
+
+
+def settings_of(table: dict[str, Any], **changes: Any) -> RunSettings:
+    return parse_run(with_overrides(table, changes))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_batch_has_the_shape_and_labels_of_the_real_one(whole: bool) -> None:
+    examples = [Tokens((5, 6, 7, 8, 9), 3), Tokens((4, 5, 6), 1), Tokens((7, 8), 1)]
+    real = collate(examples, pad_id=0, loss_on_prompt=whole)
+    labelled = int((real["labels"][:, 1:] != IGNORED).sum())
+    assert batch_shape(examples, whole) == Batch(*real["input_ids"].shape, int(real["attention_mask"].sum()), labelled)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tiers.elastic_share": 0.5, "train.group_by_length": True},
+        {"adapter.attention": "trained", "adapter.router": "trained"},
+        {"train.gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_the_flops_of_a_round_are_those_torch_counts(tiny_run: dict[str, Any], changes: dict[str, Any]) -> None:
+    settings = settings_of(tiny_run, **{"method.name": "fedavg", **changes})
+    federation, tiers = build_federation(settings), forecast(settings, flops_per_second=1e9)["tiers"]
+    for tier in (0, 3):
+        profile = federation.clients[tier]
+        task = Task(1, profile, federation.method.dispatch(start_state(federation), profile))
+        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+            train(federation.trainer, task, federation.examples[profile.client])
+        assert tiers[tier]["flops"] == counter.get_total_flops()
+        assert tiers[tier]["seconds"] == pytest.approx(tiers[tier]["flops"] / 1e9)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method.name": "ubsmoe", "wire.dtype": "int8", "adapter.attention": "trained", "adapter.router": "trained"},
+        {"method.name": "hetlora"},
+    ],
+)
+def test_bytes_are_those_of_the_events(tiny_run: dict[str, Any], tmp_path: Path, changes: dict[str, Any]) -> None:
+    settings = settings_of(tiny_run, **changes)
+    federation, plan = build_federation(settings), forecast(settings, flops_per_second=1e9)
+    with RunFolder.create(tmp_path / "run", to_json(settings)) as folder:
+        run(federation, folder, LocalEngine(federation.trainer, federation.examples), lambda *_: None)
+    clients = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "client"]
+    assert len(clients) == 8
+    for event in clients:
+        tier = plan["tiers"][event["tier"]]
+        assert event["download_bytes"] == tier["download_bytes"]
+        if settings.method.name == "ubsmoe":  # its pseudo-gradient moves every expert
+            assert event["upload_bytes"] == tier["upload_bytes"]
+        else:  # what no token went to stays at home
+            assert tier["upload_bytes"] / 3 < event["upload_bytes"] <= tier["upload_bytes"]
+    assert plan["run"]["download_bytes"] == sum(event["download_bytes"] for event in clients)
+
+
+def test_without_data_every_example_is_as_long_as_may_be() -> None:
+    settings = parse_run({"data": {"max_length": 50}, "train": {"batch_size": 8, "gradient_accumulation": 2}})
+    works = assumed_work(settings, 8 * 100 + 3)
+    assert {work.examples for work in works} == {100} and [work.tier for work in works] == [0, 1, 2, 3] * 2
+    assert works[0].batches == [Batch(8, 50, 400, 400)] * 12  # one pass: 13 batches, 6 steps of two
+    with pytest.raises(ConfigError, match="--examples 7 leaves some of the 8 clients without any"):
+        assumed_work(settings, 7)
+
+
+def test_a_whole_run_worked_by_hand() -> None:
+    table = {
+        "clients": {"count": 8, "per_round": 4},
+        "rounds": {"extra_clients": 2},
+        "simulation": {"dropout": 0.5, "flops_per_second": 1e6},
+        "train": {"rounds": 10, "local_steps": 1},
+    }
+    plan = forecast(parse_run(table), examples=80, flops_per_second=1e9)
+    per_tier, whole = plan["tiers"], plan["run"]
+    assert (whole["clients_asked"], whole["clients_trained"]) == (6, 3)  # half of six answer, four would count
+    mean = sum(tier["flops"] for tier in per_tier) / 4
+    assert whole["flops"] == pytest.approx(10 * 3 * mean)
+    assert whole["download_bytes"] == pytest.approx(2 * whole["upload_bytes"], rel=0.01)
+    assert whole["seconds_side_by_side"] == pytest.approx(10 * per_tier[3]["flops"] / 1e9)
+    assert per_tier[0]["virtual_seconds"] == pytest.approx(per_tier[0]["flops"] / (1e6 * 0.25))
+
+
+def test_a_device_holds_the_tiers_that_fit_beside_the_libraries() -> None:
+    plan = {"tiers": [{"tier": 0, "memory_bytes": GIB}, {"tier": 1, "memory_bytes": GIB + 1}]}
+    just = f"{(GIB + RUNTIME_BYTES) / GIB:.9f}GiB"
+    assert fitting(plan, just)["tiers"] == [0]
+    assert fitting(plan, "80GB")["tiers"] == [0, 1] and fitting(plan, "1 GiB")["tiers"] == []
+    with pytest.raises(ConfigError, match="expected a size in GiB or GB"):
+        fitting(plan, "lots")
+
+
+def test_olmoe_on_a_small_device_is_told_so() -> None:
+    """Seven thousand million weights in bfloat16 alone are 13.8 GB."""
+    settings = parse_run({"model": {"base": "olmoe-1b-7b", "dtype": "bfloat16"}, "train": {"local_steps": 1}})
+    plan = forecast(settings, examples=100, flops_per_second=1e12)
+    assert fitting(plan, "12GiB")["tiers"] == []
+    memories = [tier["memory_bytes"] for tier in plan["tiers"]]
+    assert memories == sorted(memories) and memories[0] > 2 * plan["parameters"]

@@ -1,0 +1,172 @@
+"""Evaluation against direct computation: one unpadded question at a time, no cache, no batching."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+import torch
+
+from ubsmoe.config import EvaluateSettings, parse_run
+from ubsmoe.data.tasks import Example
+from ubsmoe.methods.method import install_adapter
+from ubsmoe.seeds import generator_for
+from ubsmoe.server.evaluate import Question, _answer, _macro, _right_answers, evaluate, prepare
+from ubsmoe.server.evaluate import Score as S
+from ubsmoe.server.federation import Federation, build_federation
+
+
+@pytest.fixture(scope="module")
+def federation(random_base: Any) -> Federation:
+    table = {
+        "model": {"base": str(random_base)},
+        "adapter": {"rank": 3},
+        "clients": {"count": 2},
+        "data": {"world": {"train_examples": 8, "test_examples": 24, "entities": 8}},
+        "evaluate": {"max_new_tokens": 5},
+    }
+    return build_federation(parse_run(table))
+
+
+@pytest.fixture
+def model(federation: Federation) -> Any:
+    """The base with an adapter that changes its answers, at K = 2."""
+    gen = generator_for("adapter")
+    fresh = federation.model.fresh_adapter(3, gen, shared_a=False)
+    payload = {name: 0.5 * torch.randn(value.shape, generator=gen) for name, value in fresh.items()}
+    install_adapter(federation.model, payload, replace(federation.clients[0], top_k=2), alpha=6.0)
+    yield federation.model
+    federation.model.clear()
+
+
+@torch.no_grad()
+def direct_log(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> float:
+    logits = model.model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0].double()
+    logs = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return float(logs.gather(1, torch.tensor(completion).unsqueeze(1)).sum())
+
+
+def prompt_of(question: Question) -> tuple[int, ...]:
+    return question.tokens.input_ids[: question.tokens.prompt_length]
+
+
+def test_loss_and_ranking_are_those_of_full_forward_passes(federation: Federation, model: Any) -> None:
+    scores = evaluate(model, federation.tokenizer, federation.questions, EvaluateSettings(max_new_tokens=1))
+    for task, questions in federation.questions.items():
+        logs = [[direct_log(model, prompt_of(q), tokens) for tokens in q.candidates] for q in questions]
+        right = sum(max(range(len(row)), key=row.__getitem__) == q.gold for q, row in zip(questions, logs, strict=True))
+        tokens = sum(len(q.candidates[q.gold]) for q in questions)
+        loss = -sum(row[q.gold] for q, row in zip(questions, logs, strict=True)) / tokens
+        assert scores[task].likelihood == right / len(questions)
+        assert scores[task].loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_majority_is_the_share_of_the_most_frequent_answer(federation: Federation, model: Any) -> None:
+    question = federation.questions["boolq"][0]
+    answers = ["true", "false", "false", "true", "false"]
+    asked = [replace(question, example=replace(question.example, answer=answer)) for answer in answers]
+    scores = evaluate(model, federation.tokenizer, {"boolq": asked}, EvaluateSettings(max_new_tokens=1))
+    assert scores["boolq"].majority == 0.6
+
+
+def test_generation_is_greedy_decoding_without_padding(federation: Federation, model: Any) -> None:
+    from ubsmoe.data.tokens import collate_prompts
+    from ubsmoe.server.evaluate import _generate
+
+    free = [
+        replace(question, example=replace(question.example, task="free")) for question in federation.questions["piqa"]
+    ]
+    settings = EvaluateSettings(max_new_tokens=5)
+    texts = _generate(model, federation.tokenizer, collate_prompts([q.tokens for q in free], pad_id=0), free, settings)
+    for question, text in zip(free, texts, strict=True):
+        ids = list(prompt_of(question))
+        for _ in range(5):
+            with torch.no_grad():
+                ids.append(int(model.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            if ids[-1] == federation.tokenizer.eos_token_id:
+                break
+        said = federation.tokenizer.decode(ids[question.tokens.prompt_length :], skip_special_tokens=True)
+        assert text == said
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "beam"])
+def test_scores_do_not_depend_on_the_batch_size(federation: Federation, model: Any, decoding: str) -> None:
+    one, many = (
+        evaluate(
+            model,
+            federation.tokenizer,
+            federation.questions,
+            EvaluateSettings(max_new_tokens=3, batch_size=size, decoding=decoding, num_beams=2),  # type: ignore[arg-type]
+        )
+        for size in (1, 7)
+    )
+    for task, score in one.items():
+        assert asdict(many[task]) == pytest.approx(asdict(score), rel=1e-5)
+
+
+def test_a_candidate_is_the_completion_with_its_label_exchanged(federation: Federation) -> None:
+    question = federation.questions["hellaswag"][0]
+    texts = [federation.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in question.candidates]
+    assert texts == [f"the correct answer is ending{i}" for i in (1, 2, 3, 4)]
+    assert texts[question.gold].endswith(question.example.answer)
+
+
+def prepared(federation: Federation, example: Example, **settings: Any) -> dict[str, list[Question]]:
+    data = federation.settings.data
+    return prepare({example.task: [example]}, federation.tokenizer, data, EvaluateSettings(**settings))
+
+
+def test_ranking_is_left_out_where_it_means_nothing(federation: Federation, model: Any) -> None:
+    closed = Example("Which? Answer format: yes/no", "it is no", "mine", "no", ("yes", "no"))
+    unspelt = replace(closed, completion="certainly not so", answer="yes")
+    free = Example("Say a word", " hello", "mine")
+    settings = EvaluateSettings(max_new_tokens=1)
+    for example, ranked in ((closed, True), (unspelt, False), (free, False)):
+        scores = evaluate(model, federation.tokenizer, prepared(federation, example), settings)
+        assert (scores["mine"].likelihood is not None) == ranked
+    off = evaluate(model, federation.tokenizer, prepared(federation, closed, likelihood=False), settings)
+    assert off["macro"].likelihood is None and off["macro"].chance == 0.5
+
+
+@pytest.mark.parametrize(
+    ("example", "text", "said", "right"),
+    [
+        # of the eight tasks: the task's own pattern
+        (Example("", "the correct answer is true", "boolq", "true", ("true", "false")), "so true", "true", True),
+        (Example("", "the correct answer is true", "boolq", "true", ("true", "false")), "maybe", None, False),
+        # other closed questions: the first candidate as a whole word
+        (Example("", "it is b", "mine", "b", ("a", "b")), "it is b, not a", "b", True),
+        (Example("", "x", "mine", "o1", ("o1", "o10")), "o10", "o10", False),
+        (Example("", "x", "ARC-or-openbookqa", "answer2", ("answer1", "answer2")), "the answer2", "answer2", True),
+        (Example("", "x", "mine", "b", ("a", "b")), "neither", None, False),
+        # scripts that put no space between words
+        (Example("", "x", "mine", "B", ("A", "B")), "答案是B。", "B", True),
+        (Example("", "x", "mine", "B", ("A", "B")), "정답은 B입니다", "B", True),
+        (Example("", "x", "mine", "不是", ("是", "不是")), "我觉得不是", "不是", True),
+        (Example("", "x", "mine", "B", ("A", "B")), "Ärger mit Bär", None, False),
+        # free text, as a whole
+        (Example("", " Paris\n", "free"), "Paris ", "Paris", True),
+        (Example("", "so it is 42", "free", "42"), "so it is 42", "so it is 42", True),
+        (Example("", "so it is 42", "free", "42"), "42", "42", True),
+        (Example("", "so it is 42", "free", "42"), "43", "43", False),
+        (Example("", "so it is 42", "free"), "", "", False),  # no label was given, so saying nothing is not it
+        # labels inside one another
+        (Example("", "x", "mine", "true-ish", ("true", "true-ish")), "true-ish", "true-ish", True),
+    ],
+)
+def test_what_generated_text_says(example: Example, text: str, said: str | None, right: bool) -> None:
+    assert _answer(example, text) == said
+    assert (said in _right_answers(example)) == right
+
+
+def test_the_label_that_is_exchanged_is_a_whole_word(federation: Federation) -> None:
+    example = Example("Which? Answer format: A/B", "A. An Apple", "mine", "A", ("A", "B"))
+    (question,) = prepared(federation, example)["mine"]
+    texts = [federation.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in question.candidates]
+    assert texts == ["A. An Apple", "B. An Apple"]
+
+
+def test_macro_is_the_plain_mean_over_tasks() -> None:
+    small, large = S(10, 1.0, 0.2, 0.1, 0.4, 0.5, 0.6), S(90, 3.0, 0.6, 0.0, None, 0.25, 0.3)
+    assert asdict(_macro([small, large])) == pytest.approx(
+        asdict(S(100, 2.0, 0.4, 0.05, None, 0.375, 0.45)), nan_ok=False
+    )

@@ -1,0 +1,153 @@
+"""[privacy] in a run: what one client can do at most, what is written, what is refused, the same bits after a resume."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ubsmoe.config import ConfigError, PrivacySettings, parse_run, to_json, with_overrides
+from ubsmoe.engines.local import LocalEngine
+from ubsmoe.messages import Update
+from ubsmoe.methods.method import State
+from ubsmoe.plan.tiers import run_costs
+from ubsmoe.server.checks import Form, form_of
+from ubsmoe.server.federation import build_federation
+from ubsmoe.server.privacy import noisy_mean
+from ubsmoe.server.rounds import run
+from ubsmoe.server.start import sample_clients
+from ubsmoe.storage.runfolder import RunFolder
+
+A = "layers.0.up.A"
+STATE = State({A: torch.full((2, 3), 1.0)}, {"phi": torch.zeros(1, 2)})
+COUNTS = torch.tensor([[10, 10]])
+FORM = Form(form_of(STATE.adapters), form_of(STATE.extras), (COUNTS.shape, COUNTS.dtype))
+SETTINGS = PrivacySettings(noise_multiplier=1e-9, clip_norm=3.0)
+
+
+def update(by: float, counts: torch.Tensor = COUNTS, phi: float = 0.0) -> Update:
+    adapters, extras = {A: STATE.adapters[A] + by}, {"phi": torch.full((1, 2), phi)}
+    return Update("a", 3, 5, adapters, counts, 10, 20, 1.0, 1.0, extras)
+
+
+def mean(updates: list[Update], settings: PrivacySettings = SETTINGS, wanted: int = 4) -> Update:
+    return noisy_mean(updates, STATE, FORM, settings, wanted, 2.0, torch.Generator().manual_seed(0))
+
+
+def test_without_noise_and_clipping_it_is_the_sum_over_the_clients_wanted() -> None:
+    """By hand: weights moved by 0.5 and 0.3, phi by 0.4 once, over four clients; use .75 / .25 once is 1/4 of 1/4 away."""
+    one = mean([update(0.5, torch.tensor([[15, 5]])), update(0.3, phi=0.4)])
+    torch.testing.assert_close(one.adapters[A], torch.full((2, 3), 1.2))
+    torch.testing.assert_close(one.extras["phi"], torch.full((1, 2), 0.1))
+    share = one.expert_tokens / one.slots
+    torch.testing.assert_close(share, torch.tensor([[0.5625, 0.4375]]), rtol=1e-5, atol=1e-5)
+    assert one.slots == 2 * one.tokens and one.loss != one.loss and one.num_examples == 1
+
+
+@pytest.mark.parametrize("lie", [update(1e6), update(0.0, phi=-1e6), update(5.0, torch.tensor([[20, 0]]), phi=3.0)])
+def test_one_client_moves_the_sum_by_the_clip_norm_at_most(lie: Update) -> None:
+    others = [update(0.1), update(-0.2)]
+    without, with_lie = mean(others), mean([*others, lie])
+    use = (
+        3.0 * 2**0.5 * (with_lie.expert_tokens - without.expert_tokens) / without.slots
+    )  # as maths/privacy.py scales it
+    moved = [with_lie.adapters[A] - without.adapters[A], with_lie.extras["phi"] - without.extras["phi"], use]
+    assert float(torch.cat([part.flatten() for part in moved]).norm()) <= 3.0 / 4 * (1 + 1e-4)
+
+
+def test_noise_reaches_every_number_even_if_nobody_answers() -> None:
+    one = mean([], PrivacySettings(noise_multiplier=2.0, clip_norm=3.0))
+    assert (one.adapters[A] != STATE.adapters[A]).all() and (one.extras["phi"] != 0).all()
+    assert (one.expert_tokens[:, 0] != one.expert_tokens[:, 1]).all()
+
+
+PRIVATE = {
+    "privacy.noise_multiplier": 0.5,
+    "privacy.clip_norm": 1.0,
+    "clients.per_round": 2,
+    "clients.sampling": "poisson",
+    "rounds.quorum": 0.0,
+    "train.rounds": 3,
+    "train.local_steps": 1,
+    "evaluate.max_examples": 1,
+    "evaluate.max_new_tokens": 1,
+}
+
+
+def carry_out(settings: Any, folder: Path, stop_in: int = 0) -> dict[str, Any]:
+    federation = build_federation(settings)
+
+    def report(event: str, number: int, fields: dict[str, Any]) -> None:
+        if (event, number) == ("round", stop_in):
+            raise KeyboardInterrupt
+
+    with RunFolder.open_or_create(folder, to_json(settings)) as opened:
+        return run(federation, opened, LocalEngine(federation.trainer, federation.examples), report)
+
+
+def test_a_private_run_tells_epsilon_and_no_clients_numbers_and_resumes_to_the_same_bits(
+    tiny_run: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = parse_run(with_overrides(tiny_run, PRIVATE | {"privacy.seed": 5}))
+    whole = carry_out(settings, tmp_path / "whole")
+    events = [json.loads(line) for line in (tmp_path / "whole/events.jsonl").read_text().splitlines()]
+    costs = [event["epsilon"] for event in events if event["event"] == "round"]
+    assert len(costs) == 3 and costs == sorted(costs) and costs[-1] == whole["privacy"]["epsilon"] > costs[0] > 0
+    clients = [event for event in events if event["event"] == "client"]
+    assert clients and not {"loss", "tokens", "slots"} & {key for event in clients for key in event}
+
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(settings, tmp_path / "stopped", stop_in=2)
+    resumed = carry_out(settings, tmp_path / "stopped")
+    assert resumed["adapter_sha256"] == whole["adapter_sha256"] and resumed["privacy"] == whole["privacy"]
+
+
+def test_without_a_seed_noise_is_secret_and_survives_a_resume(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    """Two runs of one run file differ; a run that is taken up again after round 2's noise was drawn draws it again."""
+    settings = parse_run(with_overrides(tiny_run, PRIVATE | {"train.rounds": 2}))
+    hashes = {carry_out(settings, tmp_path / name)["adapter_sha256"] for name in ("a", "b")}
+    assert len(hashes) == 2
+    assert carry_out(settings, tmp_path / "a")["adapter_sha256"] in hashes
+
+
+def test_poisson_draws_vary_in_number_and_have_the_mean_asked_for(tiny_run: dict[str, Any]) -> None:
+    federation = build_federation(parse_run(with_overrides(tiny_run, PRIVATE)))
+    sizes = [len(sample_clients(federation, number)) for number in range(400)]
+    assert set(sizes) == {0, 1, 2, 3, 4} and sum(sizes) / 400 == pytest.approx(2.0, abs=0.2)
+
+
+def test_who_is_drawn_is_as_secret_as_the_noise_and_as_likely_as_epsilon_says(tiny_run: dict[str, Any]) -> None:
+    federation = build_federation(parse_run(with_overrides(tiny_run, PRIVATE)))
+
+    def drawn(noise: str) -> list[list[str]]:
+        return [[one.client for one in sample_clients(federation, number, noise)] for number in range(20)]
+
+    assert drawn("a") == drawn("a") != drawn("b") != drawn("")
+    # with half of the configured clients there, each is drawn as often as with all of them
+    half = replace(federation, clients=federation.clients[:2])
+    assert sum(len(sample_clients(half, number)) for number in range(400)) / 400 == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"method.name": "flora"}, r"\[privacy\] cannot cover method flora: it needs each client's own factors"),
+        ({"method.name": "a3smoe"}, r"cannot cover method a3smoe: it weighs each client by its own use"),
+        ({"method.activation_power": 1.0}, r"cannot cover method ubsmoe: it weighs each client by its own use"),
+        ({"robust.rule": "median"}, r"\[privacy\] bounds what one client can do to a mean"),
+        ({"clients.per_round": None}, 'sampling "poisson" draws clients.per_round clients on average; set that'),
+        ({"privacy.noise_multiplier": 0.0}, "privacy.noise_multiplier: .*greater than 0"),
+        ({"privacy": {"noise_multiplier": 1.0}}, "privacy.clip_norm: Field required"),
+    ],
+)
+def test_what_cannot_be_private_is_refused(changes: dict[str, Any], sentence: str, tiny_run: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        run_costs(parse_run(with_overrides(tiny_run, {**PRIVATE, **changes})))
+
+
+def test_without_the_accountant_the_extra_is_named(tiny_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ubsmoe.server.privacy.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'pip install "ubsmoe\[dp\]"'):
+        run_costs(parse_run(with_overrides(tiny_run, PRIVATE)))

@@ -1,0 +1,152 @@
+"""The gate: an honest update passes, every lie has its own reason, and the others' round goes on."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from ubsmoe.config import RoundSettings
+from ubsmoe.errors import RoundError
+from ubsmoe.messages import Dropped, Reply, Update
+from ubsmoe.server.checks import Form, Rejected, check_update, form_of
+from ubsmoe.server.validator import Gate
+from unit.wire.messages import COUNTS, PAYLOAD, TASK, UPDATE
+
+A = "layers.0.up.A"
+FORM = Form(form_of(UPDATE.adapters), form_of(UPDATE.extras), (COUNTS.shape, COUNTS.dtype))
+SENT = UPDATE.adapters[A]
+
+
+def reason(update: Update, elastic: bool = False) -> str:
+    with pytest.raises(Rejected) as caught:
+        check_update(update, TASK, FORM, max_change=1.0, elastic=elastic)
+    return str(caught.value)
+
+
+def test_an_honest_update_passes() -> None:
+    check_update(UPDATE, TASK, FORM, max_change=1.0, elastic=False)
+
+
+def poisoned(value: float) -> torch.Tensor:
+    tensor = SENT.clone()
+    tensor[2, 1, 3] = value
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sentence"),
+    [
+        (poisoned(float("nan")), f"{A} holds NaN or infinity"),
+        (poisoned(float("inf")), f"{A} holds NaN or infinity"),
+        (poisoned(-float("inf")), f"{A} holds NaN or infinity"),
+        (poisoned(1e30), "weights changed by"),
+        (SENT[:, :2], f"{A} has shape [5, 2, 4], expected [5, 3, 4]"),
+        (SENT[:, :1], f"{A} has shape [5, 1, 4], expected [5, 3, 4]"),  # would broadcast
+        (SENT[None], f"{A} has shape [1, 5, 3, 4], expected [5, 3, 4]"),
+        (SENT.mT, f"{A} has shape [5, 4, 3], expected [5, 3, 4]"),
+        (SENT[:0], f"{A} has shape [0, 3, 4], expected [5, 3, 4]"),
+        (torch.cat([SENT, SENT[:1]]), f"{A} has shape [6, 3, 4], expected [5, 3, 4]"),
+        (SENT.to(torch.int8), f"{A} is torch.int8, expected torch.float32"),
+        (SENT.double(), f"{A} is torch.float64, expected torch.float32"),
+        (SENT.to(torch.complex64), f"{A} is torch.complex64, expected torch.float32"),
+        (SENT.to(torch.float8_e4m3fn), f"{A} is torch.float8_e4m3fn, expected torch.float32"),
+    ],
+)
+def test_a_tensor_that_is_not_as_asked_is_named(tensor: torch.Tensor, sentence: str) -> None:
+    assert sentence in reason(replace(UPDATE, adapters={A: tensor}))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"adapters": {}}, f"adapters lack '{A}'"),
+        ({"adapters": {A: SENT, "model.embed_tokens.weight": SENT}}, "have 'model.embed_tokens.weight'"),
+        ({"extras": {"phi": PAYLOAD["phi"]}}, "extras lack 'rank'"),
+        ({"round": 3}, "round is 3, expected 4"),
+        ({"run": "other"}, "run is 'other', expected 'run-1'"),
+        ({"base": "beef"}, "base is 'beef', expected 'f00d'"),
+        ({"tier": 0}, "tier is 0, expected 1"),
+        ({"num_examples": 10**12}, "num_examples is 1000000000000, announced were 7"),
+        ({"num_examples": True}, "num_examples is True"),
+        ({"num_examples": 7.0}, "num_examples is 7.0"),
+        ({"loss": float("nan")}, "loss is nan"),
+        ({"expert_tokens": COUNTS[:1]}, "expert_tokens has shape [1, 5], expected [2, 5]"),
+        ({"expert_tokens": COUNTS - torch.tensor([0, 0, 0, 1, -1])}, "expert_tokens reach from -1"),
+        (
+            {"expert_tokens": COUNTS + torch.tensor([1, -1, 0, 0, 0])},
+            "expert_tokens reach from 0 to 4, expected 0 to 3",
+        ),
+        (
+            {"expert_tokens": COUNTS - torch.tensor([[0], [1]]) * (COUNTS == 2)},
+            "of layer 1 sum to 5, expected slots = 6",
+        ),
+        ({"tokens": 0, "slots": 0}, "0 slots for 0 tokens"),
+        ({"slots": 5}, "5 slots for 3 tokens at K = 2"),
+        ({"slots": 7}, "7 slots for 3 tokens at K = 2"),
+    ],
+)
+def test_a_lie_is_named(change: dict[str, Any], sentence: str) -> None:
+    assert sentence in reason(replace(UPDATE, **change))
+
+
+def test_elastic_steps_may_use_fewer_slots_but_never_less_than_one_per_token() -> None:
+    fewer = replace(UPDATE, slots=5, expert_tokens=torch.tensor([[3, 2, 0, 0, 0], [1, 1, 1, 1, 1]]))
+    check_update(fewer, TASK, FORM, max_change=1.0, elastic=True)
+    too_few = replace(UPDATE, slots=2, expert_tokens=torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 1, 1]]))
+    assert "2 slots for 3 tokens" in reason(too_few, elastic=True)
+
+
+def test_the_change_is_measured_over_all_weights_that_were_sent() -> None:
+    """60 weights moved by 1/4, 10 not at all: sqrt(60 / 16 / 70) = 0.2315."""
+    with pytest.raises(Rejected, match=r"changed by 0\.231 .* at most 0\.23 \(rounds\.max_change\)"):
+        check_update(UPDATE, TASK, FORM, max_change=0.23, elastic=False)
+    check_update(UPDATE, TASK, FORM, max_change=0.232, elastic=False)
+
+
+def through(replies: list[Reply], wanted: int, quorum: float = 0.5) -> tuple[list[str], list[Dropped]]:
+    """Pass replies to tasks of clients a to d through a gate."""
+    dropped: list[Dropped] = []
+    gate = Gate(lambda task: FORM, RoundSettings(quorum=quorum), elastic=False, wanted=wanted, drop=dropped.append)
+    list(gate.ask(replace(TASK, profile=replace(TASK.profile, client=client)) for client in "abcd"))
+    return [update.client for update in gate.passed(replies)], dropped
+
+
+def test_a_bad_update_is_dropped_and_the_others_count() -> None:
+    replies = [
+        replace(UPDATE, client="a"),
+        replace(UPDATE, client="b", adapters={A: poisoned(float("nan"))}),
+        Dropped("c", 4, "deadline", "too late"),
+        replace(UPDATE, client="d"),
+    ]
+    passed, dropped = through(replies, wanted=4)
+    assert passed == ["a", "d"]
+    assert dropped == [Dropped("b", 4, "validation", f"{A} holds NaN or infinity"), replies[2]]
+
+
+def test_what_the_method_finds_wrong_drops_an_update_too() -> None:
+    dropped: list[Dropped] = []
+    gate = Gate(
+        lambda task: FORM, RoundSettings(), elastic=False, wanted=2, drop=dropped.append,
+        fault=lambda update: "its rank is 0" if update.client == "b" else None,
+    )  # fmt: skip
+    list(gate.ask(replace(TASK, profile=replace(TASK.profile, client=client)) for client in "ab"))
+    assert [one.client for one in gate.passed([replace(UPDATE, client=client) for client in "ab"])] == ["a"]
+    assert [(one.client, one.stage, one.reason) for one in dropped] == [("b", "validation", "its rank is 0")]
+
+
+def test_a_second_answer_and_one_that_nobody_asked_for_do_not_count() -> None:
+    passed, dropped = through([replace(UPDATE, client=client) for client in ("a", "a", "stranger", "b")], wanted=4)
+    assert passed == ["a", "b"]
+    assert [(one.client, one.reason.split(",")[0]) for one in dropped] == [
+        ("a", "nothing was asked of this client"),
+        ("stranger", "nothing was asked of this client"),
+    ]
+
+
+@pytest.mark.parametrize(("quorum", "wanted", "enough"), [(0.5, 4, 2), (0.51, 4, 3), (1.0, 3, 3), (0.0, 4, 1)])
+def test_a_round_needs_its_quorum(quorum: float, wanted: int, enough: int) -> None:
+    replies: list[Reply] = [replace(UPDATE, client=client) for client in "abcd"]
+    assert len(through(replies[:enough], wanted, quorum)[0]) == enough
+    with pytest.raises(RoundError, match=f"round 4: {enough - 1} updates count, rounds.quorum asks for {enough}"):
+        through(replies[: enough - 1], wanted, quorum)
