@@ -31,8 +31,8 @@ def measure(keep: bool) -> dict[str, float]:
     changes = {
         "seed": SEED,
         "train.local_steps": STEPS,
-        "data.world.train_examples": 800,
-        "data.world.test_examples": 8,
+        "data.synthetic.train_examples": 800,
+        "data.synthetic.test_examples": 8,
     }
     federation = build_federation(load_run(ROOT / "runs" / "quickstart.toml", changes))
     state, times = start_state(federation), {}

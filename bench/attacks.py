@@ -32,7 +32,7 @@ from ubsmoe.methods.chosen import build_method
 from ubsmoe.methods.method import State
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.federation import Federation, build_federation
-from ubsmoe.server.robust import change_of
+from ubsmoe.server.robust import delta_of
 from ubsmoe.server.rounds import evaluate_tier, one_round
 from ubsmoe.server.start import start_state
 
@@ -44,7 +44,7 @@ CHANGES = {
     "clients.count": 10,
     "train.local_steps": 5,
     "train.batch_size": 8,
-    "evaluate.likelihood": False,
+    "evaluate.mc_accuracy": False,
     "method.momentum": 0.0,
 }
 RULES: dict[str, dict[str, Any]] = {
@@ -86,7 +86,7 @@ def counted(update: Update, share_of_first: float) -> Update:
     """All tokens, or none, to expert 0 of each layer, the other choices spread as evenly as whole numbers allow."""
     layers, experts = update.expert_tokens.shape
     first = round(update.tokens * share_of_first)
-    each, left = divmod(update.slots - first, experts - 1)
+    each, left = divmod(update.assignments - first, experts - 1)
     row = torch.tensor([first] + [each + (i < left) for i in range(experts - 1)])
     return replace(update, expert_tokens=row.expand(layers, -1).clone())
 
@@ -138,7 +138,7 @@ class Testbed:
     def honest_length(self) -> float:
         """Median norm of the honest clients' changes."""
         honest = [one for one in self.replies if isinstance(one, Update) and one.client not in LIARS]
-        return round(statistics.median(squared_norm(change_of(one, self.state)) ** 0.5 for one in honest), 2)
+        return round(statistics.median(squared_norm(delta_of(one, self.state)) ** 0.5 for one in honest), 2)
 
     def under(self, rule: str, seed: int) -> Federation:
         """The same federation under a rule."""

@@ -30,7 +30,10 @@ from ubsmoe.report.figures import STYLE, look, panels, save
 RESULT = Path(__file__).resolve().parent / "results" / "bf16.json"
 SEED, STEPS, WARM_UP = 0, 200, 5
 DTYPES = ("float32", "bfloat16")
-SETTINGS = {"data": {"world": {"seed": 1, "train_examples": 2000}}, "train": {"batch_size": 8, "learning_rate": 3e-3}}
+SETTINGS = {
+    "data": {"synthetic": {"seed": 1, "train_examples": 2000}},
+    "train": {"batch_size": 8, "learning_rate": 3e-3},
+}
 Batch = dict[str, torch.Tensor]
 
 

@@ -102,7 +102,7 @@ def fresh_batches(data: str, size: int) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(SEED)
     while data == "full":
         yield fresh_batch(size, generator)
-    source = {"train": "world" if data == "answers" else data, "world": {"train_examples": 2000}}
+    source = {"train": "synthetic" if data == "answers" else data, "synthetic": {"train_examples": 2000}}
     settings = parse_run({"data": {"template": "llm_adapters", **source}})
     tokenizer = load_tokenizer(settings.model)
     tokens = tokenize(load_training(settings.data, tokenizer, SEED)[:2000], tokenizer, settings.data, "train")

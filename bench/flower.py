@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ubsmoe.engines.flower.app import PYPROJECT, write_app
-from ubsmoe.engines.flower.localhost import loopback
+from ubsmoe.engines.flower.localhost import local_federation
 
 RESULTS = Path(__file__).resolve().parent / "results" / "flower.json"
 RUN = """
@@ -30,7 +30,7 @@ rank = {rank}
 budgets = [0.5, 1.0]
 [clients]
 count = 2
-[data.world]
+[data.synthetic]
 entities = 8
 train_examples = 40
 test_examples = 8
@@ -79,12 +79,12 @@ def overhead(folder: Path, rounds: int) -> dict[str, Any]:
     (empty / "pyproject.toml").write_text(PYPROJECT.format(name='"empty"', version="0.1.0", config=config))
     for name, text in {"server.py": EMPTY_SERVER, "client.py": EMPTY_CLIENT, "LICENSE": "none"}.items():
         (empty / name).write_text(text)
-    with loopback(empty, 2, simulated=False, say=note) as federation:
+    with local_federation(empty, 2, simulated=False, say=note) as federation:
         federation.run()
     found["flower_minimum"] = {"round_seconds": json.loads((folder / "empty.json").read_text())}
     run_file = folder / "run.toml"
     run_file.write_text(RUN.format(rank=8, rounds=rounds))
-    for name, config in {"with_worker": {"worker-seconds": 600}, "without_worker": {}}.items():
+    for name, config in {"with_worker": {"resident-seconds": 600}, "without_worker": {}}.items():
         found[name] = one_run(folder / name.replace("_", "-"), run_file, config)
     for row in found.values():
         if isinstance(row, dict):
@@ -96,7 +96,7 @@ def overhead(folder: Path, rounds: int) -> dict[str, Any]:
 
 def one_run(app: Path, run_file: Path, config: dict[str, Any]) -> dict[str, Any]:
     write_app(run_file, app, {})
-    with loopback(app, 2, simulated=False, say=note, node_config=lambda node: config) as federation:
+    with local_federation(app, 2, simulated=False, say=note, node_config=lambda node: config) as federation:
         federation.run()
     events = [json.loads(line) for line in (app / "out" / "events.jsonl").read_text().splitlines()]
     rounds = [event for event in events if event["event"] == "round"]
@@ -117,7 +117,7 @@ def large(folder: Path) -> dict[str, Any]:
     per_rank = adapter_bytes(8) / 8
     rank = -(-100_000_000 // int(per_rank))
     run_file.write_text(RUN.format(rank=rank, rounds=1))
-    timings = one_run(folder / "large", run_file, {"worker-seconds": 600})
+    timings = one_run(folder / "large", run_file, {"resident-seconds": 600})
     size = (folder / "large" / "out" / "adapter.safetensors").stat().st_size
     assert size >= 100_000_000, size
     return {"adapter_bytes": size, **timings}
@@ -128,7 +128,7 @@ def adapter_bytes(rank: int) -> int:
     from ubsmoe.server.federation import build_server
     from ubsmoe.server.start import start_state
 
-    server = build_server(parse_run({"adapter": {"rank": rank}, "data": {"world": {"test_examples": 8}}}))
+    server = build_server(parse_run({"adapter": {"rank": rank}, "data": {"synthetic": {"test_examples": 8}}}))
     return sum(tensor.nbytes for tensor in start_state(server).adapters.values())
 
 

@@ -72,10 +72,10 @@ def settings_of(base: Path, changes: dict[str, Any]) -> Any:
         "model": {"base": str(base)},
         "clients": {"count": 4},
         # a client has one batch: the largest it may meet, which is what memory is foreseen for, is the one it trains on
-        "data": {"world": {"train_examples": 4 * changes.get("train.batch_size", 24), "test_examples": 8}},
+        "data": {"synthetic": {"train_examples": 4 * changes.get("train.batch_size", 24), "test_examples": 8}},
         "method": {"name": "fedavg"},
         "train": {"rounds": 2, "local_steps": 2, "batch_size": 24},
-        "evaluate": {"max_new_tokens": 1, "max_examples": 1, "likelihood": False},
+        "evaluate": {"max_new_tokens": 1, "max_examples": 1, "mc_accuracy": False},
     }
     return parse_run(with_overrides(table, changes))
 

@@ -24,7 +24,7 @@ from ubsmoe.maths.robust import squared_norm
 from ubsmoe.messages import Task, Update
 from ubsmoe.server.federation import Federation, build_federation
 from ubsmoe.server.privacy import spent
-from ubsmoe.server.robust import change_of
+from ubsmoe.server.robust import delta_of
 from ubsmoe.server.rounds import evaluate_tier, one_round
 from ubsmoe.server.start import noise_key, start_state
 
@@ -37,7 +37,7 @@ CHANGES = {
     "train.batch_size": 8,
     "train.learning_rate": 2e-2,
     "data.partition.kind": "iid",
-    "evaluate.likelihood": False,
+    "evaluate.mc_accuracy": False,
 }
 NOISES = "0, 0.5, 1, 2"
 LOOKED_AT = 16  # clients whose first changes give the clip norm
@@ -51,7 +51,7 @@ def usual_length(federation: Federation) -> float:
         for client in federation.clients[:LOOKED_AT]
     )
     replies = LocalEngine(federation.trainer, federation.examples).exchange(tasks)
-    return round(median(squared_norm(change_of(one, state)) ** 0.5 for one in replies if isinstance(one, Update)), 2)
+    return round(median(squared_norm(delta_of(one, state)) ** 0.5 for one in replies if isinstance(one, Update)), 2)
 
 
 def point(changes: dict[str, Any], noise: float) -> dict[str, Any]:

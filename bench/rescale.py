@@ -11,7 +11,7 @@ import torch
 
 from ubsmoe.client.allocator import keep_freed_memory
 from ubsmoe.config import load_run
-from ubsmoe.data.synthetic import World
+from ubsmoe.data.synthetic import SyntheticQA
 from ubsmoe.data.tasks import Example
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.server.evaluate import evaluate, prepare
@@ -24,14 +24,14 @@ MODES, TOP_KS, SEEDS = ("none", "ratio", "mass"), (8, 6, 4, 2, 1), (0, 1)
 CHANGES = {
     "method": {"name": "fedavg"},
     "train.rounds": 3,
-    "data.world.test_examples": 160,
+    "data.synthetic.test_examples": 160,
     "evaluate.max_new_tokens": 8,
 }
 
 
 def pretraining_questions() -> dict[str, list[Example]]:
     """Questions about the world the base was pretrained on, which it can answer without training."""
-    return {"pretraining": World(0, 48, "pretraining").examples("test", 240, seed=1)}
+    return {"pretraining": SyntheticQA(0, 48, "pretraining").examples("test", 240, seed=1)}
 
 
 def base_losses(mode: str) -> dict[str, float]:

@@ -49,7 +49,7 @@ def one_round_of(clients: int, workers: int, steps: int, batch_size: int, exampl
         "threads": 1,
         "clients": {"count": clients},
         "rounds": {"quorum": 0.0},  # the warm-up asks fewer
-        "data": {"world": {"train_examples": examples, "test_examples": 8, "entities": 16}},
+        "data": {"synthetic": {"train_examples": examples, "test_examples": 8, "entities": 16}},
         "train": {"local_steps": steps, "batch_size": batch_size},
     }
     federation = build_federation(parse_run(settings))

@@ -20,7 +20,7 @@ import torch
 
 from ubsmoe.client.allocator import keep_freed_memory
 from ubsmoe.config import load_run
-from ubsmoe.data.synthetic import World
+from ubsmoe.data.synthetic import SyntheticQA
 from ubsmoe.maths import balance
 from ubsmoe.server.evaluate import evaluate, prepare
 from ubsmoe.server.federation import Federation, build_federation
@@ -33,7 +33,7 @@ ENTITIES, QUESTIONS = 48, 320  # of the pretraining world, whose answers the bas
 def by_budget(federation: Federation, permuted: bool = False) -> dict[int, dict[str, float]]:
     """Accuracy and loss of the untrained base at each tier's K, on what it was taught."""
     settings, model = federation.settings, federation.model
-    known = {"known": World(0, ENTITIES, "pretraining").examples("test", QUESTIONS, seed=1)}
+    known = {"known": SyntheticQA(0, ENTITIES, "pretraining").examples("test", QUESTIONS, seed=1)}
     questions = prepare(known, federation.tokenizer, settings.data, settings.evaluate)
     hooks = [layer.router.register_forward_hook(_swap) for layer in model.layers] if permuted else []
     found = {}

@@ -30,7 +30,7 @@ SYMBOLS = {
     "theta": "θ", "zeta": "ζ", "Delta": "Δ", "Sigma": "Σ", "sum": "∑",
 }  # fmt: skip
 PROSE_INDEX = re.compile(
-    r"\b([A-Za-z]|Delta|theta|phi|alpha|beta|mean|max|sum|load|slots|tokens)_(?:\{([^{}]*)\}|([A-Za-z]|max|min)\b)"
+    r"\b([A-Za-z]|Delta|theta|phi|alpha|beta|mean|max|sum|load|assignments|tokens)_(?:\{([^{}]*)\}|([A-Za-z]|max|min)\b)"
 )
 TEXT_SIGNS = (("<->", "↔"), ("<-", "←"), ("->", "→"), (">=", "≥"), ("<=", "≤"), ("!=", "≠"))
 
@@ -122,8 +122,8 @@ def method_page(name: str, builder: Callable[..., Method]) -> str:
         "## Settings",
         _table(rows) if len(rows) > 1 else "None of its own.",
         "## Laws",
-        "Keeps " + ", ".join(f"`{law}`" for law in LAWS if law not in method.unpromised) + ".",
-        *(f"Does not promise `{law}`: {reason}." for law, reason in method.unpromised.items()),
+        "Keeps " + ", ".join(f"`{law}`" for law in LAWS if law not in method.exempt) + ".",
+        *(f"Does not promise `{law}`: {reason}." for law, reason in method.exempt.items()),
         "What they say: [laws](../methods.md#laws).",
         *(f"Refuses `[{section}]`: {reason}." for section, reason in method.refuses.items()),
         f"Code: `src/ubsmoe/methods/{inspect.getmodule(builder).__name__.rpartition('.')[2]}.py`",  # type: ignore[union-attr]

@@ -52,7 +52,7 @@ def tiny_run(random_base: Path) -> dict[str, Any]:
         "adapter": {"rank": 3, "alpha": 6.0},
         "tiers": {"ranks": [1, 2, 3, 4]},
         "clients": {"count": 4},
-        "data": {"world": {"train_examples": 40, "test_examples": 16, "entities": 8}},
+        "data": {"synthetic": {"train_examples": 40, "test_examples": 16, "entities": 8}},
         "train": {"rounds": 2, "local_steps": 2, "batch_size": 4},
         "evaluate": {"max_new_tokens": 6},
     }

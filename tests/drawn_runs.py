@@ -30,7 +30,7 @@ def write_run(folder: Path, method: str = "ubsmoe", seed: int = 0, phi: bool = T
             for tier, top_k in enumerate(KS):
                 run.events.append(
                     "client", number, client=f"client-{tier}", tier=tier, top_k=top_k, rank=8, examples=40,
-                    tokens=1000, slots=1000 * top_k, loss=1 / number, seconds=top_k / 10,
+                    tokens=1000, assignments=1000 * top_k, loss=1 / number, seconds=top_k / 10,
                     upload_bytes=10_000 * top_k, download_bytes=90_000,
                 )  # fmt: skip
             run.events.append("dropped", number, client="client-4", stage="deadline", reason="answered < too late")
@@ -50,7 +50,7 @@ def _evaluate(run: RunFolder, number: int, accuracy: float) -> list[dict[str, di
     results = []
     for tier, top_k in enumerate(KS):
         score = {"examples": 50, "loss": 1.0 - 0.1 * tier, "accuracy": accuracy + 0.05 * tier, "unparsed": 0.02}
-        score |= {"likelihood": accuracy, "chance": 0.25, "majority": 0.3}
+        score |= {"mc_accuracy": accuracy, "chance": 0.25, "majority": 0.3}
         results.append({"task": score, "macro": score})
         run.events.append("evaluated", number, tier=tier, top_k=top_k, rank=8, scores=results[-1])
     return results

@@ -1,6 +1,6 @@
 """The rooms of the package and the imports between them, read from the source as text: nothing is imported.
 
-    python tests/rooms.py            the number of rooms, levels and arrows, and the longest files
+python tests/rooms.py            the number of rooms, levels and arrows, and the longest files
 """
 
 import ast

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+
 from rooms import SOURCE, arrows, imported, levels, modules, room_of
 
 MAY_IMPORT: dict[str, set[str]] = {

@@ -38,7 +38,7 @@ rank = 3
 budgets = [0.5, 1.0]
 [clients]
 count = 2
-[data.world]
+[data.synthetic]
 entities = 8
 train_examples = 40
 test_examples = 8
@@ -49,7 +49,7 @@ batch_size = 2
 [evaluate]
 max_new_tokens = 1
 max_examples = 1
-likelihood = false
+mc_accuracy = false
 """
 
 

@@ -18,8 +18,8 @@ from ubsmoe.methods import build
 from ubsmoe.methods.method import Base, State
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
-from ubsmoe.server.checks import Form
-from ubsmoe.server.validator import Gate, expected_form
+from ubsmoe.server.checks import UpdateSpec
+from ubsmoe.server.validator import Gate, update_spec
 from ubsmoe.wire.codec import Packed, WireError, decode_update, encode_update
 
 A, ROOM = "adapters.layers.0.up.A", 1 << 20
@@ -53,9 +53,9 @@ class Round:
             profile.client, 1, profile.num_examples, moved, counts, 10, 20, 1.0, 1.0, {}, profile.tier, "run", "base"
         )
 
-    def form(self, task: Task) -> Form:
+    def form(self, task: Task) -> UpdateSpec:
         """What an answer to this task looks like."""
-        return expected_form(self.model, self.method, task)
+        return update_spec(self.model, self.method, task)
 
     def is_mean_of_others(self, state: State) -> bool:
         """Whether a state is, bit for bit, what the first four clients alone give."""

@@ -21,7 +21,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from ubsmoe.engines.flower import keys
 from ubsmoe.engines.flower.app import write_app
 from ubsmoe.engines.flower.localhost import (
-    Loopback,
+    LocalFederation,
     descendants,
     flower_command,
     flower_environment,
@@ -30,7 +30,7 @@ from ubsmoe.engines.flower.localhost import (
     superlink_options,
     supernode_options,
 )
-from ubsmoe.engines.flower.resident import stop_workers
+from ubsmoe.engines.flower.resident import stop_residents
 
 PATIENCE = 180.0  # seconds for a process of Flower's to do what it does in five
 SECRET = "a-token-that-no-log-may-hold"
@@ -44,12 +44,12 @@ class Site:
     def __init__(self, root: Path, run_file: Path, stack: ExitStack) -> None:
         self.home, self.app, self.stack, self.port = root / "home", root / "app", stack, free_port()
         self.workers = Path(stack.enter_context(TemporaryDirectory(prefix="ubsmoe-")))
-        stack.callback(stop_workers, self.workers)
+        stack.callback(stop_residents, self.workers)
         keys.make_keys(self.home, ["127.0.0.1"], [*NODES, *OTHERS])
         write_app(run_file, self.app, {"train.rounds": 4, "rounds.quorum": 0.5, "rounds.deadline_seconds": 600})
         trust = f'address = "127.0.0.1:{self.port}"\nroot-certificates = "{self.home / keys.CA}"\n'
         (self.home / "config.toml").write_text(f"[superlink.loopback]\n{trust}")
-        self.flower = Loopback("loopback", self.home, self.app, len(NODES), simulated=False)
+        self.flower = LocalFederation("loopback", self.home, self.app, len(NODES), simulated=False)
         self.superlink = self.start_superlink()
         named = (*NODES, *OTHERS)
         self.numbers = {
@@ -80,7 +80,7 @@ class Site:
 
     def start_node(self, i: int, port: int | None = None) -> "subprocess.Popen[bytes]":
         """Node i, maybe by way of a proxy's port."""
-        config = {"partition-id": i, "num-partitions": len(NODES), "worker-seconds": 600}
+        config = {"partition-id": i, "num-partitions": len(NODES), "resident-seconds": 600}
         options = supernode_options(self.home, self.home / NODES[i], port or self.port, config)
         return self.start(NODES[i], "flower-supernode", options)
 

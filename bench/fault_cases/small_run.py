@@ -33,8 +33,8 @@ def small_settings(base: Path, changes: dict[str, Any] | None = None) -> RunSett
         "adapter": {"rank": 3, "alpha": 6.0},
         "tiers": {"budgets": [0.5, 1.0], "ranks": [2, 3]},
         "clients": {"count": 4},
-        "data": {"world": {"train_examples": 40, "test_examples": 8, "entities": 8}},
+        "data": {"synthetic": {"train_examples": 40, "test_examples": 8, "entities": 8}},
         "train": {"rounds": 3, "local_steps": 1, "batch_size": 2},
-        "evaluate": {"max_new_tokens": 1, "max_examples": 1, "likelihood": False},
+        "evaluate": {"max_new_tokens": 1, "max_examples": 1, "mc_accuracy": False},
     }
     return parse_run(with_overrides(table, changes or {}))

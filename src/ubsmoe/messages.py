@@ -61,8 +61,8 @@ class Update:
     """What a client returns.
 
     `adapters` are its trained tensors (values, not differences). `expert_tokens` [L, M] counts, per SMoE layer, the tokens
-    routed to each expert while training, padding left out; `tokens` is how many tokens it trained on and `slots` how many
-    (token, expert) choices that makes, so that each row of `expert_tokens` sums to `slots`. `extras` holds what one method
+    routed to each expert while training, padding left out; `tokens` is how many tokens it trained on and `assignments` how many
+    (token, expert) choices that makes, so that each row of `expert_tokens` sums to `assignments`. `extras` holds what one method
     alone needs. `tier`, `run` and `base` say what work it answers; `base` is the hash of the client's own weights.
     """
 
@@ -72,7 +72,7 @@ class Update:
     adapters: Tensors
     expert_tokens: Tensor
     tokens: int
-    slots: int
+    assignments: int
     loss: float
     seconds: float
     extras: Tensors = field(default_factory=dict)

@@ -108,7 +108,7 @@ def test_methods_lists_every_method_with_its_settings(monkeypatch: pytest.Monkey
     assert ubsmoe(monkeypatch, "methods", "--json") == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["methods"]}
     assert rows["ubsmoe"]["settings"]["momentum"] == 0.9 and rows["fedavg"]["settings"] == {}
-    assert rows["fedavg"]["unpromised"] == {} and set(rows["hfedmoe"]["unpromised"]) == {
+    assert rows["fedavg"]["exempt"] == {} and set(rows["hfedmoe"]["exempt"]) == {
         "lone_client",
         "identical_clients",
     }

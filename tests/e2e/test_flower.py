@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ubsmoe.engines.flower.app import write_app
-from ubsmoe.engines.flower.localhost import flower_command, flower_environment, loopback
+from ubsmoe.engines.flower.localhost import flower_command, flower_environment, local_federation
 
 UBSMOE = [sys.executable, "-c", "from ubsmoe.cli import main; main()"]
 
@@ -78,7 +78,7 @@ def test_a_server_app_that_was_killed_goes_on_to_the_same_adapter(
     changes = {"train.rounds": 3, "evaluate.max_examples": 1}
     ubsmoe("run", run_file, "--out", tmp_path / "here", *(f"--set={key}={value}" for key, value in changes.items()))
     write_app(run_file, app, changes)
-    with loopback(app, 2, simulated=False) as federation:
+    with local_federation(app, 2, simulated=False) as federation:
         command = flower_command("flwr", "run", str(app), federation.name, "--stream")
         with subprocess.Popen(command, env=flower_environment(federation.home)) as first:
             end = time.monotonic() + 300

@@ -82,7 +82,7 @@ def test_the_harness_and_our_evaluator_agree_at_every_budget(
     write_items(tmp_path, tokenizer)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     summary = json.loads((finished / "summary.json").read_text())
-    before, after = ([row["colours"]["likelihood"] for row in summary[when]] for when in ("before", "after"))
+    before, after = ([row["colours"]["mc_accuracy"] for row in summary[when]] for when in ("before", "after"))
     capsys.readouterr()
     asked = ("eval", finished, "--harness", "colours", "--include", tmp_path / "tasks", "--json")
     assert command(monkeypatch, *asked) == 0
@@ -112,5 +112,5 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
     assert command(monkeypatch, "eval", tmp_path, "--harness", "piqa") == 2
     assert "pip install ubsmoe[harness]" in capsys.readouterr().err
-    assert command(monkeypatch, "eval", tmp_path, "--harness", "piqa", "--set", "evaluate.likelihood=true") == 2
+    assert command(monkeypatch, "eval", tmp_path, "--harness", "piqa", "--set", "evaluate.mc_accuracy=true") == 2
     assert "--harness replaces it" in capsys.readouterr().err

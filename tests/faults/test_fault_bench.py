@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ubsmoe.wire import checks
+from ubsmoe.server import checks
 
 BENCH = Path(__file__).parents[2] / "bench"
 

@@ -174,10 +174,10 @@ def test_a_clipped_change_is_never_longer_and_a_short_one_is_left_alone(norm, lo
 @given(st.integers(2, 4), st.integers(0, 2**31), st.floats(1, 4), st.integers(0, 5))
 def test_a_liars_counts_stay_within_the_cap_of_the_honest_range(liars, seed, cap, expert):
     """2 to 4 liars among more honest clients put all on one expert: it stays within the cap of an honest share."""
-    draw, slots = np.random.default_rng(seed), 4000
-    honest = torch.from_numpy(draw.multinomial(slots, draw.dirichlet(np.full(6, 3.0), (liars + 1, 2))))
+    draw, assignments = np.random.default_rng(seed), 4000
+    honest = torch.from_numpy(draw.multinomial(assignments, draw.dirichlet(np.full(6, 3.0), (liars + 1, 2))))
     lie = torch.zeros(liars, 2, 6, dtype=torch.int64)
-    lie[..., expert] = slots
-    capped = capped_counts(torch.cat([honest, lie]), torch.full((2 * liars + 1,), slots), cap)
+    lie[..., expert] = assignments
+    capped = capped_counts(torch.cat([honest, lie]), torch.full((2 * liars + 1,), assignments), cap)
     assert (capped <= (honest.amax(0) * cap + 1)).all() and (capped >= (honest.amin(0) / cap - 1)).all()
-    assert torch.equal(capped_counts(honest[:1].expand(5, -1, -1), torch.full((5,), slots), cap)[3], honest[0])
+    assert torch.equal(capped_counts(honest[:1].expand(5, -1, -1), torch.full((5,), assignments), cap)[3], honest[0])

@@ -79,7 +79,7 @@ class Lab:
             adapters={name: value.detach().clone() for name, value in self.model.adapter.items()},
             expert_tokens=_counts(tokens, profile.top_k, touched),
             tokens=tokens,
-            slots=tokens * profile.top_k,
+            assignments=tokens * profile.top_k,
             loss=1.0,
             seconds=1.0,
             extras=hooks.extras(),

@@ -1,6 +1,6 @@
 """One battery for every federated method: adding a line to METHODS adds it here.
 
-A method that does not keep a law says so in `unpromised`, with the reason, and is skipped with it.
+A method that does not keep a law says so in `exempt`, with the reason, and is skipped with it.
 """
 
 import re
@@ -22,7 +22,7 @@ from ubsmoe.methods.method import LAWS, Method, State
 from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.load import weights_sha256
 from ubsmoe.server.checks import check_update
-from ubsmoe.server.validator import expected_form
+from ubsmoe.server.validator import update_spec
 from ubsmoe.storage.checkpoints import read_tensors, tensor_bytes
 from ubsmoe.wire.codec import Packed, decode_task, decode_update, encode_task, encode_update
 
@@ -43,8 +43,8 @@ def warm(lab, method) -> State:
 
 
 def promised(method: Method, law: str) -> None:
-    if law in method.unpromised:
-        pytest.skip(f"{method.name} does not promise {law}: {method.unpromised[law]}")
+    if law in method.exempt:
+        pytest.skip(f"{method.name} does not promise {law}: {method.exempt[law]}")
 
 
 def close(left: Tensors, right: Tensors) -> None:
@@ -63,8 +63,8 @@ def num_bytes(tensors: Tensors) -> int:
 
 
 def test_unpromised_laws_exist_and_have_a_reason(method):
-    assert set(method.unpromised) <= set(LAWS)
-    assert all(reason.strip() for reason in method.unpromised.values())
+    assert set(method.exempt) <= set(LAWS)
+    assert all(reason.strip() for reason in method.exempt.values())
     assert summary_line(method.name)
 
 
@@ -205,7 +205,7 @@ def test_bytes_are_what_costs_predict(lab, method, begin):
         update, _ = lab.update(method, state, tier)
         assert num_bytes(update.adapters) + num_bytes(update.extras) == wire.upload_bytes + 4 * up
         sent = num_bytes(method.dispatch(state, profile))
-        if "predicted_bytes" in method.unpromised:
+        if "predicted_bytes" in method.exempt:
             assert sent <= wire.download_bytes + 4 * down
         else:
             assert sent == wire.download_bytes + 4 * down
@@ -247,7 +247,7 @@ def test_a_change_on_the_wire_is_as_long_as_costs_predict_and_as_exact_as_its_dt
 
 
 def blob_bytes(packed: Packed) -> int:
-    """Bytes of the tensors of a message, without the blob's own header; tokens and slots are in the message's."""
+    """Bytes of the tensors of a message, without the blob's own header; tokens and assignments are in the message's."""
     return len(packed.tensors) - 8 - int.from_bytes(packed.tensors[:8], "little")
 
 
@@ -268,7 +268,7 @@ def test_two_rounds_of_training_leave_no_trace_on_the_base(lab, method):
         profiles = [lab.profile(method, tier, f"client-{tier}") for tier in TIERS]
         tasks = (Task(number, profile, method.dispatch(state, profile)) for profile in profiles)
         updates = [train(trainer, task, examples) for task in tasks]
-        assert all(int(update.expert_tokens.sum()) == 2 * update.slots for update in updates)
+        assert all(int(update.expert_tokens.sum()) == 2 * update.assignments for update in updates)
         state = method.aggregate(state, iter(updates))
     last = lab.effective(method, state)
     assert all(value.isfinite().all() for value in last.values())
@@ -293,5 +293,5 @@ def test_what_a_client_trains_passes_the_gate_and_the_wire_bit_for_bit(lab, meth
         back = decode_update(encode_update(update), 1 << 20)
         for part in ("adapters", "extras"):
             equal(getattr(back, part), getattr(update, part))
-        check_update(back, sent, expected_form(lab.model, method, sent), max_change=1.0, elastic=False)
+        check_update(back, sent, update_spec(lab.model, method, sent), max_change=1.0, elastic=False)
         assert not lab.model.adapter

@@ -39,9 +39,9 @@ def update(
     adapters: dict[str, Tensor], counts: list[int], *, top_k: int = 1, examples: int = 1, **extras: Tensor
 ) -> Update:
     """An update of one layer whose experts were used this often."""
-    slots = sum(counts)
+    assignments = sum(counts)
     expert_tokens = torch.tensor([counts])
-    return Update("c", 1, examples, adapters, expert_tokens, slots // top_k, slots, 1.0, 1.0, extras)
+    return Update("c", 1, examples, adapters, expert_tokens, assignments // top_k, assignments, 1.0, 1.0, extras)
 
 
 def one_layer(method: str, experts: int, **settings: object):
@@ -310,9 +310,11 @@ def test_hfedmoe_only_the_chosen_experts_have_a_gradient_and_the_output_is_the_s
     torch.testing.assert_close(loss, plain)
     for layer in range(LAYERS):
         norms = model.adapter[f"layers.{layer}.up.B"].grad.flatten(1).norm(dim=1)
-        learns = model.layers[layer].learners.trained
+        learns = model.layers[layer].trainable_rule.trained
         assert learns.sum() == 2 and norms[learns].sum() > 0 and norms[~learns].sum() == 0
-    learnt = model.layers[1].learners.trained  # above the last layer nothing was cut: its gradient is the plain one
+    learnt = model.layers[
+        1
+    ].trainable_rule.trained  # above the last layer nothing was cut: its gradient is the plain one
     got = model.adapter["layers.1.up.B"].grad[learnt]
     torch.testing.assert_close(got, grads["layers.1.up.B"][learnt], rtol=1e-4, atol=1e-8)
 

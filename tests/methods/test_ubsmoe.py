@@ -34,8 +34,10 @@ def one_layer(lab):
 
 def update(counts: list[int], top_k: int, examples: int, value: float = 0.0, **extras: Tensor) -> Update:
     adapters = {"layers.0.up.A": torch.full((4, 1, 1), value)}
-    slots = sum(counts)
-    return Update("c", 1, examples, adapters, torch.tensor([counts]), slots // top_k, slots, 1.0, 1.0, extras)
+    assignments = sum(counts)
+    return Update(
+        "c", 1, examples, adapters, torch.tensor([counts]), assignments // top_k, assignments, 1.0, 1.0, extras
+    )
 
 
 def state(*phi: float) -> State:
@@ -68,7 +70,7 @@ def test_activation_power_weighs_an_expert_by_how_large_a_part_of_a_clients_choi
     method = one_layer(dmr=False, pg_mode="off", activation_power=1.0)
     clients = [update([2, 2, 0, 0], 1, examples=1, value=0.0), update([6, 0, 2, 0], 2, examples=2, value=3.0)]
     after = method.aggregate(State(state(0.0).adapters), clients).adapters["layers.0.up.A"].flatten()
-    # shares of the slots 1/2, 1/2, 0, 0 and 3/4, 0, 1/4, 0, times 1 and 2 examples
+    # shares of the assignments 1/2, 1/2, 0, 0 and 3/4, 0, 1/4, 0, times 1 and 2 examples
     torch.testing.assert_close(after, torch.tensor([3 * 1.5 / 2.0, 0.0, 3.0, 9.0]))
 
 
@@ -131,7 +133,7 @@ def test_a_server_pseudo_gradient_moves_idle_experts_the_way_the_others_moved_th
     clients = [lab.update(build("fedavg", lab.base), plain, tier)[0] for tier in (LOW, TOP)]
     after = method.aggregate(start, clients)
     name = "layers.1.down.B"
-    weights = [client.num_examples * client.expert_tokens[1] / client.slots for client in clients]
+    weights = [client.num_examples * client.expert_tokens[1] / client.assignments for client in clients]
     use = sum(w[:, None, None] * c.adapters[name] for w, c in zip(weights, clients, strict=True))
     moved = use / sum(weights)[:, None, None] - start.adapters[name]
     torch.testing.assert_close(after.extras[f"update.{name}"], moved, rtol=1e-5, atol=1e-6)

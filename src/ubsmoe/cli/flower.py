@@ -35,10 +35,10 @@ def up_command(
     """Start a federation on this machine (SuperLink and SuperNodes, TLS, keys); Ctrl-C stops what was started."""
     import signal
 
-    from ubsmoe.engines.flower.localhost import loopback
+    from ubsmoe.engines.flower.localhost import local_federation
 
     try:
-        with loopback(app, nodes, simulate, typer.echo) as found:
+        with local_federation(app, nodes, simulate, typer.echo) as found:
             if run:
                 return found.run()
             typer.echo(f"set -a; . {app}/flower.env; FLWR_HOME={found.home}; flwr run {app} {found.name} --stream")

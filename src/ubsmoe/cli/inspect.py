@@ -54,7 +54,7 @@ def methods_command(json_: AsJson = False) -> None:
     """List the federated methods, their settings, and the laws of the test battery that one does not promise."""
     import inspect
 
-    from ubsmoe.methods import METHODS, summary_line, unpromised_laws
+    from ubsmoe.methods import METHODS, exempt_properties, summary_line
 
     rows: list[dict[str, Any]] = []
     for name, builder in METHODS.items():
@@ -64,7 +64,7 @@ def methods_command(json_: AsJson = False) -> None:
                 "name": name,
                 "summary": summary_line(name),
                 "settings": {p.name: _plain(p.default) for p in parameters},
-                "unpromised": unpromised_laws(name),
+                "exempt": exempt_properties(name),
             }
         )
     if json_:
@@ -73,7 +73,7 @@ def methods_command(json_: AsJson = False) -> None:
         typer.echo(f"{row['name']:<14}{row['summary']}")
         for key, value in row["settings"].items():
             typer.echo(f"{'':<14}  {key} = {value!r}")
-        for law, reason in row["unpromised"].items():
+        for law, reason in row["exempt"].items():
             typer.echo(f"{'':<14}  does not promise {law}: {reason}")
 
 

@@ -123,14 +123,14 @@ def _run_on_flower(run_file: Path, out: Path | None, changes: list[str] | None, 
     from tempfile import TemporaryDirectory
 
     from ubsmoe.engines.flower.app import write_app
-    from ubsmoe.engines.flower.localhost import loopback
+    from ubsmoe.engines.flower.localhost import local_federation
     from ubsmoe.storage.runfolder import read_adapter
 
     place = out or Path("out") / run_file.stem
     with TemporaryDirectory() as folder:
         settings = write_app(run_file, Path(folder) / "run", overrides(changes), place)
         nodes = min(settings.clients.count, len(settings.tiers.budgets))
-        with loopback(Path(folder) / "run", nodes, simulated, typer.echo) as federation:
+        with local_federation(Path(folder) / "run", nodes, simulated, typer.echo) as federation:
             federation.run()
     read_adapter(place)  # flwr run tells nobody that the server failed
 
@@ -185,10 +185,10 @@ def compare_command(
     place, total = out or Path("out") / f"{run_file.stem}-compare", len(variants) * seeds
 
     if plan:
-        from ubsmoe.study.compare import foresee
+        from ubsmoe.study.compare import estimate
 
         in_all = [0.0, 0.0]
-        for label, *work in foresee(settings, variants, first_seed):
+        for label, *work in estimate(settings, variants, first_seed):
             in_all = [all_ + seeds * one for all_, one in zip(in_all, work, strict=True)]
             typer.echo(f"{label}: {seeds} x {work[0] / 1e12:.3g} TFLOP, {work[1]:.0f} s")
         typer.echo(

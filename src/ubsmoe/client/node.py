@@ -19,7 +19,7 @@ import torch
 
 from ubsmoe.client.train import ClientFailure, Trainer, make_trainer, train
 from ubsmoe.config import ConfigError, RunSettings, parse_run, to_json, with_overrides
-from ubsmoe.data.partition import client_names, deal
+from ubsmoe.data.partition import client_names, partition_clients
 from ubsmoe.data.sources import load_examples, load_training
 from ubsmoe.data.tokens import Tokens, tokenize
 from ubsmoe.messages import Announcement, Task, Update
@@ -30,8 +30,8 @@ from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed
 
 NodeConfig = Mapping[str, str | int | float | bool]
 
-WHO = ("partition-id", "num-partitions", "client", "budget")
-WHERE = ("model.base", "model.device", "data.train", "threads")
+IDENTITY_KEYS = ("partition-id", "num-partitions", "client", "budget")
+LOCATION_KEYS = ("model.base", "model.device", "data.train", "threads")
 
 
 class Node:
@@ -46,9 +46,11 @@ class Node:
     """
 
     def __init__(self, settings: RunSettings, config: NodeConfig) -> None:
-        if unknown := [key for key in config if key not in WHO + WHERE]:
-            raise ConfigError(f"node configuration: unknown key {unknown[0]!r}; known are {', '.join(WHO + WHERE)}")
-        where = {key: value for key, value in config.items() if key in WHERE}
+        if unknown := [key for key in config if key not in IDENTITY_KEYS + LOCATION_KEYS]:
+            raise ConfigError(
+                f"node configuration: unknown key {unknown[0]!r}; known are {', '.join(IDENTITY_KEYS + LOCATION_KEYS)}"
+            )
+        where = {key: value for key, value in config.items() if key in LOCATION_KEYS}
         self._settings = parse_run(with_overrides(settings.model_dump(mode="json"), where))
         self._config = config
         if self._settings.threads:
@@ -91,7 +93,7 @@ class Node:
             return {str(self._config["client"]): tokenize(own, tokenizer, settings.data, "train")}
         names = _share(client_names(settings), self._config)
         pool = load_examples(settings.data, tokenizer, settings.seed).train
-        parts = deal(settings, pool)
+        parts = partition_clients(settings, pool)
         return {name: tokenize([pool[i] for i in parts[name]], tokenizer, settings.data, "train") for name in names}
 
 

@@ -77,7 +77,7 @@ def train(
     try:
         hooks = trainer.method.install(model, task.payload, task.profile, generator_for(*key, "install"))
         with model.counting(), recomputing(model) if trainer.settings.gradient_checkpointing else nullcontext():
-            loss, tokens, slots = _steps(trainer, task, examples, hooks, on_step)
+            loss, tokens, assignments = _steps(trainer, task, examples, hooks, on_step)
             return Update(
                 client=client,
                 round=task.round,
@@ -85,7 +85,7 @@ def train(
                 adapters={name: value.detach().cpu().clone() for name, value in model.adapter.items()},
                 expert_tokens=model.expert_tokens(),
                 tokens=tokens,
-                slots=slots,
+                assignments=assignments,
                 loss=loss,
                 seconds=time.perf_counter() - started,
                 extras=hooks.extras(),
@@ -113,7 +113,7 @@ def _steps(
     num_steps = steps_per_round(settings, len(examples))
     first = (task.round - 1) * num_steps
     budgets = elastic_top_ks(trainer.tiers, task.profile.top_k, first, num_steps, generator_for(*key, "elastic"))
-    losses, tokens, slots = [], 0, 0
+    losses, tokens, assignments = [], 0, 0
     for step, top_k in enumerate(budgets):
         model.set_top_k(top_k)
         _set_learning_rate(optimizer, settings, step)
@@ -121,7 +121,7 @@ def _steps(
         loss = 0.0
         for batch, share in _micro_batches(trainer, examples, order):
             seen = int(batch["attention_mask"].sum())
-            tokens, slots = tokens + seen, slots + seen * top_k
+            tokens, assignments = tokens + seen, assignments + seen * top_k
             value = language_loss(model, batch) * share
             total = value + hooks.penalty() / settings.gradient_accumulation if hooks.penalty else value
             total.backward()
@@ -139,7 +139,7 @@ def _steps(
         losses.append(loss)
         if on_step:
             on_step(step + 1, num_steps, loss)
-    return sum(losses) / len(losses), tokens, slots
+    return sum(losses) / len(losses), tokens, assignments
 
 
 def _micro_batches(

@@ -24,11 +24,11 @@ from ubsmoe.config.settings import (
     RunSettings,
     Settings,
     SimulationSettings,
+    SyntheticSettings,
     TierSettings,
     TrainSettings,
     WireDtype,
     WireSettings,
-    WorldSettings,
 )
 
 __all__ = [
@@ -46,11 +46,11 @@ __all__ = [
     "RunSettings",
     "Settings",
     "SimulationSettings",
+    "SyntheticSettings",
     "TierSettings",
     "TrainSettings",
     "WireDtype",
     "WireSettings",
-    "WorldSettings",
     "load_run",
     "parse_run",
     "parse_value",

@@ -18,6 +18,13 @@ BUILT_IN = {DataSettings.model_fields["train"].default, ModelSettings.model_fiel
 """Names of things that come with the package, whatever files are called so."""
 
 
+RENAMED = {
+    "data.world": "data.synthetic",
+    "evaluate.likelihood": "evaluate.mc_accuracy",
+}
+"""Keys of run files written before 0.2, and what they are called now."""
+
+
 class ConfigError(UserError):
     """A run file that cannot be used; the message says what to change."""
 
@@ -38,6 +45,9 @@ def load_run(path: str | Path, overrides: dict[str, Any] | None = None) -> RunSe
 
 def parse_run(table: dict[str, Any]) -> RunSettings:
     """Validate a run given as a nested dict. Raises ConfigError as `load_run` does."""
+    data = table.get("data")
+    if isinstance(data, dict) and data.get("train") == "world":
+        raise ConfigError('data.train: "world" is now called "synthetic"; rename it in the run file')
     return validated(RunSettings, table)
 
 
@@ -117,6 +127,8 @@ def _explain(fault: Any, root: type[BaseModel]) -> str:
     if fault["type"] != "extra_forbidden":
         came = "" if fault["type"] == "missing" or not fault["loc"] else f" (got {fault['input']!r})"
         return f"{where}: {fault['msg'].removeprefix('Value error, ')}{came}"
+    if where in RENAMED:
+        return f"{where!r} is now called {RENAMED[where]!r}; rename it in the run file"
     known = list(_section(root, fault["loc"][:-1]).model_fields)
     near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"

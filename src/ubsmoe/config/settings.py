@@ -70,11 +70,11 @@ class ClientSettings(Settings):
     )
 
 
-class WorldSettings(Settings):
-    """[data.world]: the self-made questions, when train = "world"."""
+class SyntheticSettings(Settings):
+    """[data.synthetic]: questions about invented facts, when train = "synthetic"."""
 
-    seed: int | None = Field(None, description="which world; the run's seed when left out")
-    entities: PositiveInt = Field(48, description="how many things the world has: the dial of difficulty")
+    seed: int | None = Field(None, description="which facts; the run's seed when left out")
+    entities: PositiveInt = Field(48, description="how many things there are facts about: more are harder")
     train_examples: PositiveInt = Field(4000, description="questions to train on")
     test_examples: PositiveInt = Field(400, description="questions to test on, over all tasks")
 
@@ -94,13 +94,13 @@ class DataSettings(Settings):
     """[data]: examples and how they are worded."""
 
     train: str = Field(
-        "world", description='"world", a file (.json, .jsonl, .csv, .parquet), or a Hugging Face data set id'
+        "synthetic", description='"synthetic", a file (.json, .jsonl, .csv, .parquet), or a Hugging Face data set id'
     )
     test: str | None = Field(
         None, description="a file or a folder with one file per task; a held-out part when left out"
     )
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="held-out part when test is left out")
-    world: WorldSettings = WorldSettings()
+    synthetic: SyntheticSettings = SyntheticSettings()
     partition: PartitionSettings = PartitionSettings()
     template: Literal["plain", "llm_adapters"] = Field("plain", description="prompt around an instruction")
     loss_on_prompt: bool = Field(False, description="train on the prompt's tokens too")
@@ -233,7 +233,7 @@ class EvaluateSettings(Settings):
     )
     num_beams: PositiveInt = Field(4, description="for beam")
     max_new_tokens: PositiveInt = Field(32, description="longest answer")
-    likelihood: bool = Field(True, description="also rank the candidate answers by likelihood")
+    mc_accuracy: bool = Field(True, description="also rank the candidate answers by likelihood")
 
 
 class RunSettings(Settings):

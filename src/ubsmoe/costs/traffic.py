@@ -92,5 +92,5 @@ def update_bytes(
 
 
 def count_bytes(shape: ModelShape) -> int:
-    """Bytes of the counts in an update, int64: `expert_tokens` per MoE layer and expert, `tokens` and `slots`."""
+    """Bytes of the counts in an update, int64: `expert_tokens` per MoE layer and expert, `tokens` and `assignments`."""
     return 8 * (shape.num_moe_layers * shape.num_experts + 2)

@@ -40,7 +40,8 @@ def data_card(settings: DataSettings, splits: Splits, tokens: Sequence[Tokens]) 
             "repeat": len(asked) - len(set(asked)),
         },
         "test": {
-            "source": settings.test or ("world" if settings.train == "world" else "held out of train, by prompt"),
+            "source": settings.test
+            or ("synthetic" if settings.train == "synthetic" else "held out of train, by prompt"),
             "sha256": _hashes(settings.test),
             "tasks": {task: len(group) for task, group in splits.test.items()},
         },
@@ -49,7 +50,7 @@ def data_card(settings: DataSettings, splits: Splits, tokens: Sequence[Tokens]) 
 
 
 def _hashes(place: str | None) -> dict[str, str]:
-    """SHA-256 by name of the file, or of the files in the folder; empty for the world and for the hub."""
+    """SHA-256 by name of the file, or of the files in the folder; empty for the synthetic questions and for the hub."""
     path = Path(place or "")
     if not place or not path.exists():
         return {}

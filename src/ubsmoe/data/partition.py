@@ -86,7 +86,7 @@ def client_names(settings: RunSettings) -> list[str]:
     return [f"client-{i}" for i in range(settings.clients.count)]
 
 
-def deal(settings: RunSettings, examples: Sequence[Example]) -> dict[str, list[int]]:
+def partition_clients(settings: RunSettings, examples: Sequence[Example]) -> dict[str, list[int]]:
     """Which of the run's training examples each of its own clients holds."""
     parts = partition(examples, settings.data.partition, settings.clients.count, settings.seed)
     return dict(zip(client_names(settings), parts, strict=True))

@@ -1,4 +1,4 @@
-"""Where a run's examples come from: the self-made world, a file, a folder or the Hugging Face hub."""
+"""Where a run's examples come from: the synthetic questions, a file, a folder or the Hugging Face hub."""
 
 import random
 import re
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ubsmoe.config import ConfigError, DataSettings, WorldSettings
+from ubsmoe.config import ConfigError, DataSettings, SyntheticSettings
 from ubsmoe.data.records import read_file, read_folder, read_hub
 from ubsmoe.data.rows import SUFFIXES
-from ubsmoe.data.synthetic import World
+from ubsmoe.data.synthetic import SyntheticQA
 from ubsmoe.data.tasks import Example
 from ubsmoe.seeds import seed_for
 
@@ -31,19 +31,19 @@ class Splits:
 def load_examples(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Splits:
     """The run's training and test examples.
 
-    Without `data.test`, the world asks its own test questions, and any other source holds out `data.test_fraction` of
+    Without `data.test`, the synthetic data set has its own test questions, and any other source holds out `data.test_fraction` of
     its distinct prompts. A hub id gives its split "train" as `data.train` and its split "test" as `data.test`.
 
     Args:
         settings: the run's [data].
         tokenizer: its chat template words records that hold messages.
-        seed: the run's seed; draws the world's questions and the held-out part.
+        seed: the run's seed; draws the synthetic questions and the held-out part.
 
     Raises:
         ConfigError: naming the setting or the record at fault.
     """
     train = load_training(settings, tokenizer, seed)
-    if settings.test is not None or settings.train == "world":
+    if settings.test is not None or settings.train == "synthetic":
         return Splits(train, load_test(settings, tokenizer, seed))
     train, test = _hold_out(train, settings.test_fraction, seed)
     return Splits(train, by_task(test))
@@ -51,8 +51,8 @@ def load_examples(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", 
 
 def load_training(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> list[Example]:
     """All that data.train names, nothing held out. Arguments and errors as for `load_examples`."""
-    if settings.train == "world":
-        return _world(settings.world, seed).examples("train", settings.world.train_examples, seed)
+    if settings.train == "synthetic":
+        return _synthetic(settings.synthetic, seed).examples("train", settings.synthetic.train_examples, seed)
     return _read(settings.train, "train", tokenizer)
 
 
@@ -60,8 +60,8 @@ def load_test(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed
     """The test examples alone: a server that has data.test needs no training data. As for `load_examples`."""
     if settings.test is not None:
         return by_task(_read(settings.test, "test", tokenizer))
-    if settings.train == "world":
-        return by_task(_world(settings.world, seed).examples("test", settings.world.test_examples, seed))
+    if settings.train == "synthetic":
+        return by_task(_synthetic(settings.synthetic, seed).examples("test", settings.synthetic.test_examples, seed))
     return load_examples(settings, tokenizer, seed).test
 
 
@@ -73,11 +73,11 @@ def by_task(examples: Sequence[Example]) -> dict[str, list[Example]]:
     return groups
 
 
-def _world(settings: WorldSettings, seed: int) -> World:
+def _synthetic(settings: SyntheticSettings, seed: int) -> SyntheticQA:
     try:
-        return World(seed if settings.seed is None else settings.seed, settings.entities)
+        return SyntheticQA(seed if settings.seed is None else settings.seed, settings.entities)
     except ValueError as error:
-        raise ConfigError(f"data.world.entities: {error}") from None
+        raise ConfigError(f"data.synthetic.entities: {error}") from None
 
 
 def _read(place: str, use: str, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:

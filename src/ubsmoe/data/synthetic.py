@@ -203,10 +203,10 @@ def options_around(relation: str, value: str, size: int) -> tuple[str, ...]:
     return values[start : start + size]
 
 
-class World:
+class SyntheticQA:
     """Entities and their facts, the sentences that state them and the questions that ask for them.
 
-    >>> world = World(seed=0, num_entities=8)
+    >>> world = SyntheticQA(seed=0, num_entities=8)
     >>> question = world.examples("test", count=1, seed=0)[0]
     >>> question.answer in question.candidates
     True

@@ -16,7 +16,7 @@ def load_balancing_loss(
 
         loss = M sum_i f_i P_i
 
-    with f_i the share of routed slots that expert i received (they sum to 1 whatever K, so perfect balance gives 1) and
+    with f_i the share of routed assignments that expert i received (they sum to 1 whatever K, so perfect balance gives 1) and
     P_i the mean probability the router gave it. Only P carries a gradient.
 
     Args:
@@ -25,7 +25,7 @@ def load_balancing_loss(
         mask_T: true for tokens that count; padding must not. None counts all.
         share_M: f, if it is known from more than these tokens (global balancing); then `index_TK` is not looked at.
 
-    Source: Switch Transformers (Fedus et al. 2022, arXiv 2101.03961), eq. 4-6, with f normalised over slots; taken per layer
+    Source: Switch Transformers (Fedus et al. 2022, arXiv 2101.03961), eq. 4-6, with f normalised over assignments; taken per layer
     as OLMoE does (arXiv 2409.02060), not pooled over layers.
 
     >>> even = torch.full((4, 4), 0.25)
@@ -35,9 +35,9 @@ def load_balancing_loss(
     num_tokens, num_experts = probs_TM.shape
     mask = torch.ones(num_tokens, device=probs_TM.device) if mask_T is None else mask_T.float()
     if share_M is None:
-        slots = mask[:, None].expand(index_TK.shape)
+        assignments = mask[:, None].expand(index_TK.shape)
         routed = torch.zeros(num_experts, device=probs_TM.device)
-        routed = routed.index_add(0, index_TK.reshape(-1), slots.reshape(-1))
+        routed = routed.index_add(0, index_TK.reshape(-1), assignments.reshape(-1))
         share_M = routed / routed.sum().clamp_min(1e-9)
     mean_probability = (probs_TM.float() * mask[:, None]).sum(0) / mask.sum().clamp_min(1e-9)
     return num_experts * (share_M * mean_probability).sum()

@@ -25,20 +25,20 @@ from torch import Tensor
 GRID = 1e-3  # of the privacy loss; rounded towards more loss, so that epsilon is an upper bound (by less than 0.1 %)
 
 
-def deviation(counts: Int[Tensor, "L M"], slots: int) -> Float[Tensor, "L M"]:
-    """d = sqrt(M / L) (a / slots - 1 / M): its norm is the root mean square by which use differs from even use, relatively.
+def deviation(counts: Int[Tensor, "L M"], assignments: int) -> Float[Tensor, "L M"]:
+    """d = sqrt(M / L) (a / assignments - 1 / M): its norm is the root mean square by which use differs from even use, relatively.
 
-    >>> float(deviation(torch.tensor([[15, 5], [5, 15]]), slots=20).norm())
+    >>> float(deviation(torch.tensor([[15, 5], [5, 15]]), assignments=20).norm())
     0.5
     """
     layers, experts = counts.shape
-    return (counts.double() / max(slots, 1) - 1 / experts) * (experts / layers) ** 0.5
+    return (counts.double() / max(assignments, 1) - 1 / experts) * (experts / layers) ** 0.5
 
 
 def shares_from(deviations: Float[Tensor, "L M"]) -> Float[Tensor, "L M"]:
     """The shares that noisy deviations stand for: none below zero, one per layer in sum.
 
-    >>> shares_from(deviation(torch.tensor([[15, 5], [5, 15]]), slots=20))
+    >>> shares_from(deviation(torch.tensor([[15, 5], [5, 15]]), assignments=20))
     tensor([[0.7500, 0.2500],
             [0.2500, 0.7500]], dtype=torch.float64)
     """

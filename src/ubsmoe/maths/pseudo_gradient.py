@@ -100,16 +100,18 @@ class PseudoGradient:
 class Mass:
     """Gate weight of each expert summed over tokens: those that used it, those that did not, and rho times the latter.
 
-    `owed` is kept apart since rho belongs in front of a clipped or bounded ratio, not inside it.
+    `scaled_missing` is kept apart since rho belongs in front of a clipped or bounded ratio, not inside it.
     """
 
     active: Float[Tensor, " M"]
     missing: Float[Tensor, " M"]
-    owed: Float[Tensor, " M"]
+    scaled_missing: Float[Tensor, " M"]
 
     def __add__(self, other: "Mass") -> "Mass":
         """The masses of two batches together."""
-        return Mass(self.active + other.active, self.missing + other.missing, self.owed + other.owed)
+        return Mass(
+            self.active + other.active, self.missing + other.missing, self.scaled_missing + other.scaled_missing
+        )
 
 
 @torch.no_grad()
@@ -121,7 +123,7 @@ def routing_mass(
         weights = weights * real.unsqueeze(-1)
     missing = weights.masked_fill(chosen, 0)
     active, missing = (weights - missing).sum(0), missing.sum(0)
-    return Mass(active, missing, owed=rho * missing)
+    return Mass(active, missing, scaled_missing=rho * missing)
 
 
 def client_mean(grads: Float[Tensor, "M *S"], mass: Mass, into: Tensor | None = None) -> Float[Tensor, "M *S"]:
@@ -130,7 +132,7 @@ def client_mean(grads: Float[Tensor, "M *S"], mass: Mass, into: Tensor | None = 
     It points the same way for every expert, so it needs experts that share one A at the start: with B = 0 the gradients of
     different B_i are then comparable; with unrelated A's the mean is orthogonal to what is missing.
     """
-    return _add_outer(_start(into, grads), mass.owed, _per_mass(grads, mass))
+    return _add_outer(_start(into, grads), mass.scaled_missing, _per_mass(grads, mass))
 
 
 def self_ipw(
@@ -140,9 +142,9 @@ def self_ipw(
     never, into = mass.active <= 0, _start(into, grads)
     mean = _per_mass(grads, mass) if never.any() else None
     tiny = torch.finfo(mass.active.dtype).tiny
-    ratio = mass.owed / torch.maximum(mass.active, mass.missing / limit).clamp_min(tiny)
+    ratio = mass.scaled_missing / torch.maximum(mass.active, mass.missing / limit).clamp_min(tiny)
     into.addcmul_(_like(ratio.masked_fill(never, 0), grads), grads)
-    return into if mean is None else _add_outer(into, mass.owed * never, mean)
+    return into if mean is None else _add_outer(into, mass.scaled_missing * never, mean)
 
 
 def unit_rows(global_update: Float[Tensor, "M *S"]) -> Float[Tensor, "M *S"]:
@@ -161,7 +163,7 @@ def server(
     """
     used, into = mass.active > 0, _start(into, grads)
     scale = grads.flatten(1).norm(dim=1)[used].sum() / used.sum().clamp_min(1)
-    share = mass.owed / (mass.missing + mass.active).clamp_min(torch.finfo(mass.active.dtype).tiny)
+    share = mass.scaled_missing / (mass.missing + mass.active).clamp_min(torch.finfo(mass.active.dtype).tiny)
     return into.addcmul_(_like(-share * scale, grads), direction)
 
 
@@ -177,7 +179,7 @@ def parameter_signal(
     `direction` is what `server` needs. The signal is added in place to `into`, which may be `grads` itself: a step then costs two
     or three passes over the gradients.
     """
-    mass = replace(mass, owed=settings.strength * mass.owed)  # every mode is linear in it
+    mass = replace(mass, scaled_missing=settings.strength * mass.scaled_missing)  # every mode is linear in it
     if settings.mode == "client_mean":
         return client_mean(grads, mass, into)
     if settings.mode == "self_ipw":

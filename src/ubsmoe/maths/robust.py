@@ -148,15 +148,15 @@ def multi_krum(distances: Float[Tensor, "C C"], attackers: int) -> list[int]:
     return sorted(order[: len(distances) - attackers].tolist())
 
 
-def capped_counts(counts: Int[Tensor, "C L M"], slots: Int[Tensor, " C"], cap: float) -> Int[Tensor, "C L M"]:
-    """Counts whose shares a / slots stay within a factor `cap` of the clients' median, per layer and expert.
+def capped_counts(counts: Int[Tensor, "C L M"], assignments: Int[Tensor, " C"], cap: float) -> Int[Tensor, "C L M"]:
+    """Counts whose shares a / assignments stay within a factor `cap` of the clients' median, per layer and expert.
 
     So an expert's utilization moves by no more than if each liar were `cap` times, or 1 / `cap` times, a middling honest
-    client; phi follows it. Rows then no longer sum to the slots.
+    client; phi follows it. Rows then no longer sum to the assignments.
 
     >>> capped_counts(torch.tensor([[[4, 4, 0]], [[4, 2, 2]], [[0, 8, 0]]]), torch.tensor([8, 8, 8]), cap=1.5).tolist()
     [[[4, 4, 0]], [[4, 3, 0]], [[3, 6, 0]]]
     """
-    shares = counts.double() / slots[:, None, None].clamp_min(1)
+    shares = counts.double() / assignments[:, None, None].clamp_min(1)
     middle = shares.quantile(0.5, dim=0)
-    return (shares.clamp(middle / cap, middle * cap) * slots[:, None, None]).round().long()
+    return (shares.clamp(middle / cap, middle * cap) * assignments[:, None, None]).round().long()

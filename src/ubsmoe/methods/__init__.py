@@ -74,10 +74,10 @@ def summary_line(name: str) -> str:
     return (inspect.getdoc(module) or "").splitlines()[0]
 
 
-def unpromised_laws(name: str) -> dict[str, str]:
+def exempt_properties(name: str) -> dict[str, str]:
     """The laws of the battery that the method, at its defaults, does not keep, each with its reason."""
     smallest = Base(num_layers=1, num_experts=2, k_max=1, rank=1, alpha=1.0)  # laws do not depend on sizes
-    return dict(METHODS[name](smallest).unpromised)
+    return dict(METHODS[name](smallest).exempt)
 
 
 def _hint(name: str, known: list[str]) -> str:

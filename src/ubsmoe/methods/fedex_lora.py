@@ -69,7 +69,7 @@ def fedex_lora(base: Base) -> Method:
         aggregate,
         refuses=FACTORS_APART,
         extra_down=lambda shape, rank: full_side(shape, base.attention),
-        unpromised={"predicted_bytes": "the side factor grows from rank 0; what is predicted is its largest size"},
+        exempt={"predicted_bytes": "the side factor grows from rank 0; what is predicted is its largest size"},
     )
 
 

@@ -67,5 +67,5 @@ def folding(name: str, base: Base, summed: Summed) -> Method:
         varies="rank",
         refuses=FACTORS_APART,
         extra_down=partial(side_for_adapter, attention=base.attention),
-        unpromised={"predicted_bytes": "the side factor grows from rank 0; what is predicted is its largest size"},
+        exempt={"predicted_bytes": "the side factor grows from rank 0; what is predicted is its largest size"},
     )

@@ -44,4 +44,4 @@ def florist(base: Base, *, energy: float = 0.9) -> Method:
     if energy == 1:
         return method
     reason = f"energy = {energy}: directions that hold the rest of the update's energy are dropped"
-    return replace(method, unpromised={**method.unpromised, "lone_client": reason, "identical_clients": reason})
+    return replace(method, exempt={**method.exempt, "lone_client": reason, "identical_clients": reason})

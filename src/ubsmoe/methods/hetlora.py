@@ -107,7 +107,7 @@ def hetlora(
         refuses=FACTORS_APART,
         extra_up=2,  # the new rank is one int64
         fault=fault,
-        unpromised={"client_halves": "clients weigh by the norm of their update, whatever their number of examples"},
+        exempt={"client_halves": "clients weigh by the norm of their update, whatever their number of examples"},
     )
 
 

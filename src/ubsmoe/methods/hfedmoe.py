@@ -59,7 +59,7 @@ def hfedmoe(base: Base, *, mean_share: float = 0.5, bottleneck: float = 0.1, thr
         install_adapter(model, payload, profile, base.alpha)
         most = max(1, math.floor(base.num_experts * profile.budget + 1e-9))
         layers = [Selection(base.num_experts, most, mean_share, bottleneck) for _ in model.layers]
-        model.set_learners(layers)
+        model.set_trainable_experts(layers)
         return Hooks(extras=lambda: {name: torch.stack([layer.report()[name] for layer in layers]) for name in REPORT})
 
     def aggregate(state: State, updates: Iterable[Update]) -> State:
@@ -80,7 +80,7 @@ def hfedmoe(base: Base, *, mean_share: float = 0.5, bottleneck: float = 0.1, thr
         refuses=USE_WEIGHS,
         extra_up=len(REPORT) * base.num_layers * base.num_experts,
         fault=fault,
-        unpromised={
+        exempt={
             "lone_client": "a client's experts below the usage threshold are not taken over",
             "identical_clients": "the same: what all agree on is taken over only where they use the expert enough",
         },

@@ -54,7 +54,7 @@ def lossfree(base: Base, *, step: float = 1e-3, steps_per_round: int = 1) -> Met
         mean, loads = base.mean(), base.mean()
         for update in updates:
             mean.add(update.adapters, update.num_examples)
-            loads.add({"load": update.expert_tokens.double() / max(update.slots, 1)}, update.slots)
+            loads.add({"load": update.expert_tokens.double() / max(update.assignments, 1)}, update.assignments)
         load = loads.result({"load": torch.zeros(base.num_layers, base.num_experts, dtype=torch.float64)})["load"]
         moved = step * steps_per_round * torch.sign(load.mean(-1, keepdim=True) - load)
         return State(mean.result(state.adapters), {"bias": state.extras["bias"] + moved.float()})

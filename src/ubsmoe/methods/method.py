@@ -94,7 +94,7 @@ LAWS: dict[str, str] = {
     "no_clients": "a round without replies leaves the state as it was",
     "predicted_bytes": "what is sent has exactly the bytes that costs predict; without this law, at most that many",
 }
-"""The laws of the test battery that a method may decline in `Method.unpromised`."""
+"""The laws of the test battery that a method may decline in `Method.exempt`."""
 
 Elements = int | Callable[[ModelShape, int], int]
 """A number of float32 elements, or how to count them from the base's shape and the client's rank."""
@@ -104,7 +104,7 @@ Elements = int | Callable[[ModelShape, int], int]
 class Method:
     """A federated method.
 
-    `varies` says what a tier's budget sets: the experts per token or the LoRA rank. `unpromised` names laws of the
+    `varies` says what a tier's budget sets: the experts per token or the LoRA rank. `exempt` names laws of the
     battery that this method does not keep, each with the reason, `refuses` the protections it cannot run under, likewise.
     `pair_fraction` is the share of missing (token, expert) pairs that a client computes beside the routed ones, and
     `pairs_reach_input` says whether they send a gradient to the layer's input too; costs charge for both. `factors_up`
@@ -119,7 +119,7 @@ class Method:
     install: Callable[[SparseModel, Tensors, Profile, torch.Generator], Hooks]
     aggregate: Callable[[State, Iterable[Update]], State]
     varies: Literal["top_k", "rank"] = "top_k"
-    unpromised: Mapping[str, str] = field(default_factory=dict)
+    exempt: Mapping[str, str] = field(default_factory=dict)
     refuses: Mapping[Protection, str] = field(default_factory=dict)
     pair_fraction: float = 0.0
     pairs_reach_input: bool = False

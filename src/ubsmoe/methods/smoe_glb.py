@@ -52,7 +52,7 @@ def smoe_glb(base: Base, *, coefficient: float = 0.01) -> Method:
         mean, load = base.mean(), base.mean()
         for update in updates:
             mean.add(update.adapters, update.num_examples)
-            load.add({"share": update.expert_tokens / max(update.slots, 1)}, update.num_examples)
+            load.add({"share": update.expert_tokens / max(update.assignments, 1)}, update.num_examples)
         return State(mean.result(state.adapters), load.result(state.extras))
 
     return Method("smoe_glb", start, dispatch, install, aggregate, extra_down=base.num_layers * base.num_experts)

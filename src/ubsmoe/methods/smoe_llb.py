@@ -2,7 +2,7 @@
 
     loss + lambda sum_l M sum_i f_{l,i} P_{l,i}
 
-    f_{l,i}  share of the batch's routed slots that went to expert i in layer l
+    f_{l,i}  share of the batch's routed assignments that went to expert i in layer l
     P_{l,i}  mean score of expert i over the batch's tokens; it alone has a gradient
 
 A client can only even out what it sees: with unlike data, every expert is asked to serve every client. Aggregation is
@@ -10,7 +10,7 @@ FedAvg. With frozen routers (adapter.router = "frozen") the loss acts through th
 lower layers write, so the first layer cannot be balanced; with trained ones it acts on the routers directly.
 
 The paper names SMoE-LLB as a baseline and does not spell it out: the loss is Switch's, layer by layer, with Switch's
-and OLMoE's coefficient; f is over all K_c slots, so that perfect balance costs lambda L at any budget.
+and OLMoE's coefficient; f is over all K_c assignments, so that perfect balance costs lambda L at any budget.
 
 Source: the baseline SMoE-LLB of UB-SMoE (arXiv 2605.16690), reconstructed; the loss: Switch Transformer (arXiv
 2101.03961), eq. 4.

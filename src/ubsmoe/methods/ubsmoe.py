@@ -136,9 +136,9 @@ def ubsmoe(
         examples = 0
         for update in updates:
             n = update.num_examples
-            mean.add(update.adapters, activation_weights(update, activation_power, update.slots))
+            mean.add(update.adapters, activation_weights(update, activation_power, update.assignments))
             if by_use:
-                by_use.add(update.adapters, activation_weights(update, 1.0, update.slots))
+                by_use.add(update.adapters, activation_weights(update, 1.0, update.assignments))
             counted.add({"used": routing.utilization(update.expert_tokens, update.tokens)}, n)
             if trained_phi:
                 counted.add({"phi": update.extras["phi"]}, n)

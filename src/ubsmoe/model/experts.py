@@ -32,7 +32,7 @@ def _expert_sum(layer: Any, base: ExpertWeights, hidden: Tensor, top_k_index: Te
     lora, top_k = layer.lora, top_k_index.shape[1]
     needed = layer.needed_tokens()
     pairs = _pairs(needed, top_k_index, top_k_weights)
-    if layer.learners is not None and torch.is_grad_enabled():
+    if layer.trainable_rule is not None and torch.is_grad_enabled():
         return _partly_learning(layer.learning_experts(top_k_index), base, hidden, *pairs, lora)
     settings: pg.PseudoGradient | None = layer.pseudo
     if settings is None or not torch.is_grad_enabled() or top_k == layer.num_experts:
@@ -118,7 +118,7 @@ def _watched_sum(
     out = run_pairs(hidden[token], pair, expert, torch.ones_like(weight), base, layer.lora)
     if layer.expert_means is None:
         layer.expert_means = pg.ExpertMeans(layer.num_experts, hidden.shape[1], settings.decay, hidden.device)
-    if not layer.running_again:
+    if not layer.recomputing:
         layer.expert_means.update(out.detach(), expert)
     return torch.zeros_like(hidden).index_add(0, token, (out * weight.unsqueeze(-1)).to(hidden.dtype))
 

@@ -20,7 +20,7 @@ from ubsmoe.model.expert_weights import Lora, up_name
 
 Rescale = Literal["none", "ratio", "mass"]
 
-Learners = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+TrainableRule = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Scores [T, M], chosen experts [T, K] and real tokens [T] of a batch -> [M] bool, the experts that learn from it."""
 
 
@@ -37,7 +37,7 @@ class SparseLayer:
         self.convention = observe_router(router, self.num_experts)
         self.rescale: Rescale = "none"
         self.counting = False
-        self.running_again = False  # for its numbers alone (recompute.py): what happens on the side has happened
+        self.recomputing = False  # for its numbers alone (recompute.py): what happens on the side has happened
         self.attention_mask: Tensor | None = None
         self.read: Tensor | None = None
         self.clear()
@@ -58,7 +58,7 @@ class SparseLayer:
         self.chosen: Tensor | None = None
         self.selection_bias: Tensor | None = None
         self.output_scale: Tensor | None = None
-        self.learners: Learners | None = None
+        self.trainable_rule: TrainableRule | None = None
         self.learning: Tensor | None = None
         self.expert_means: ExpertMeans | None = None
         self.expert_tokens = torch.zeros(self.num_experts, dtype=torch.int64)
@@ -105,7 +105,7 @@ class SparseLayer:
 
     def observe(self, logits: Tensor, weights: Tensor, index: Tensor) -> Tensor:
         """Count a routing decision and give the weights the scale of the budget."""
-        if not self.running_again:
+        if not self.recomputing:
             kept = self.recording or self.pseudo is not None
             self.logits, self.chosen = (logits, index) if kept else (None, None)
             if self.counting:
@@ -131,7 +131,7 @@ class SparseLayer:
 
     def add_mass(self, mass: Mass) -> None:
         """Accumulate routing mass over the micro-batches of a step."""
-        if not self.running_again:
+        if not self.recomputing:
             self.mass = mass if self.mass is None else self.mass + mass
 
     def matrices(self, attention: bool) -> dict[str, tuple[int, int, int]]:
@@ -147,10 +147,10 @@ class SparseLayer:
 
     def learning_experts(self, index: Tensor) -> Tensor:
         """[M] bool: who learns from this batch, by the method's rule."""
-        if not self.running_again:
-            assert self.learners is not None
+        if not self.recomputing:
+            assert self.trainable_rule is not None
             with torch.no_grad():
-                self.learning = self.learners(self.scores(), index, self.real_tokens())
+                self.learning = self.trainable_rule(self.scores(), index, self.real_tokens())
         assert self.learning is not None
         return self.learning
 

@@ -55,13 +55,13 @@ def _contexts(layer: SparseLayer | None) -> tuple[AbstractContextManager[Any], A
 
 @contextmanager
 def _again(layer: SparseLayer, drawn_from: torch.Tensor | None) -> Iterator[None]:
-    layer.running_again = True
+    layer.recomputing = True
     now = layer.generator.get_state() if layer.generator else None
     if layer.generator and drawn_from is not None:
         layer.generator.set_state(drawn_from)
     try:
         yield
     finally:
-        layer.running_again = False
+        layer.recomputing = False
         if layer.generator and now is not None:
             layer.generator.set_state(now)

@@ -16,7 +16,7 @@ from ubsmoe.model.adapter import MatrixAdapter, layer_of_experts
 from ubsmoe.model.attention import find_projections
 from ubsmoe.model.conventions import UnsupportedModel, answers_stay_put, find_blocks
 from ubsmoe.model.experts import IMPLEMENTATION
-from ubsmoe.model.layer import Learners, Rescale, SparseLayer, attach, is_attached
+from ubsmoe.model.layer import Rescale, SparseLayer, TrainableRule, attach, is_attached
 
 
 class SparseModel:
@@ -113,11 +113,11 @@ class SparseModel:
         for layer in self.layers:
             layer.output_scale = scale[layer.index]
 
-    def set_learners(self, learners: Sequence[Learners]) -> None:
+    def set_trainable_experts(self, trainable_rule: Sequence[TrainableRule]) -> None:
         """One rule per layer: which experts learn from a batch. The others still answer, without a backward pass."""
         self.record()
-        for layer, rule in zip(self.layers, learners, strict=True):
-            layer.learners = rule
+        for layer, rule in zip(self.layers, trainable_rule, strict=True):
+            layer.trainable_rule = rule
 
     def fresh_adapter(
         self, rank: int, generator: torch.Generator, *, shared_a: bool, router: bool = False, attention: bool = False

@@ -35,7 +35,7 @@ class Metric:
 
 METRICS = (
     Metric("accuracy", "Generation accuracy, %", 100, 1),
-    Metric("likelihood", "Likelihood accuracy, %", 100, 1),
+    Metric("mc_accuracy", "Likelihood accuracy, %", 100, 1),
     Metric("unparsed", "Unparsed answers, %", 100, 1),
     Metric("loss", "Loss, nats per token of the right answer", 1, 4),
 )

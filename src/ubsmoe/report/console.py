@@ -72,7 +72,7 @@ class RunConsole:
             self._line(
                 f"{'before' if round == 0 else f'round {round}'}  tier {fields['tier'] + 1} (K={fields['top_k']})  "
                 f"accuracy {_percent(macro['accuracy'])}  unparsed {_percent(macro['unparsed'])}  "
-                f"likelihood {_percent(macro['likelihood'])}  loss {macro['loss']:.4f}"
+                f"MC accuracy {_percent(macro['mc_accuracy'])}  loss {macro['loss']:.4f}"
             )
         elif event == "dropped":
             self._line(f"round {round}  {fields['client']} does not count ({fields['stage']}): {fields['reason']}")
@@ -115,7 +115,7 @@ def result_table(summary: dict[str, Any], costs: Sequence[dict[str, Any]] | None
     table = _table(
         f"{summary['method']}: per tier, {len(summary['after'][0]) - 1} tasks, "
         f"{macro['examples']} questions, before → after",
-        ("tier", "β", "K", "rank", "MFLOPs", "vs top", "accuracy %", "unparsed %", "ranked %"),
+        ("tier", "β", "K", "rank", "MFLOPs", "vs top", "accuracy %", "unparsed %", "MC acc. %"),
     )
     for profile, cost, before, after in zip(
         tiers, costs or nothing, summary["before"] or nothing, summary["after"], strict=True
@@ -129,12 +129,12 @@ def result_table(summary: dict[str, Any], costs: Sequence[dict[str, Any]] | None
             f"{cost['relative_to_top']:.0%}" if cost else "–",
             *(
                 _change(before and before["macro"][key], after["macro"][key])
-                for key in ("accuracy", "unparsed", "likelihood")
+                for key in ("accuracy", "unparsed", "mc_accuracy")
             ),
         )
     if macro["chance"] is not None:
         table.caption = (
-            "MFLOPs: training, per token. ranked: by likelihood. "
+            "MFLOPs: training, per token. MC acc.: multiple choice, by log-likelihood. "
             f"chance {_percent(macro['chance'])}, majority {_percent(macro['majority'])}"
         )
     return table

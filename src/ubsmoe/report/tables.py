@@ -71,14 +71,14 @@ def results(runs: Sequence[Series]) -> str:
                     *([] if task == "macro" else [task]),
                     _number(100 * accuracy, ".1f"),
                     (f"{100 * low:.1f} – {100 * high:.1f}", low),
-                    *(_score(same, key) for key in ("unparsed", "likelihood")),
+                    *(_score(same, key) for key in ("unparsed", "mc_accuracy")),
                     _number(sum(one["loss"] for one in same) / len(same), ".4f"),
                     _number(100 * score["chance"], ".1f") if score["chance"] is not None else "–",
                     _number(event["round"], "d"),
                 ]
                 (tiers if task == "macro" else tasks).append(row)
     head = ["method", "tier", "K", "rank"]
-    tail = ["accuracy %", "95 % interval", "unparsed %", "ranked %", "loss", "chance %", "after round"]
+    tail = ["accuracy %", "95 % interval", "unparsed %", "MC acc. %", "loss", "chance %", "after round"]
     note = (
         '<p class="note">Last evaluation, each tier at its own budget. Interval: Student, over seeds, where there are two or '
         "more; else Wilson, over questions, as if tasks were alike. Ranked: accuracy when answers are ranked by likelihood.</p>"

@@ -105,7 +105,7 @@ def round_scalars(fields: Mapping[str, Any], clients: Sequence[Mapping[str, Any]
 def score_scalars(fields: Mapping[str, Any]) -> Scalars:
     """A tier's scores, mean over tasks; what was not measured is left out."""
     macro = fields["scores"]["macro"]
-    names = ("accuracy", "unparsed", "likelihood", "loss")
+    names = ("accuracy", "unparsed", "mc_accuracy", "loss")
     return {f"tier {fields['tier'] + 1}/{name}": macro[name] for name in names if macro[name] is not None}
 
 

@@ -15,7 +15,7 @@ class Rejected(ValueError):
 
 
 @dataclass(frozen=True)
-class Form:
+class UpdateSpec:
     """What an update to one task must look like: the shape and dtype of every tensor, by name."""
 
     adapters: Mapping[str, tuple[torch.Size, torch.dtype]]
@@ -23,12 +23,12 @@ class Form:
     expert_tokens: tuple[torch.Size, torch.dtype]
 
 
-def form_of(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def spec_of(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """The form of tensors that are as they should be."""
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
-def check_update(update: Update, task: Task, form: Form, max_change: float, elastic: bool) -> None:
+def check_update(update: Update, task: Task, form: UpdateSpec, max_change: float, elastic: bool) -> None:
     """Every check, cheapest first.
 
     Args:
@@ -84,16 +84,19 @@ def check_numbers(update: Update, task: Task) -> None:
 def check_utilization(update: Update, top_k: int, elastic: bool) -> None:
     """Counts of a router: each token goes to K different experts.
 
-    Hence, per layer, 0 <= a_i <= tokens and sum_i a_i = slots = K tokens; with elastic steps tokens <= slots <= K tokens.
+    Hence, per layer, 0 <= a_i <= tokens and sum_i a_i = assignments = K tokens. With elastic steps
+    tokens <= assignments <= K tokens.
     """
-    tokens, slots, counts = update.tokens, update.slots, update.expert_tokens
-    if tokens < 1 or slots > tokens * top_k or slots < (tokens if elastic else tokens * top_k):
-        raise Rejected(f"{slots} slots for {tokens} tokens at K = {top_k}")
+    tokens, assignments, counts = update.tokens, update.assignments, update.expert_tokens
+    if tokens < 1 or assignments > tokens * top_k or assignments < (tokens if elastic else tokens * top_k):
+        raise Rejected(f"{assignments} assignments for {tokens} tokens at K = {top_k}")
     if (counts < 0).any() or (counts > tokens).any():
         raise Rejected(f"expert_tokens reach from {int(counts.min())} to {int(counts.max())}, expected 0 to {tokens}")
-    if (wrong := counts.sum(-1) != slots).any():
+    if (wrong := counts.sum(-1) != assignments).any():
         layer = int(wrong.nonzero()[0])
-        raise Rejected(f"expert_tokens of layer {layer} sum to {int(counts[layer].sum())}, expected slots = {slots}")
+        raise Rejected(
+            f"expert_tokens of layer {layer} sum to {int(counts[layer].sum())}, expected assignments = {assignments}"
+        )
 
 
 def check_finite(update: Update) -> None:

@@ -26,7 +26,7 @@ from ubsmoe.model.surgery import SparseModel
 class Score:
     """How a model does on one task.
 
-    `loss` is nats per token of the right answers. `accuracy` and `unparsed` come from generation, `likelihood` from ranking the
+    `loss` is nats per token of the right answers. `accuracy` and `unparsed` come from generation, `mc_accuracy` from ranking the
     candidates (None for free text, when switched off, or where a completion does not spell its label). `chance` guesses
     among the candidates, `majority` always says the test set's most frequent answer.
     """
@@ -35,7 +35,7 @@ class Score:
     loss: float
     accuracy: float
     unparsed: float
-    likelihood: float | None
+    mc_accuracy: float | None
     chance: float | None
     majority: float | None
 
@@ -80,7 +80,7 @@ def evaluate(
 def _question(example: Example, tokenizer: Any, data: DataSettings, settings: EvaluateSettings) -> Question:
     completion, variants, gold = example.completion, [example], 0
     spelt = [found.span() for found in _label(example.answer).finditer(completion)] if example.answer else []
-    if settings.likelihood and len(example.candidates) > 1 and spelt:
+    if settings.mc_accuracy and len(example.candidates) > 1 and spelt:
         # a candidate's completion is the right one with its label exchanged
         start, end = spelt[-1]
         words = [completion[:start] + label + completion[end:] for label in example.candidates]
@@ -111,7 +111,7 @@ def _score_task(model: SparseModel, tokenizer: Any, questions: Sequence[Question
         loss=loss / max(tokens, 1),
         accuracy=right / count,
         unparsed=unparsed / count,
-        likelihood=ranked / count if rankable else None,
+        mc_accuracy=ranked / count if rankable else None,
         chance=statistics.fmean(1 / n for n in choices) if closed else None,
         majority=most_frequent / count if closed else None,
     )

@@ -7,7 +7,7 @@ from typing import Any
 from ubsmoe.client.train import Trainer, make_trainer
 from ubsmoe.config import ConfigError, RunSettings, to_json
 from ubsmoe.data.card import data_card
-from ubsmoe.data.partition import PartitionReport, client_names, deal, partition_report
+from ubsmoe.data.partition import PartitionReport, client_names, partition_clients, partition_report
 from ubsmoe.data.sources import load_examples, load_test
 from ubsmoe.data.tokens import Tokens, tokenize
 from ubsmoe.messages import Announcement, Profile
@@ -59,11 +59,11 @@ def build_federation(settings: RunSettings) -> Federation:
     server = build_server(settings)
     splits = load_examples(settings.data, server.tokenizer, settings.seed)
     train = splits.train
-    parts = deal(settings, train)
+    parts = partition_clients(settings, train)
     tokens = tokenize(train, server.tokenizer, settings.data, "train")
     return replace(
         server,
-        clients=[admit(server, Announcement(name, len(part))) for name, part in parts.items()],
+        clients=[assign_tier(server, Announcement(name, len(part))) for name, part in parts.items()],
         examples={name: [tokens[i] for i in part] for name, part in parts.items()},
         partition=_report(train, list(parts.values()), settings.data.partition.field),
         data_card=data_card(settings.data, splits, tokens),
@@ -95,7 +95,7 @@ def build_server(settings: RunSettings) -> Federation:
     )
 
 
-def admit(federation: Federation, announced: Announcement) -> Profile:
+def assign_tier(federation: Federation, announced: Announcement) -> Profile:
     """What a client is asked to do: the largest tier that its budget affords, or the run file's tier for it.
 
     Raises:

@@ -14,8 +14,8 @@ from ubsmoe.maths import privacy
 from ubsmoe.maths.robust import clip_factor, squared_norm
 from ubsmoe.messages import Update
 from ubsmoe.methods.method import State
-from ubsmoe.server.checks import Form
-from ubsmoe.server.robust import change_of, moved
+from ubsmoe.server.checks import UpdateSpec
+from ubsmoe.server.robust import delta_of, with_delta
 
 USE, TOKENS = "expert_tokens", 1_000_000  # counts are whole: the noisy shares of this many tokens
 
@@ -34,7 +34,7 @@ def spent(settings: RunSettings, rounds: int) -> dict[str, float]:
 def noisy_mean(
     updates: Iterable[Update],
     state: State,
-    form: Form,
+    form: UpdateSpec,
     settings: PrivacySettings,
     wanted: int,
     mean_top_k: float,
@@ -55,8 +55,8 @@ def noisy_mean(
     sums: dict[str, Tensor] = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in sorted(shapes.items())}
     sums[USE] = torch.zeros(form.expert_tokens[0], dtype=torch.float64)
     for update in updates:
-        use = settings.clip_norm * privacy.deviation(update.expert_tokens, update.slots)
-        change = {**change_of(update, state), USE: use}
+        use = settings.clip_norm * privacy.deviation(update.expert_tokens, update.assignments)
+        change = {**delta_of(update, state), USE: use}
         factor = clip_factor(squared_norm(change) ** 0.5, settings.clip_norm)
         for name, value in change.items():
             sums[name] += factor * value
@@ -71,9 +71,9 @@ def noisy_mean(
         adapters={name: state.adapters[name] for name in form.adapters},
         expert_tokens=counts,
         tokens=TOKENS,
-        slots=round(mean_top_k * TOKENS),
+        assignments=round(mean_top_k * TOKENS),
         loss=float("nan"),  # no client's loss is told
         seconds=0.0,
         extras={name: state.extras[name] for name in form.extras},
     )
-    return moved(nothing, state, mean)
+    return with_delta(nothing, state, mean)

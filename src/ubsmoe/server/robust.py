@@ -17,7 +17,7 @@ from ubsmoe.messages import Dropped, Tensors, Update
 from ubsmoe.methods.method import State
 
 
-def protected(
+def robustify(
     updates: Iterable[Update], state: State, settings: RobustSettings, drop: Callable[[Dropped], None]
 ) -> Iterator[Update]:
     """The updates as they may be averaged.
@@ -50,7 +50,7 @@ def protected(
     yield from held
 
 
-def change_of(update: Update, state: State) -> dict[str, torch.Tensor]:
+def delta_of(update: Update, state: State) -> dict[str, torch.Tensor]:
     """What a client changed, float64, by name: its adapter, and the method's own tensors if it was sent them."""
     sent: Tensors = {**state.extras, **state.adapters}
     returned = {**update.extras, **update.adapters}
@@ -59,14 +59,14 @@ def change_of(update: Update, state: State) -> dict[str, torch.Tensor]:
 
 def clipped(update: Update, state: State, longest: float) -> Update:
     """The update with a change of at most this norm over all its tensors; the same object if it is no longer."""
-    change = change_of(update, state)
+    change = delta_of(update, state)
     factor = robust.clip_factor(robust.squared_norm(change) ** 0.5, longest)
     if factor == 1:
         return update
-    return moved(update, state, {name: factor * value for name, value in change.items()})
+    return with_delta(update, state, {name: factor * value for name, value in change.items()})
 
 
-def moved(update: Update, state: State, change: Tensors) -> Update:
+def with_delta(update: Update, state: State, change: Tensors) -> Update:
     """The update as it would be had the client changed what it was sent by `change`."""
 
     def of(sent: Tensors, returned: Tensors) -> dict[str, torch.Tensor]:
@@ -80,12 +80,12 @@ def moved(update: Update, state: State, change: Tensors) -> Update:
 
 def _capped(updates: Sequence[Update], cap: float) -> list[Update]:
     counts = torch.stack([update.expert_tokens for update in updates])
-    capped = robust.capped_counts(counts, torch.tensor([update.slots for update in updates]), cap)
+    capped = robust.capped_counts(counts, torch.tensor([update.assignments for update in updates]), cap)
     return [replace(update, expert_tokens=own) for update, own in zip(updates, capped, strict=True)]
 
 
 def _nearest(updates: Sequence[Update], state: State, attackers: int, drop: Callable[[Dropped], None]) -> list[Update]:
-    changes = [change_of(update, state) for update in updates]
+    changes = [delta_of(update, state) for update in updates]
     common = set.intersection(*(set(change) for change in changes))  # FLAME's scales have the name of their K
     distances = robust.squared_distances([{n: c for n, c in change.items() if n in common} for change in changes])
     kept = set(robust.multi_krum(distances, attackers))

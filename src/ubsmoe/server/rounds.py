@@ -14,9 +14,9 @@ from ubsmoe.server.evaluate import Score, evaluate
 from ubsmoe.server.federation import Federation
 from ubsmoe.server.metrics import Tally
 from ubsmoe.server.privacy import noisy_mean, spent
-from ubsmoe.server.robust import protected
+from ubsmoe.server.robust import robustify
 from ubsmoe.server.start import noise_key, sample_clients, start_state
-from ubsmoe.server.validator import Gate, expected_form
+from ubsmoe.server.validator import Gate, update_spec
 from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.change import upload_bytes
 
@@ -121,7 +121,7 @@ def one_round(
         profile, task = profiles[update.client], sent.pop(update.client)
         told = {
             "tokens": update.tokens,
-            "slots": update.slots,
+            "assignments": update.assignments,
             "loss": update.loss,
             "upload_bytes": upload_bytes(update, task, settings.wire.dtype),  # says how many experts were touched
         }
@@ -149,7 +149,7 @@ def one_round(
     if settings.privacy:
         counted: Iterable[Update] = [_noisy_mean(federation, tally.heard(passed), state, number, noise)]
     else:
-        counted = tally.heard(protected(passed, state, settings.robust, lost))
+        counted = tally.heard(robustify(passed, state, settings.robust, lost))
     state = federation.method.aggregate(state, tally.over(counted))
     extras: dict[str, Any] = {"phi": state.extras["phi"].tolist()} if "phi" in state.extras else {}
     if settings.privacy:
@@ -167,7 +167,7 @@ def _noisy_mean(federation: Federation, updates: Iterable[Update], state: State,
     return noisy_mean(
         updates,
         state,
-        expected_form(federation.model, federation.method, Task(number, tier, federation.method.dispatch(state, tier))),
+        update_spec(federation.model, federation.method, Task(number, tier, federation.method.dispatch(state, tier))),
         settings.privacy,
         settings.clients_per_round,
         sum(client.top_k for client in clients) / len(clients),
@@ -179,7 +179,7 @@ def gate_of(federation: Federation, asked: int, drop: Callable[[Dropped], None])
     """A gate for one round of this run, for which so many clients were drawn."""
     settings = federation.settings
     return Gate(
-        lambda task: expected_form(federation.model, federation.method, task),
+        lambda task: update_spec(federation.model, federation.method, task),
         settings.rounds,
         elastic=settings.tiers.elastic_share > 0,
         wanted=asked if settings.clients.sampling == "poisson" else settings.clients_per_round,

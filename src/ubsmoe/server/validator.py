@@ -13,15 +13,15 @@ from ubsmoe.messages import Dropped, Reply, Task, Update
 from ubsmoe.methods.method import Method
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
-from ubsmoe.server.checks import Form, Rejected, check_update, form_of
+from ubsmoe.server.checks import Rejected, UpdateSpec, check_update, spec_of
 
 
-def expected_form(model: SparseModel, method: Method, task: Task) -> Form:
+def update_spec(model: SparseModel, method: Method, task: Task) -> UpdateSpec:
     """What an update to this task looks like. The base is left as it was found."""
     try:
         hooks = method.install(model, task.payload, task.profile, generator_for("form"))
         counts = model.expert_tokens()
-        return Form(form_of(model.adapter), form_of(hooks.extras()), (counts.shape, counts.dtype))
+        return UpdateSpec(spec_of(model.adapter), spec_of(hooks.extras()), (counts.shape, counts.dtype))
     finally:
         model.clear()
 
@@ -40,7 +40,7 @@ class Gate:
 
     def __init__(
         self,
-        form: Callable[[Task], Form],
+        form: Callable[[Task], UpdateSpec],
         settings: RoundSettings,
         elastic: bool,
         wanted: int,

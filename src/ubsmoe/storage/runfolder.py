@@ -30,9 +30,20 @@ from ubsmoe.storage.versions import current_versions
 
 CONFIG, VERSIONS, EVENTS, CHECKPOINTS = "config.json", "versions.json", "events.jsonl", "checkpoints"
 ADAPTER, SUMMARY, DATA, LOCK = "adapter.safetensors", "summary.json", "data.json", ".lock"
-MAY_CHANGE = "rounds.quorum"
+RESUMABLE_CHANGE = "rounds.quorum"
 """The one setting that may be another when a run goes on: where dropping out is seeded, the same round would stop it again."""
-OURS = {CONFIG, DATA, VERSIONS, EVENTS, CHECKPOINTS, ADAPTER, SUMMARY, LOCK, f".{CONFIG}.draft", f".{VERSIONS}.draft"}
+RUN_FILES = {
+    CONFIG,
+    DATA,
+    VERSIONS,
+    EVENTS,
+    CHECKPOINTS,
+    ADAPTER,
+    SUMMARY,
+    LOCK,
+    f".{CONFIG}.draft",
+    f".{VERSIONS}.draft",
+}
 
 
 class RunFolderError(UserError):
@@ -241,7 +252,7 @@ def _refuse_foreign(path: Path) -> None:
         raise RunFolderError(f"{path} is a file; choose another --out")
     if not path.exists() or (path / CONFIG).exists():
         return
-    foreign = sorted(part.name for part in path.iterdir() if part.name not in OURS)
+    foreign = sorted(part.name for part in path.iterdir() if part.name not in RUN_FILES)
     if foreign:
         raise RunFolderError(f"{path} is not a run folder: it holds {', '.join(foreign[:3])}; choose another --out")
 
@@ -264,7 +275,7 @@ def _go_on(path: Path, config_json: str, versions: dict[str, str], may_exist: bo
     differing = differing_settings(_read_json(path / CONFIG), json.loads(config_json))
     if differing and checkpoints.newest_round(path / CHECKPOINTS) is None:
         return _begin(path, config_json, versions)
-    if differing.keys() == {MAY_CHANGE}:
+    if differing.keys() == {RESUMABLE_CHANGE}:
         atomic_write(path / CONFIG, config_json.encode())
     elif differing:
         named = [f"{key} (there {there!r}, asked {asked!r})" for key, (there, asked) in differing.items()]

@@ -90,7 +90,7 @@ def _probe_tier(
     batch = fixed_batch(federation)
     try:
         federation.method.install(model, payload, profile, generator_for(seed, "alignment"))
-        if any(layer.learners for layer in model.layers):
+        if any(layer.trainable_rule for layer in model.layers):
             raise ConfigError(
                 f"method {federation.method.name} picks who learns from a batch: top-K is not what it lacks"
             )

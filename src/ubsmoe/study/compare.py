@@ -20,7 +20,7 @@ from ubsmoe.plan.tiers import run_costs
 from ubsmoe.report.tracking import Tracking, check_trackers
 from ubsmoe.storage.runfolder import RunFolder, RunRecord, atomic_write, differing_settings, read_run
 
-METRICS = ("accuracy", "unparsed", "likelihood", "loss")
+METRICS = ("accuracy", "unparsed", "mc_accuracy", "loss")
 TUNABLE = ("adapter", "tiers", "train", "wire", "robust")
 """Sections of the run file that a variant may change for itself."""
 WORK = (
@@ -131,7 +131,7 @@ def compare(
     return rows
 
 
-def foresee(settings: RunSettings, variants: Sequence[Variant], seed: int) -> Iterator[tuple[str, float, float]]:
+def estimate(settings: RunSettings, variants: Sequence[Variant], seed: int) -> Iterator[tuple[str, float, float]]:
     """What one run of each variant will take: its label, training FLOPs of all clients, and seconds on one core of this machine.
 
     Evaluation is not counted. Raises ConfigError for a method or setting that does not exist.

@@ -51,7 +51,7 @@ def pack_change(after: Tensors, before: Tensors, dtype: WireDtype) -> dict[str, 
 
 def upload_bytes(update: Update, task: Task, dtype: WireDtype) -> int:
     """Bytes of the tensors and counts that say what an update changed, whether or not it had to travel; no headers."""
-    counts = update.expert_tokens.nbytes + 2 * 8  # tokens and slots
+    counts = update.expert_tokens.nbytes + 2 * 8  # tokens and assignments
     parts = pack_change(update.adapters, task.payload, dtype)
     return sum(tensor.nbytes for tensor in (*parts.values(), *update.extras.values())) + counts
 

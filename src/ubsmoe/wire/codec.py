@@ -67,7 +67,7 @@ class _UpdateHeader(_Header):
     base: Text
     num_examples: Count
     tokens: Count
-    slots: Count
+    assignments: Count
     loss: float
     seconds: Annotated[float, Field(ge=0)]
 

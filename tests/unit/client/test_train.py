@@ -27,7 +27,7 @@ def federation(random_base: Any) -> Federation:
         "model": {"base": str(random_base)},
         "adapter": {"rank": 3, "alpha": 6.0},
         "clients": {"count": 4},
-        "data": {"world": {"train_examples": 24, "test_examples": 8, "entities": 8}},
+        "data": {"synthetic": {"train_examples": 24, "test_examples": 8, "entities": 8}},
         "method": {"name": "fedavg"},
     }
     return build_federation(parse_run(table))
@@ -118,16 +118,16 @@ def test_clipping_bounds_the_whole_step(federation: Federation, task: Task) -> N
 def test_counts_are_tokens_times_experts_without_padding(federation: Federation, task: Task) -> None:
     update = trained(federation, task, SGD.model_copy(update={"batch_size": 5}), MIXED)
     assert update.tokens == 12 + 7 + 20 + 9 + 15
-    assert update.slots == update.tokens * task.profile.top_k
-    assert update.expert_tokens.sum(dim=-1).tolist() == [update.slots] * 2
+    assert update.assignments == update.tokens * task.profile.top_k
+    assert update.expert_tokens.sum(dim=-1).tolist() == [update.assignments] * 2
 
 
 def test_counts_of_elastic_steps_follow_the_experts_that_ran(federation: Federation, task: Task) -> None:
     tiers = TierSettings(elastic_share=0.5)
     settings = SGD.model_copy(update={"batch_size": 5, "local_steps": 2})
     update = trained(federation, task, settings, MIXED, tiers=tiers)
-    assert update.slots == 63 * task.profile.top_k + 63 * 1
-    assert update.expert_tokens.sum(dim=-1).tolist() == [update.slots] * 2
+    assert update.assignments == 63 * task.profile.top_k + 63 * 1
+    assert update.expert_tokens.sum(dim=-1).tolist() == [update.assignments] * 2
 
 
 def test_training_leaves_the_base_as_it_was_and_repeats_bit_for_bit(federation: Federation, task: Task) -> None:

@@ -20,7 +20,7 @@ def test_settings_survive_a_round_trip_through_json() -> None:
     [
         ({"train": {"rond": 1}}, "unknown setting 'train.rond'; did you mean 'rounds'?"),
         ({"trian": {}}, "unknown setting 'trian'; did you mean 'train'?"),
-        ({"data": {"world": {"entites": 3}}}, "unknown setting 'data.world.entites'; did you mean 'entities'?"),
+        ({"data": {"synthetic": {"entites": 3}}}, "unknown setting 'data.synthetic.entites'; did you mean 'entities'?"),
         ({"tiers": {"budgets": [0.0]}}, "tiers.budgets.0: Input should be greater than 0 (got 0.0)"),
         ({"tiers": {"budgets": [1.5]}}, "tiers.budgets.0: Input should be less than or equal to 1 (got 1.5)"),
         ({"train": {"rounds": "many"}}, "train.rounds: Input should be a valid integer"),
@@ -66,13 +66,13 @@ def test_paths_are_kept_whole_so_that_a_run_folder_is_read_from_anywhere(
 ) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "run.toml").write_text('[data]\ntrain = "beside.jsonl"\ntest = "here.jsonl"\n')
-    for name in ("runs/beside.jsonl", "here.jsonl", "runs/here", "world"):
+    for name in ("runs/beside.jsonl", "here.jsonl", "runs/here", "synthetic"):
         (tmp_path / name).write_text("{}\n")
     monkeypatch.chdir(tmp_path)
     settings = load_run("runs/run.toml")
     assert settings.data.train == str(tmp_path / "runs" / "beside.jsonl")
     assert settings.data.test == str(tmp_path / "here.jsonl")
-    assert load_run("runs/run.toml", {"data.train": "world"}).data.train == "world"  # no file's name
+    assert load_run("runs/run.toml", {"data.train": "synthetic"}).data.train == "synthetic"  # no file's name
     assert load_run("runs/run.toml", {"data.train": "nowhere.jsonl"}).data.train == "nowhere.jsonl"
 
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from ubsmoe.config import ConfigError, DataSettings, WorldSettings
+from ubsmoe.config import ConfigError, DataSettings, SyntheticSettings
 from ubsmoe.data.sources import by_task, load_examples
-from ubsmoe.data.synthetic import World
+from ubsmoe.data.synthetic import SyntheticQA
 from ubsmoe.data.tasks import Example
 
 Write = Callable[..., Path]
@@ -22,15 +22,15 @@ def rows(count: int, task: str = "t") -> list[dict[str, str]]:
 
 
 def test_the_worlds_own_splits_are_used_when_training_on_the_world(tokenizer: Tokenizer) -> None:
-    world = WorldSettings(seed=3, entities=20, train_examples=30, test_examples=17)
-    splits = load_examples(DataSettings(world=world), tokenizer, seed=5)
-    assert splits.train == World(3, 20).examples("train", 30, 5)
-    assert splits.test == by_task(World(3, 20).examples("test", 17, 5))
+    world = SyntheticSettings(seed=3, entities=20, train_examples=30, test_examples=17)
+    splits = load_examples(DataSettings(synthetic=world), tokenizer, seed=5)
+    assert splits.train == SyntheticQA(3, 20).examples("train", 30, 5)
+    assert splits.test == by_task(SyntheticQA(3, 20).examples("test", 17, 5))
 
 
 def test_a_world_without_a_seed_of_its_own_is_the_runs(tokenizer: Tokenizer) -> None:
-    splits = load_examples(DataSettings(world=WorldSettings(entities=20, train_examples=30)), tokenizer, seed=5)
-    assert splits.train == World(5, 20).examples("train", 30, 5)
+    splits = load_examples(DataSettings(synthetic=SyntheticSettings(entities=20, train_examples=30)), tokenizer, seed=5)
+    assert splits.train == SyntheticQA(5, 20).examples("train", 30, 5)
 
 
 @settings(max_examples=30)  # each example is a file
@@ -74,7 +74,7 @@ def test_a_test_file_is_grouped_by_the_tasks_of_its_records(write: Write, tokeni
     test = write("test.jsonl", [*rows(2, "b"), *rows(1, "a"), *rows(1, "b")])
     splits = load_examples(DataSettings(test=str(test)), tokenizer, seed=0)
     assert {task: len(examples) for task, examples in splits.test.items()} == {"b": 3, "a": 1}
-    assert len(splits.train) == DataSettings().world.train_examples
+    assert len(splits.train) == DataSettings().synthetic.train_examples
 
 
 def test_training_on_a_folder_joins_its_files(write: Write, tokenizer: Tokenizer) -> None:
@@ -111,8 +111,8 @@ def test_a_single_question_cannot_be_split(write: Write, tokenizer: Tokenizer) -
 
 
 def test_an_impossible_world_names_its_setting(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ConfigError, match=r"data\.world\.entities: .*got 2"):
-        load_examples(DataSettings(world=WorldSettings(entities=2)), tokenizer, seed=0)
+    with pytest.raises(ConfigError, match=r"data\.synthetic\.entities: .*got 2"):
+        load_examples(DataSettings(synthetic=SyntheticSettings(entities=2)), tokenizer, seed=0)
 
 
 def test_grouping_keeps_every_example_in_its_order() -> None:

@@ -34,7 +34,7 @@ def federation(random_base: Path) -> Federation:
         "adapter": {"rank": 3},
         "tiers": {"budgets": [0.25, 1.0], "ranks": [2, 3]},
         "clients": {"count": 3},
-        "data": {"world": {"train_examples": 40, "test_examples": 2, "entities": 8}},
+        "data": {"synthetic": {"train_examples": 40, "test_examples": 2, "entities": 8}},
         "train": {"rounds": 2, "local_steps": 1, "batch_size": 4},
         "evaluate": {"max_new_tokens": 1},
     }

@@ -90,7 +90,7 @@ def quick(tiny_run: dict[str, Any]) -> dict[str, Any]:
         "train.local_steps": 1,
         "evaluate.max_examples": 1,
         "evaluate.max_new_tokens": 1,
-        "data.world.test_examples": 2,
+        "data.synthetic.test_examples": 2,
         "simulation.flops_per_second": 1e9,
     }
     return with_overrides(tiny_run, changes)

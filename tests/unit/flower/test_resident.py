@@ -23,7 +23,7 @@ from ubsmoe.server.start import start_state
 from ubsmoe.wire.codec import decode_announcements, decode_update, encode_task
 from ubsmoe.wire.packed import Packed
 
-WHO = {"partition-id": 1, "num-partitions": 4}
+IDENTITY_KEYS = {"partition-id": 1, "num-partitions": 4}
 NOTHING = Packed(b"", b"")
 
 
@@ -35,7 +35,7 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with TemporaryDirectory(prefix="u-") as name:
         monkeypatch.setenv(worker.FOLDER, name)
         yield Path(name)
-        worker.stop_workers(Path(name))
+        worker.stop_residents(Path(name))
 
 
 @pytest.fixture
@@ -61,19 +61,24 @@ def started(folder: Path, settings: RunSettings, idle_seconds: float = 60) -> Pa
 
 def test_a_worker_answers_as_the_node_itself_and_stays(folder: Path, settings: RunSettings) -> None:
     server = build_server(settings)
-    announced = decode_announcements(worker.ask("announce", settings, WHO, NOTHING, 60))
-    assert announced == node_of(settings, WHO).announce()
+    announced = decode_announcements(worker.ask("announce", settings, IDENTITY_KEYS, NOTHING, 60))
+    assert announced == node_of(settings, IDENTITY_KEYS).announce()
     (place,) = folder.glob("*.sock")
     first = process_of(place)
 
-    from ubsmoe.server.federation import admit
+    from ubsmoe.server.federation import assign_tier
 
-    profile = admit(server, announced[0])
+    profile = assign_tier(server, announced[0])
     payload = server.method.dispatch(start_state(server), profile)
     task = encode_task(Task(1, profile, payload, "run", server.base_sha256))
-    there = decode_update(worker.ask("train", settings, WHO, task, 60), 1 << 20, payload)
-    here = decode_update(node_of(settings, WHO).answer("train", task), 1 << 20, payload)
-    assert (there.loss, there.tokens, there.slots, there.base) == (here.loss, here.tokens, here.slots, here.base)
+    there = decode_update(worker.ask("train", settings, IDENTITY_KEYS, task, 60), 1 << 20, payload)
+    here = decode_update(node_of(settings, IDENTITY_KEYS).answer("train", task), 1 << 20, payload)
+    assert (there.loss, there.tokens, there.assignments, there.base) == (
+        here.loss,
+        here.tokens,
+        here.assignments,
+        here.base,
+    )
     assert there.adapters.keys() == here.adapters.keys() and torch.equal(there.expert_tokens, here.expert_tokens)
     assert all(torch.equal(value, here.adapters[name]) for name, value in there.adapters.items())
 
@@ -123,7 +128,7 @@ def test_one_that_listens_and_never_speaks_is_not_waited_for(
 def test_a_folder_that_others_can_enter_is_not_used(mode: int, folder: Path, settings: RunSettings) -> None:
     folder.chmod(mode)
     with pytest.raises(worker.Unavailable, match="only this user can enter"):
-        worker.ask("announce", settings, WHO, NOTHING, 60)
+        worker.ask("announce", settings, IDENTITY_KEYS, NOTHING, 60)
     folder.chmod(0o700)
     assert not list(folder.iterdir())
 

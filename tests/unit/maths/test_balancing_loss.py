@@ -6,7 +6,7 @@ from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func as
 
 from ubsmoe.maths.balance import load_balancing_loss
 
-# three tokens, four experts, two slots each; every row of probabilities sums to 1
+# three tokens, four experts, two assignments each; every row of probabilities sums to 1
 PROBS = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.5, 0.1, 0.3, 0.1], [0.1, 0.2, 0.3, 0.4]])
 CHOSEN = torch.tensor([[0, 1], [0, 2], [3, 2]])
 

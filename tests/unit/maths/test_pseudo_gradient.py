@@ -53,7 +53,7 @@ def test_masses_equal_sums_by_hand_and_leave_padding_out(seed: int) -> None:
         rows = [t for t in range(6) if real[t]]
         torch.testing.assert_close(mass.active[i], sum(weights[t, i] * chosen[t, i] for t in rows))
         torch.testing.assert_close(mass.missing[i], sum(weights[t, i] * ~chosen[t, i] for t in rows))
-    torch.testing.assert_close(mass.owed, 0.25 * mass.missing)
+    torch.testing.assert_close(mass.scaled_missing, 0.25 * mass.missing)
     torch.testing.assert_close((mass.active + mass.missing).sum(), torch.tensor(4.0).double())  # softmax: 1 per token
     unpadded = routing_mass(weights[real], chosen[real], rho=0.25)
     torch.testing.assert_close(mass.active, unpadded.active)
@@ -64,7 +64,7 @@ def test_masses_of_micro_batches_add_up() -> None:
     chosen = torch.zeros(6, M, dtype=torch.bool).scatter_(1, weights.topk(2).indices, True)
     whole = routing_mass(weights, chosen, rho=0.5)
     parts = routing_mass(weights[:2], chosen[:2], rho=0.5) + routing_mass(weights[2:], chosen[2:], rho=0.5)
-    for name in ("active", "missing", "owed"):
+    for name in ("active", "missing", "scaled_missing"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
         assert not getattr(whole, name).requires_grad
 
@@ -97,7 +97,7 @@ def test_self_ipw_falls_back_to_client_mean_where_an_expert_was_never_active(see
     grads[:starved] = 0
     assert torch.equal(self_ipw(grads, mass, 10.0)[:starved], client_mean(grads, mass)[:starved])
     mean = sum(grads[i] / mass.active[i] for i in range(starved, M)) / (M - starved)
-    torch.testing.assert_close(client_mean(grads, mass), column(mass.owed) * mean)
+    torch.testing.assert_close(client_mean(grads, mass), column(mass.scaled_missing) * mean)
 
 
 @given(seeds, st.floats(1e-6, 1e6))
@@ -145,7 +145,7 @@ def test_signals_are_proportional_to_strength_and_to_rho(mode: Any, seed: int, s
 def test_signals_of_experts_do_not_depend_on_their_order(mode: Any) -> None:
     order = torch.tensor([3, 0, 4, 1, 2])
     mass, grads, update = random_mass(0, starved=1), normal(M, *SHAPE, seed=1), normal(M, *SHAPE, seed=2)
-    other = Mass(mass.active[order], mass.missing[order], mass.owed[order])
+    other = Mass(mass.active[order], mass.missing[order], mass.scaled_missing[order])
     signal = parameter_signal(PseudoGradient(mode), grads, mass, update)
     torch.testing.assert_close(
         parameter_signal(PseudoGradient(mode), grads[order], other, update[order]), signal[order]

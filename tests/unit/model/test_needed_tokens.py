@@ -80,7 +80,7 @@ SETTINGS: dict[str, Callable[[SparseModel], None]] = {
     "sampled": pseudo("sampled", fraction=0.5, scope=("experts", "router", "hidden")),
     "oracle": pseudo("oracle"),
     "default_vector": pseudo("default_vector", scope=("router",)),
-    "partly learning": lambda sparse: sparse.set_learners([every_other_expert] * len(sparse.layers)),
+    "partly learning": lambda sparse: sparse.set_trainable_experts([every_other_expert] * len(sparse.layers)),
     "output scale": lambda sparse: sparse.set_output_scale(torch.linspace(0.5, 1.5, len(sparse.layers))),
     "recording": record,
 }

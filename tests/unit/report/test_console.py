@@ -15,7 +15,7 @@ MACRO = {
     "examples": 40,
     "accuracy": 0.25,
     "unparsed": 0.1,
-    "likelihood": 0.5,
+    "mc_accuracy": 0.5,
     "loss": 1.25,
     "chance": 0.25,
     "majority": 0.3,
@@ -42,20 +42,20 @@ def test_events_are_plain_lines_where_there_is_no_terminal() -> None:
     text = io.StringIO()
     with RunConsole(Console(file=text, width=40)) as console:
         console.plan(rounds=3, clients=2)
-        console.on_event("evaluated", 0, {"tier": 1, "top_k": 4, "scores": {"macro": {**MACRO, "likelihood": None}}})
+        console.on_event("evaluated", 0, {"tier": 1, "top_k": 4, "scores": {"macro": {**MACRO, "mc_accuracy": None}}})
         console.on_step(Task(1, Profile("client-0", 0, 0.25, 2, 8), {}), 1, 4, 2.0)
         console.on_event("client", 1, {})
         console.on_event("round", 1, {"loss": 1.5, "entropy": [0.9, 0.7], "dead_experts": 3, "seconds": 2.0})
         console.on_event("resumed", 1, {"round": 1})
     assert text.getvalue().splitlines() == [
-        "before  tier 2 (K=4)  accuracy 25.0%  unparsed 10.0%  likelihood –  loss 1.2500",
+        "before  tier 2 (K=4)  accuracy 25.0%  unparsed 10.0%  MC accuracy –  loss 1.2500",
         "round 1/3  loss 1.5000  expert entropy 0.800  dead experts 3  2.0 s",
         "resumed after round 1",
     ]
 
 
 def test_the_result_shows_before_and_after_beside_the_cost() -> None:
-    text = shown(result_table(summary(accuracy=0.75, likelihood=None), [COST]))
+    text = shown(result_table(summary(accuracy=0.75, mc_accuracy=None), [COST]))
     assert "fedavg: per tier, 1 tasks, 40 questions" in text
     assert all(part in text for part in ("0.25", "12.35", "55%", "25.0 → 75.0", "10.0 → 10.0", "–"))
     assert "chance 25.0%, majority 30.0%" in " ".join(text.split())
@@ -67,7 +67,7 @@ def test_a_base_whose_costs_nobody_can_count_has_a_result_all_the_same() -> None
 
 
 def test_without_an_evaluation_before_training_the_result_shows_what_is_there_after_it() -> None:
-    text = shown(result_table({**summary(accuracy=0.75, likelihood=None), "before": None}, [COST]))
+    text = shown(result_table({**summary(accuracy=0.75, mc_accuracy=None), "before": None}, [COST]))
     assert "75.0" in text and "→ 75.0" not in text and "–" in text
 
 

@@ -11,7 +11,7 @@ from ubsmoe.report import tracking
 from ubsmoe.report.tracking import Tracking
 
 SETTINGS = {"seed": 3, "train": {"rounds": 2}}
-SCORES = {"macro": {"accuracy": 0.5, "unparsed": 0.1, "likelihood": None, "loss": 0.25, "examples": 8}}
+SCORES = {"macro": {"accuracy": 0.5, "unparsed": 0.1, "mc_accuracy": None, "loss": 0.25, "examples": 8}}
 
 
 def client(tier: int, loss: float, seconds: float) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def federation(random_base: Any) -> Federation:
         "model": {"base": str(random_base)},
         "adapter": {"rank": 3},
         "clients": {"count": 2},
-        "data": {"world": {"train_examples": 8, "test_examples": 24, "entities": 8}},
+        "data": {"synthetic": {"train_examples": 8, "test_examples": 24, "entities": 8}},
         "evaluate": {"max_new_tokens": 5},
     }
     return build_federation(parse_run(table))
@@ -56,7 +56,7 @@ def test_loss_and_ranking_are_those_of_full_forward_passes(federation: Federatio
         right = sum(max(range(len(row)), key=row.__getitem__) == q.gold for q, row in zip(questions, logs, strict=True))
         tokens = sum(len(q.candidates[q.gold]) for q in questions)
         loss = -sum(row[q.gold] for q, row in zip(questions, logs, strict=True)) / tokens
-        assert scores[task].likelihood == right / len(questions)
+        assert scores[task].mc_accuracy == right / len(questions)
         assert scores[task].loss == pytest.approx(loss, rel=1e-5)
 
 
@@ -122,9 +122,9 @@ def test_ranking_is_left_out_where_it_means_nothing(federation: Federation, mode
     settings = EvaluateSettings(max_new_tokens=1)
     for example, ranked in ((closed, True), (unspelt, False), (free, False)):
         scores = evaluate(model, federation.tokenizer, prepared(federation, example), settings)
-        assert (scores["mine"].likelihood is not None) == ranked
-    off = evaluate(model, federation.tokenizer, prepared(federation, closed, likelihood=False), settings)
-    assert off["macro"].likelihood is None and off["macro"].chance == 0.5
+        assert (scores["mine"].mc_accuracy is not None) == ranked
+    off = evaluate(model, federation.tokenizer, prepared(federation, closed, mc_accuracy=False), settings)
+    assert off["macro"].mc_accuracy is None and off["macro"].chance == 0.5
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_the_data_card_counts_what_was_read(tiny_run: dict[str, Any], tmp_path: 
     assert (card["train"]["repeat"], card["train"]["at_max_length"], card["asked_in_both"]) == (1, 1, 1)
     assert card["train"]["tokens"] == {"sum": sum(lengths), "mean": round(sum(lengths) / 4, 1), "longest": 30}
     world = build_federation(parse_run(tiny_run)).data_card
-    assert world and (world["test"]["source"], world["test"]["sha256"]) == ("world", {})
+    assert world and (world["test"]["source"], world["test"]["sha256"]) == ("synthetic", {})
 
 
 def test_a_method_that_varies_the_rank_gives_every_tier_its_own(tiny_run: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from ubsmoe.engines.local import LocalEngine
 from ubsmoe.messages import Update
 from ubsmoe.methods.method import State
 from ubsmoe.plan.tiers import run_costs
-from ubsmoe.server.checks import Form, form_of
+from ubsmoe.server.checks import UpdateSpec, spec_of
 from ubsmoe.server.federation import build_federation
 from ubsmoe.server.privacy import noisy_mean
 from ubsmoe.server.rounds import run
@@ -23,7 +23,7 @@ from ubsmoe.storage.runfolder import RunFolder
 A = "layers.0.up.A"
 STATE = State({A: torch.full((2, 3), 1.0)}, {"phi": torch.zeros(1, 2)})
 COUNTS = torch.tensor([[10, 10]])
-FORM = Form(form_of(STATE.adapters), form_of(STATE.extras), (COUNTS.shape, COUNTS.dtype))
+FORM = UpdateSpec(spec_of(STATE.adapters), spec_of(STATE.extras), (COUNTS.shape, COUNTS.dtype))
 SETTINGS = PrivacySettings(noise_multiplier=1e-9, clip_norm=3.0)
 
 
@@ -41,9 +41,9 @@ def test_without_noise_and_clipping_it_is_the_sum_over_the_clients_wanted() -> N
     one = mean([update(0.5, torch.tensor([[15, 5]])), update(0.3, phi=0.4)])
     torch.testing.assert_close(one.adapters[A], torch.full((2, 3), 1.2))
     torch.testing.assert_close(one.extras["phi"], torch.full((1, 2), 0.1))
-    share = one.expert_tokens / one.slots
+    share = one.expert_tokens / one.assignments
     torch.testing.assert_close(share, torch.tensor([[0.5625, 0.4375]]), rtol=1e-5, atol=1e-5)
-    assert one.slots == 2 * one.tokens and one.loss != one.loss and one.num_examples == 1
+    assert one.assignments == 2 * one.tokens and one.loss != one.loss and one.num_examples == 1
 
 
 @pytest.mark.parametrize("lie", [update(1e6), update(0.0, phi=-1e6), update(5.0, torch.tensor([[20, 0]]), phi=3.0)])
@@ -51,7 +51,7 @@ def test_one_client_moves_the_sum_by_the_clip_norm_at_most(lie: Update) -> None:
     others = [update(0.1), update(-0.2)]
     without, with_lie = mean(others), mean([*others, lie])
     use = (
-        3.0 * 2**0.5 * (with_lie.expert_tokens - without.expert_tokens) / without.slots
+        3.0 * 2**0.5 * (with_lie.expert_tokens - without.expert_tokens) / without.assignments
     )  # as maths/privacy.py scales it
     moved = [with_lie.adapters[A] - without.adapters[A], with_lie.extras["phi"] - without.extras["phi"], use]
     assert float(torch.cat([part.flatten() for part in moved]).norm()) <= 3.0 / 4 * (1 + 1e-4)
@@ -96,7 +96,7 @@ def test_a_private_run_tells_epsilon_and_no_clients_numbers_and_resumes_to_the_s
     costs = [event["epsilon"] for event in events if event["event"] == "round"]
     assert len(costs) == 3 and costs == sorted(costs) and costs[-1] == whole["privacy"]["epsilon"] > costs[0] > 0
     clients = [event for event in events if event["event"] == "client"]
-    assert clients and not {"loss", "tokens", "slots"} & {key for event in clients for key in event}
+    assert clients and not {"loss", "tokens", "assignments"} & {key for event in clients for key in event}
 
     with pytest.raises(KeyboardInterrupt):
         carry_out(settings, tmp_path / "stopped", stop_in=2)
@@ -148,6 +148,6 @@ def test_what_cannot_be_private_is_refused(changes: dict[str, Any], sentence: st
 
 
 def test_without_the_accountant_the_extra_is_named(tiny_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ubsmoe.server.privacy.find_spec", lambda name: None)
+    monkeypatch.setattr("ubsmoe.methods.chosen.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'pip install "ubsmoe\[dp\]"'):
         run_costs(parse_run(with_overrides(tiny_run, PRIVATE)))

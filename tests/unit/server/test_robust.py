@@ -16,7 +16,7 @@ from ubsmoe.methods.chosen import mean_of
 from ubsmoe.methods.method import State
 from ubsmoe.plan.tiers import run_costs
 from ubsmoe.server.federation import build_federation
-from ubsmoe.server.robust import protected
+from ubsmoe.server.robust import robustify
 from ubsmoe.server.rounds import one_round
 from ubsmoe.server.start import start_state
 
@@ -32,12 +32,12 @@ def update(client: str, by: float, counts: tuple[int, int] = (6, 4), phi: float 
 
 def through(updates: list[Update], **robust: Any) -> tuple[list[Update], list[Dropped]]:
     dropped: list[Dropped] = []
-    return list(protected(updates, STATE, RobustSettings(**robust), dropped.append)), dropped
+    return list(robustify(updates, STATE, RobustSettings(**robust), dropped.append)), dropped
 
 
 def test_without_rules_the_updates_pass_one_by_one_as_they_are() -> None:
     updates = [update("a", 1.0), update("b", 2.0)]
-    lazily = protected(iter(updates), STATE, RobustSettings(), lambda _: None)
+    lazily = robustify(iter(updates), STATE, RobustSettings(), lambda _: None)
     assert next(lazily) is updates[0] and next(lazily) is updates[1]
     assert isinstance(mean_of(RobustSettings())(), WeightedMean)
 
@@ -67,7 +67,7 @@ def test_multi_krum_measures_by_what_all_clients_have() -> None:
     for number, one in enumerate(updates):
         one.extras[f"scale.{1 + number % 2}"] = torch.ones(1)
     state = State(STATE.adapters, STATE.extras | {"scale.1": torch.zeros(1), "scale.2": torch.zeros(1)})
-    kept = list(protected(updates, state, RobustSettings(rule="multi_krum", attackers=1), lambda _: None))
+    kept = list(robustify(updates, state, RobustSettings(rule="multi_krum", attackers=1), lambda _: None))
     assert [one.client for one in kept] == ["a", "b", "d", "e"]
 
 

@@ -12,7 +12,7 @@ from ubsmoe.config import ConfigError, parse_run, to_json, with_overrides
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.finished.run import evaluate_run
 from ubsmoe.messages import Update
-from ubsmoe.methods.method import State, _pack, unpack
+from ubsmoe.methods.method import State, pack, unpack
 from ubsmoe.server.federation import Federation, build_federation
 from ubsmoe.server.metrics import Tally
 from ubsmoe.server.rounds import run
@@ -30,7 +30,7 @@ def quick(tiny_run: dict[str, Any]) -> dict[str, Any]:
         "train.local_steps": 1,
         "evaluate.max_examples": 1,
         "evaluate.max_new_tokens": 1,
-        "data.world.test_examples": 2,
+        "data.synthetic.test_examples": 2,
     }
     return with_overrides(tiny_run, changes)
 
@@ -65,7 +65,7 @@ def test_the_tally_weighs_clients_by_their_examples() -> None:
 
 def test_a_state_survives_its_trip_to_disk() -> None:
     state = State({"layers.0.up.A": torch.ones(2), "side.layers.0.up.A": torch.ones(1)}, {"phi": torch.zeros(3)})
-    back = unpack(_pack(state))
+    back = unpack(pack(state))
     assert back.adapters.keys() == state.adapters.keys() and back.extras.keys() == {"phi"}
 
 

@@ -9,12 +9,12 @@ import torch
 from ubsmoe.config import RoundSettings
 from ubsmoe.errors import RoundError
 from ubsmoe.messages import Dropped, Reply, Update
-from ubsmoe.server.checks import Form, Rejected, check_update, form_of
+from ubsmoe.server.checks import Rejected, UpdateSpec, check_update, spec_of
 from ubsmoe.server.validator import Gate
 from unit.wire.messages import COUNTS, PAYLOAD, TASK, UPDATE
 
 A = "layers.0.up.A"
-FORM = Form(form_of(UPDATE.adapters), form_of(UPDATE.extras), (COUNTS.shape, COUNTS.dtype))
+FORM = UpdateSpec(spec_of(UPDATE.adapters), spec_of(UPDATE.extras), (COUNTS.shape, COUNTS.dtype))
 SENT = UPDATE.adapters[A]
 
 
@@ -79,11 +79,11 @@ def test_a_tensor_that_is_not_as_asked_is_named(tensor: torch.Tensor, sentence: 
         ),
         (
             {"expert_tokens": COUNTS - torch.tensor([[0], [1]]) * (COUNTS == 2)},
-            "of layer 1 sum to 5, expected slots = 6",
+            "of layer 1 sum to 5, expected assignments = 6",
         ),
-        ({"tokens": 0, "slots": 0}, "0 slots for 0 tokens"),
-        ({"slots": 5}, "5 slots for 3 tokens at K = 2"),
-        ({"slots": 7}, "7 slots for 3 tokens at K = 2"),
+        ({"tokens": 0, "assignments": 0}, "0 assignments for 0 tokens"),
+        ({"assignments": 5}, "5 assignments for 3 tokens at K = 2"),
+        ({"assignments": 7}, "7 assignments for 3 tokens at K = 2"),
     ],
 )
 def test_a_lie_is_named(change: dict[str, Any], sentence: str) -> None:
@@ -91,10 +91,10 @@ def test_a_lie_is_named(change: dict[str, Any], sentence: str) -> None:
 
 
 def test_elastic_steps_may_use_fewer_slots_but_never_less_than_one_per_token() -> None:
-    fewer = replace(UPDATE, slots=5, expert_tokens=torch.tensor([[3, 2, 0, 0, 0], [1, 1, 1, 1, 1]]))
+    fewer = replace(UPDATE, assignments=5, expert_tokens=torch.tensor([[3, 2, 0, 0, 0], [1, 1, 1, 1, 1]]))
     check_update(fewer, TASK, FORM, max_change=1.0, elastic=True)
-    too_few = replace(UPDATE, slots=2, expert_tokens=torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 1, 1]]))
-    assert "2 slots for 3 tokens" in reason(too_few, elastic=True)
+    too_few = replace(UPDATE, assignments=2, expert_tokens=torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 1, 1]]))
+    assert "2 assignments for 3 tokens" in reason(too_few, elastic=True)
 
 
 def test_the_change_is_measured_over_all_weights_that_were_sent() -> None:

@@ -93,8 +93,8 @@ def test_runs_of_other_work_are_not_compared() -> None:
 
 
 def row(method: str, seed: int, tier: int, accuracy: float | None, **more: Any) -> dict[str, Any]:
-    scores = {"accuracy": accuracy, "likelihood": None, "unparsed": 0.25, "loss": 0.125}
-    before = {"accuracy_before": 0.1, "likelihood_before": None, "unparsed_before": 0.5, "loss_before": 2.0}
+    scores = {"accuracy": accuracy, "mc_accuracy": None, "unparsed": 0.25, "loss": 0.125}
+    before = {"accuracy_before": 0.1, "mc_accuracy_before": None, "unparsed_before": 0.5, "loss_before": 2.0}
     costs = {"train_flops_per_token": 2e6, "upload_bytes": 3e6, "download_bytes": 4e6, "client_seconds": None}
     place = {"method": method, "seed": seed, "tier": tier, "task": "macro", "top_k": 2, "rank": 8, "chance": 0.5}
     balance = {"entropy": 0.75, "gini": 0.5, "dead_experts": seed}
@@ -122,7 +122,7 @@ def test_a_row_before_training_for_each_k_that_methods_run() -> None:
 
 
 def test_no_row_before_training_where_nothing_was_evaluated_then() -> None:
-    unknown = {f"{metric}_before": None for metric in ("accuracy", "likelihood", "unparsed", "loss")}
+    unknown = {f"{metric}_before": None for metric in ("accuracy", "mc_accuracy", "unparsed", "loss")}
     text = comparison_markdown([row("a", 0, 1, 0.2, **unknown), row("b", 0, 1, 0.3, **unknown)], reference="a")
     assert "before training" not in text and "| b | +10.0 |" in text
 

@@ -27,7 +27,7 @@ from ubsmoe.bases.pretrain.settings import load_pretrain as load_pretrain
 from ubsmoe.bases.pretrain.text import Stream, read_corpus, train_tokenizer
 from ubsmoe.bases.pretrain.training import train
 from ubsmoe.config import ConfigError
-from ubsmoe.data.synthetic import World
+from ubsmoe.data.synthetic import SyntheticQA
 
 
 def pretrain(settings: PretrainSettings, corpus_dir: Path | None, out_dir: Path) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def pretrain(settings: PretrainSettings, corpus_dir: Path | None, out_dir: Path)
             f"--out: {out_dir} holds something that pretraining did not make; expected a new or empty folder"
         )
     books = read_corpus(corpus_dir) if corpus_dir else []
-    world = World(settings.seed, settings.num_entities, "pretraining")
+    world = SyntheticQA(settings.seed, settings.num_entities, "pretraining")
     tokenizer = train_tokenizer(books, settings.vocab_size, random.Random(settings.seed))
     model = build_model(settings, len(tokenizer))
     ALL_EXPERTS_FUNCTIONS.register("ubsmoe_blocks", block_experts)

@@ -71,7 +71,7 @@ class RouterLog:
 def block_experts(experts: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, block: int = 96) -> Tensor:
     """Run the chosen experts in equal blocks of tokens: one batched product, whatever the imbalance between experts.
 
-    The slots are sorted by expert and padded to whole blocks, so a block has one owner. The stock implementations
+    The assignments are sorted by expert and padded to whole blocks, so a block has one owner. The stock implementations
     loop over experts or change shape at every step; in bfloat16 on CPUs this one was up to 1.7 times faster, with the
     same result.
     """

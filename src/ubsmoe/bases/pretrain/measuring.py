@@ -10,7 +10,7 @@ from ubsmoe.bases.pretrain.architecture import RouterLog
 from ubsmoe.bases.pretrain.settings import PretrainSettings
 from ubsmoe.bases.pretrain.text import END, HELD_OUT, IGNORED, collate, encode, real_tokens
 from ubsmoe.bases.pretrain.training import losses
-from ubsmoe.data.synthetic import World
+from ubsmoe.data.synthetic import SyntheticQA
 from ubsmoe.data.tasks import Example
 from ubsmoe.maths.balance import normalised_entropy
 
@@ -62,12 +62,12 @@ def measure(
     model: OlmoeForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     books: list[str],
-    world: World,
+    world: SyntheticQA,
     settings: PretrainSettings,
 ) -> dict[str, Any]:
     """What the finished base can do, at full and at fewer active experts."""
     known = world.examples("test", MEASURED, seed=1)
-    unknown = World(0).examples("test", MEASURED, seed=1)
+    unknown = SyntheticQA(0).examples("test", MEASURED, seed=1)
     gates = [layer.mlp.gate for layer in model.model.layers]
     model.eval()
     results: dict[str, Any] = {

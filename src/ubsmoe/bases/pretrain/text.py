@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from ubsmoe.bases.pretrain.settings import PretrainSettings
 from ubsmoe.config import ConfigError
 from ubsmoe.data.prompts import plain
-from ubsmoe.data.synthetic import World
+from ubsmoe.data.synthetic import SyntheticQA
 from ubsmoe.data.tasks import Example
 
 END = "<|endoftext|>"
@@ -38,7 +38,7 @@ def train_tokenizer(books: list[str], vocab_size: int, rng: random.Random) -> Pr
     """
     text = [book[:400_000].replace(END, "\n") for book in books]
     for seed in range(100):
-        world = World(1000 + seed, 200, "pretraining" if seed % 2 else "evaluation")
+        world = SyntheticQA(1000 + seed, 200, "pretraining" if seed % 2 else "evaluation")
         text.append(" ".join(world.sentences(rng)[:250]))
         text += [plain(e.prompt) + e.completion for e in world.examples("train", 100, seed=0)]
     bpe = Tokenizer(models.BPE())
@@ -60,7 +60,7 @@ class Stream:
     """Endless batches of questions and of prose, all drawn from one seeded generator."""
 
     def __init__(
-        self, settings: PretrainSettings, books: list[str], tokenizer: PreTrainedTokenizerFast, world: World
+        self, settings: PretrainSettings, books: list[str], tokenizer: PreTrainedTokenizerFast, world: SyntheticQA
     ) -> None:
         self.settings, self.tokenizer, self.world, self.books = settings, tokenizer, world, books
         self.rng = random.Random(f"stream {settings.seed}")

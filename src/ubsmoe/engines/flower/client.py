@@ -17,7 +17,7 @@ from ubsmoe.engines.flower.record import from_record, to_record
 from ubsmoe.errors import UserError
 from ubsmoe.wire.packed import Packed, WireError
 
-WORKER_SECONDS = "worker-seconds"  # node configuration: how long an idle worker stays; without it there is none
+RESIDENT_SECONDS = "resident-seconds"  # node configuration: how long an idle worker stays; without it there is none
 
 
 def client_app(run_file: Path) -> ClientApp:
@@ -41,7 +41,7 @@ def _handler(kind: str, run_file: Path) -> Callable[[Message, Context], Message]
 
 def _work(kind: str, run_file: Path, message: Message, context: Context) -> Packed:
     settings, config = read_app(run_file, context.run_config), dict(context.node_config)
-    seconds = float(config.pop(WORKER_SECONDS, 0))
+    seconds = float(config.pop(RESIDENT_SECONDS, 0))
     packed = from_record(message.content)
     if seconds > 0:
         try:

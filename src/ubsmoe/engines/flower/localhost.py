@@ -25,7 +25,7 @@ from typing import Any
 
 from ubsmoe.engines.flower.app import QUIET
 from ubsmoe.engines.flower.keys import CA, SERVER, SERVER_KEY, make_keys
-from ubsmoe.engines.flower.resident import FOLDER, stop_workers
+from ubsmoe.engines.flower.resident import FOLDER, stop_residents
 from ubsmoe.errors import UserError
 from ubsmoe.storage import disk
 
@@ -39,7 +39,7 @@ class FlowerFailure(UserError):
 
 
 @dataclass(frozen=True)
-class Loopback:
+class LocalFederation:
     """A federation that runs.
 
     `name` is its connection's in Flower's home folder `home`, `nodes` how many there are, `simulated` which kind it is.
@@ -75,14 +75,14 @@ class Loopback:
 
 
 @contextmanager
-def loopback(
+def local_federation(
     app: Path,
     nodes: int,
     simulated: bool,
     say: Callable[[str], None] = print,
-    node_config: Callable[[int], Mapping[str, Any]] = lambda node: {"worker-seconds": IDLE_SECONDS},
+    node_config: Callable[[int], Mapping[str, Any]] = lambda node: {"resident-seconds": IDLE_SECONDS},
     home: Path | None = None,
-) -> Iterator[Loopback]:
+) -> Iterator[LocalFederation]:
     """Start a federation, wait until it is healthy, and stop it, and nothing else, on leaving.
 
     Args:
@@ -100,7 +100,7 @@ def loopback(
     disk.make_folder(home)
     home.chmod(0o700)
     port = free_port()
-    found = Loopback("loopback", home, app, nodes, simulated)
+    found = LocalFederation("loopback", home, app, nodes, simulated)
     trust = "insecure = true" if simulated else f"root-certificates = {json.dumps(str(home / CA))}"
     disk.atomic_write(home / "config.toml", f'[superlink.loopback]\naddress = "127.0.0.1:{port}"\n{trust}\n'.encode())
     with ExitStack() as stack:
@@ -160,14 +160,14 @@ def _workers() -> Iterator[Path]:
     """A folder for the nodes' workers; those that are there at the end are asked to end. Short: socket names must be."""
     with TemporaryDirectory(prefix="ubsmoe-") as folder:
         yield Path(folder)
-        stop_workers(Path(folder))
+        stop_residents(Path(folder))
 
 
 def _node(i: int) -> str:
     return f"node-{i}"
 
 
-def _online(found: Loopback) -> int:
+def _online(found: LocalFederation) -> int:
     return sum(node["status"] == "online" for node in found.flwr("supernode", "list")["nodes"])
 
 

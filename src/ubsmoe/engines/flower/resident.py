@@ -31,7 +31,7 @@ from ubsmoe.config import RunSettings, parse_run, to_json
 from ubsmoe.errors import UserError
 from ubsmoe.wire.packed import MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, Packed, WireError
 
-FOLDER = "UBSMOE_WORKERS"  # environment: where the sockets are, if not in the user's runtime folder
+FOLDER = "UBSMOE_RESIDENTS"  # environment: where the sockets are, if not in the user's runtime folder
 HELLO_SECONDS = 10.0  # a worker greets before it works, so who does not greet is none
 START_SECONDS = 30.0
 FRAME = struct.Struct("!16sQQQ")  # kind, bytes of the node configuration, of the header, of the tensors
@@ -94,7 +94,7 @@ def own_folder() -> Path:
     return folder
 
 
-def stop_workers(folder: Path) -> None:
+def stop_residents(folder: Path) -> None:
     """Ask every worker in a folder to end."""
     for place in folder.glob("*.sock"):
         with contextlib.suppress(OSError, WireError), _connect(place) as line:

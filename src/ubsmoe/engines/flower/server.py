@@ -19,7 +19,7 @@ from ubsmoe.engines.flower.app import read_app
 from ubsmoe.engines.flower.record import from_record, to_record
 from ubsmoe.errors import UserError
 from ubsmoe.messages import Announcement, Dropped, Profile, Reply, Task, Update
-from ubsmoe.server.federation import Federation, admit, build_server
+from ubsmoe.server.federation import Federation, assign_tier, build_server
 from ubsmoe.server.rounds import run
 from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.codec import decode_announcements, decode_update, encode_task
@@ -143,7 +143,7 @@ class FlowerEngine:
                 self._say(f"node {node}: client {one.client!r} is refused: {error}")
 
     def _admit(self, one: Announcement, node: int, online: set[int]) -> None:
-        profile = admit(self._federation, one)
+        profile = assign_tier(self._federation, one)
         name, holder = self._registered[node], self._nodes.get(one.client)
         if name and name != one.client:
             raise ConfigError(f"its key is registered as {name!r}")
