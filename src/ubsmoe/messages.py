@@ -97,6 +97,10 @@ Reply = Update | Dropped
 class Engine(Protocol):
     """How tasks reach clients and replies come back, in the order of the tasks."""
 
+    def clients(self) -> list[Profile]:
+        """Who can be asked in the next round, in client order."""
+        ...
+
     def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
         """Yield each task's update, or why there is none."""
         ...

@@ -51,30 +51,27 @@ def report_command(
 
 @app.command("methods")
 def methods_command(json_: AsJson = False) -> None:
-    """List the federated methods, their settings, and the laws of the test battery that one does not promise."""
-    import inspect
+    """List the federated methods with their settings, the parts that any method can have, and what a method is exempt from."""
+    from dataclasses import asdict
 
-    from ubsmoe.methods import METHODS, exempt_properties, summary_line
+    from ubsmoe.methods.table import METHODS, PARTS, describe, part_settings
 
-    rows: list[dict[str, Any]] = []
-    for name, builder in METHODS.items():
-        parameters = [p for p in inspect.signature(builder).parameters.values() if p.name != "base"]
-        rows.append(
-            {
-                "name": name,
-                "summary": summary_line(name),
-                "settings": {p.name: _plain(p.default) for p in parameters},
-                "exempt": exempt_properties(name),
-            }
-        )
+    methods = [describe(name) for name in METHODS]
+    parts = {part: dict(part_settings(part)) for part in PARTS}
     if json_:
-        return print_json({"methods": rows})
-    for row in rows:
-        typer.echo(f"{row['name']:<14}{row['summary']}")
-        for key, value in row["settings"].items():
+        return print_json({"methods": [asdict(method) for method in methods], "parts": parts})
+    for method in methods:
+        typer.echo(f"{method.name:<14}{method.summary}")
+        for key, value in method.settings.items():
             typer.echo(f"{'':<14}  {key} = {value!r}")
-        for law, reason in row["exempt"].items():
-            typer.echo(f"{'':<14}  does not promise {law}: {reason}")
+        for part in method.parts:
+            typer.echo(f"{'':<14}  has [method.{part}]; {part} = false switches it off")
+        for name, reason in method.exempt.items():
+            typer.echo(f"{'':<14}  does not satisfy {name}: {reason}")
+    for part, settings in parts.items():
+        typer.echo(f"[method.{part}]")
+        for key, value in settings.items():
+            typer.echo(f"  {key} = {value!r}")
 
 
 @app.command("costs")
@@ -149,7 +146,3 @@ def _figure_costs() -> dict[str, list[dict[str, Any]]]:
         return [cost.as_dict() for cost in run_costs(settings)]
 
     return {"rank": tiers("hetlora"), "sparsity": tiers("fedavg")}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

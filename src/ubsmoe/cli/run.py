@@ -87,7 +87,7 @@ def run_command(
         tracking,
     ):
         shown.plan(settings.train.rounds, settings.clients_per_round)
-        clients = LocalEngine(federation.trainer, federation.examples, shown.on_step, crew)
+        clients = LocalEngine(federation.trainer, federation.examples, federation.clients, shown.on_step, crew)
         score_all = partial(score_in, crew) if crew else None
         summary = run(federation, folder, as_simulated(clients, federation), on_event, score_all)
     show(console, result_table(summary, _known_costs(settings)))

@@ -23,7 +23,7 @@ from ubsmoe.data.partition import client_names, partition_clients
 from ubsmoe.data.sources import load_examples, load_training
 from ubsmoe.data.tokens import Tokens, tokenize
 from ubsmoe.messages import Announcement, Task, Update
-from ubsmoe.methods.chosen import build_method
+from ubsmoe.methods.chosen import chosen_method, shape_of_model
 from ubsmoe.model.load import load_base, load_tokenizer, weights_sha256
 from ubsmoe.wire.codec import decode_task, encode_announcements, encode_update
 from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed
@@ -112,7 +112,7 @@ def _trainer(settings: str) -> Trainer:
     """The base, shared by the nodes of one process that train the same way on the same device."""
     run = parse_run(json.loads(settings))
     model, tokenizer = load_base(run.model, run.tiers.rescale, run.tiers.k_max)
-    _, method, _ = build_method(run, model)
+    method = chosen_method(run, shape_of_model(run, model))
     return make_trainer(run, model, method, tokenizer, weights_sha256(model.model))
 
 

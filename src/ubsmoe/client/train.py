@@ -88,7 +88,7 @@ def train(
                 assignments=assignments,
                 loss=loss,
                 seconds=time.perf_counter() - started,
-                extras=hooks.extras(),
+                extras={name: value.detach().cpu().clone() for name, value in hooks.extras().items()},
                 tier=task.profile.tier,
                 run=task.run,
                 base=trainer.base_sha256,
@@ -123,7 +123,9 @@ def _steps(
             seen = int(batch["attention_mask"].sum())
             tokens, assignments = tokens + seen, assignments + seen * top_k
             value = language_loss(model, batch) * share
-            total = value + hooks.penalty() / settings.gradient_accumulation if hooks.penalty else value
+            total = value
+            for penalty in hooks.penalties:
+                total = total + penalty() / settings.gradient_accumulation
             total.backward()
             loss += value.item()
         if not torch.isfinite(torch.tensor(loss)):
@@ -131,8 +133,8 @@ def _steps(
                 f"client {task.profile.client}, round {task.round}, step {step}: the loss is {loss}; "
                 "lower train.learning_rate or set train.clip_norm"
             )
-        if hooks.before_step:
-            hooks.before_step()
+        for act in hooks.before_step:
+            act()
         if settings.clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
         optimizer.step()

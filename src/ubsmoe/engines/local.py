@@ -39,10 +39,16 @@ class LocalEngine:
         self,
         trainer: Trainer,
         examples: Mapping[str, Sequence[Tokens]],
+        clients: Sequence[Profile] = (),
         progress: Progress | None = None,
         workers: Workers | None = None,
     ) -> None:
         self._trainer, self._examples, self._progress, self._workers = trainer, examples, progress, workers
+        self._clients = list(clients)
+
+    def clients(self) -> list[Profile]:
+        """All clients of the run."""
+        return self._clients
 
     def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
         """Train every task's client; lazily, so that the server can forget an update before the next one exists."""

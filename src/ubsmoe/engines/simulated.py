@@ -103,6 +103,10 @@ class SimulatedEngine:
         self._wanted = None if settings.clients.sampling == "poisson" else settings.clients_per_round
         self._deadline = settings.rounds.deadline_seconds
 
+    def clients(self) -> list[Profile]:
+        """Those of the engine inside: who is silent or late was asked all the same."""
+        return self._inner.clients()
+
     def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
         """Train those who count; an update's `seconds` are virtual."""
         asked = list(tasks)

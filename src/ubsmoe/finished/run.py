@@ -11,8 +11,9 @@ from ubsmoe.export import formats as exports
 from ubsmoe.export.installed import read_installed
 from ubsmoe.export.sidecar import Format, Sidecar
 from ubsmoe.messages import Profile
-from ubsmoe.methods.chosen import build_method
-from ubsmoe.methods.method import Method, State, unpack
+from ubsmoe.methods.chosen import chosen_method, shape_of_model, tier_profiles
+from ubsmoe.methods.method import Method, State
+from ubsmoe.methods.state import unpack
 from ubsmoe.model.load import load_base, weights_sha256
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
@@ -61,8 +62,10 @@ def open_run(path: Path, device: str | None = None) -> FinishedRun:
     model, tokenizer = load_base(settings.model, settings.tiers.rescale, settings.tiers.k_max)
     sha256 = weights_sha256(model.model)
     _require_base(path, facts, sha256, settings)
-    _, method, tiers = build_method(settings, model)
-    return FinishedRun(settings, model, tokenizer, method, tiers, unpack(tensors), sha256)
+    shape = shape_of_model(settings, model)
+    method = chosen_method(settings, shape)
+    tiers = tier_profiles(settings, method, shape)
+    return FinishedRun(settings, model, tokenizer, method, tiers, unpack(tensors, method.keeps), sha256)
 
 
 def export_run(path: Path, out: Path, format: Format, tier: int | None = None) -> Sidecar:
@@ -109,11 +112,11 @@ def evaluate_run(
     tensors, facts = read_adapter(path)
     federation = build_server(settings_of_run(path, overrides))
     _require_base(path, facts, federation.base_sha256, federation.settings)
-    state = unpack(tensors)
+    state = unpack(tensors, federation.method.keeps)
     chosen = federation.tiers if tier is None else [_numbered(federation.tiers, tier)]
     if top_k is not None:
-        if not 1 <= top_k <= federation.base.k_max:
-            raise ConfigError(f"--top-k must lie in 1..{federation.base.k_max}, got {top_k}")
+        if not 1 <= top_k <= federation.shape.k_max:
+            raise ConfigError(f"--top-k must lie in 1..{federation.shape.k_max}, got {top_k}")
         chosen = [replace(profile, top_k=top_k) for profile in chosen]
     return [
         {

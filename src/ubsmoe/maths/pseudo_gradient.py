@@ -43,8 +43,8 @@ class PseudoGradient:
         ValueError: for an unknown mode or scope, or numbers out of range.
     """
 
-    mode: Mode = "off"
-    strength: float = 1.0
+    mode: Mode = "client_mean"
+    strength: float = 0.3
     scope: tuple[Scope, ...] = ("experts",)
     sparsity: Sparsity = "experts"
     fraction: float = 0.1

@@ -23,7 +23,7 @@ multi-Krum: Blanchard et al. 2017 (NeurIPS).
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ubsmoe.maths.means import Weight, checked_weight
@@ -148,15 +148,14 @@ def multi_krum(distances: Float[Tensor, "C C"], attackers: int) -> list[int]:
     return sorted(order[: len(distances) - attackers].tolist())
 
 
-def capped_counts(counts: Int[Tensor, "C L M"], assignments: Int[Tensor, " C"], cap: float) -> Int[Tensor, "C L M"]:
-    """Counts whose shares a / assignments stay within a factor `cap` of the clients' median, per layer and expert.
+def capped_shares(shares: Float[Tensor, "C L M"], cap: float) -> Float[Tensor, "C L M"]:
+    """Clients' shares of each expert within a factor `cap` of the clients' median, per layer and expert.
 
-    So an expert's utilization moves by no more than if each liar were `cap` times, or 1 / `cap` times, a middling honest
-    client; phi follows it. Rows then no longer sum to the assignments.
+    So falsified counts move an expert's utilization by no more than if each malicious client were `cap` times, or 1 / `cap` times,
+    the median client; phi follows it. Rows then no longer sum to 1.
 
-    >>> capped_counts(torch.tensor([[[4, 4, 0]], [[4, 2, 2]], [[0, 8, 0]]]), torch.tensor([8, 8, 8]), cap=1.5).tolist()
-    [[[4, 4, 0]], [[4, 3, 0]], [[3, 6, 0]]]
+    >>> capped_shares(torch.tensor([[[0.5, 0.5]], [[0.25, 0.25]], [[0.0, 1.0]]]), cap=1.5).tolist()
+    [[[0.375, 0.5]], [[0.25, 0.3333333432674408]], [[0.1666666716337204, 0.75]]]
     """
-    shares = counts.double() / assignments[:, None, None].clamp_min(1)
     middle = shares.quantile(0.5, dim=0)
-    return (shares.clamp(middle / cap, middle * cap) * assignments[:, None, None]).round().long()
+    return shares.clamp(middle / cap, middle * cap)

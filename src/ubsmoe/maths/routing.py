@@ -11,7 +11,7 @@ the momentum; which side the momentum weighs, epsilon and the defaults are our r
 import math
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -51,7 +51,7 @@ def modulate(logits: Float[Tensor, "T M"], phi: Float[Tensor, " M"], num_candida
     return logits + phi.to(logits.dtype) * candidates(logits, num_candidates)
 
 
-def utilization(expert_tokens: Int[Tensor, "*L M"], tokens: int) -> Float[Tensor, "*L M"]:
+def utilization(expert_tokens: Shaped[Tensor, "*L M"], tokens: float) -> Float[Tensor, "*L M"]:
     """One client's share of tokens that used each expert: a_i / n. Its sum over experts is the client's mean K."""
     return expert_tokens.double() / max(tokens, 1)
 

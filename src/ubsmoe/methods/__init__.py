@@ -1,85 +1,79 @@
-"""The table of federated methods: one line each. Adding one is a file here, a line below, and the battery picks it up."""
+"""Federated methods: `build` makes one by name. The table and the descriptions are in table.py, what a method is in method.py."""
 
-import difflib
-import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from inspect import signature
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, ValidationError, validate_call
 
 from ubsmoe.errors import UserError
-from ubsmoe.methods.a3smoe import a3smoe
-from ubsmoe.methods.fed_sb import fed_sb
-from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.fedex_lora import fedex_lora
-from ubsmoe.methods.fedit import fedit
-from ubsmoe.methods.ffa_lora import ffa_lora
-from ubsmoe.methods.flame import flame
-from ubsmoe.methods.flexlora import flexlora
-from ubsmoe.methods.flora import flora
-from ubsmoe.methods.florist import florist
-from ubsmoe.methods.hetlora import hetlora
-from ubsmoe.methods.hfedmoe import hfedmoe
-from ubsmoe.methods.lossfree import lossfree
-from ubsmoe.methods.method import Base, Method
-from ubsmoe.methods.smoe_glb import smoe_glb
-from ubsmoe.methods.smoe_llb import smoe_llb
-from ubsmoe.methods.ubsmoe import ubsmoe
+from ubsmoe.methods.table import METHODS as METHODS
+from ubsmoe.methods.table import PARTS, check_names
 
-METHODS: dict[str, Callable[..., Method]] = {
-    "fedavg": fedavg,
-    "fedit": fedit,
-    "hetlora": hetlora,
-    "flexlora": flexlora,
-    "flora": flora,
-    "florist": florist,
-    "ffa_lora": ffa_lora,
-    "fedex_lora": fedex_lora,
-    "fed_sb": fed_sb,
-    "smoe_llb": smoe_llb,
-    "smoe_glb": smoe_glb,
-    "lossfree": lossfree,
-    "a3smoe": a3smoe,
-    "flame": flame,
-    "hfedmoe": hfedmoe,
-    "ubsmoe": ubsmoe,
-}
+if TYPE_CHECKING:
+    from ubsmoe.methods.method import Method, RunShape
 
 
-def build(name: str, base: Base, settings: dict[str, Any] | None = None) -> Method:
-    """Build a method by name from the other keys of [method].
+def build(name: str, shape: "RunShape", settings: Mapping[str, Any] | None = None) -> "Method":
+    """Build a method by name from the other keys of [method], its parts around it.
+
+    Args:
+        name: a name of the table.
+        shape: sizes of the run.
+        settings: the method's own settings; a part as true (its defaults), false (off) or a dict of its settings.
 
     Raises:
-        UserError: for an unknown method or setting (with the nearest name), or a value the method refuses.
+        UserError: for an unknown method or setting (with the nearest name), a value that is refused, or a part that makes no
+            sense with the method.
     """
-    if name not in METHODS:
-        raise UserError(f"method.name: no method {name!r}; {_hint(name, list(METHODS))}")
-    known = [key for key in inspect.signature(METHODS[name]).parameters if key != "base"]
-    for key in settings or {}:
-        if key not in known:
-            raise UserError(f"unknown setting 'method.{key}' for {name}; {_hint(key, known)}")
-    checked = validate_call(config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))(METHODS[name])
+    settings = settings or {}
+    check_names(name, settings)
+    parts = {key: _part(key, settings[key]) for key in PARTS if key in settings}
+    averaging = parts.pop("averaging", None)
+    own = {key: value for key, value in settings.items() if key not in PARTS}
     try:
-        return checked(base, **(settings or {}))
+        if not averaging:
+            return _composed(name, shape, own, parts)
+        from ubsmoe.methods.averaging import with_averaging
+
+        return with_averaging(lambda on: _composed(name, on, own, parts), shape, averaging)
+    except UserError:
+        raise
     except ValidationError as error:
-        fault = error.errors()[0]
-        raise UserError(f"method.{fault['loc'][0]}: {fault['msg']} (got {fault['input']!r})") from None
+        raise UserError(_sentence("method", error)) from None
     except ValueError as error:
         raise UserError(f"method.{error}") from error
 
 
-def summary_line(name: str) -> str:
-    """The first line of the method's own file."""
-    module = inspect.getmodule(METHODS[name])
-    return (inspect.getdoc(module) or "").splitlines()[0]
+def _composed(name: str, shape: "RunShape", own: dict[str, Any], parts: dict[str, Any]) -> "Method":
+    """The method with its parts: those that its builder takes by the builder, the others around what it built."""
+    from ubsmoe.methods.modulation import with_modulation
+    from ubsmoe.methods.pseudo_gradient import with_pseudo_gradient
+
+    wrappers: dict[str, Callable[..., Method]] = {"dmr": with_modulation, "pg": with_pseudo_gradient}
+    builder = getattr(import_module(f"ubsmoe.methods.{name}"), name)
+    taken = {key: part for key, part in parts.items() if key in signature(builder).parameters}
+    checked = validate_call(config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))(builder)
+    method: Method = checked(shape, **own, **taken)
+    for key, wrap in wrappers.items():
+        if key not in taken and (part := parts.get(key)):
+            method = wrap(method, shape, part)
+    return method
 
 
-def exempt_properties(name: str) -> dict[str, str]:
-    """The laws of the battery that the method, at its defaults, does not keep, each with its reason."""
-    smallest = Base(num_layers=1, num_experts=2, k_max=1, rank=1, alpha=1.0)  # laws do not depend on sizes
-    return dict(METHODS[name](smallest).exempt)
+def _part(key: str, value: bool | Mapping[str, Any]) -> Any:
+    """The settings of a part; None if it is switched off."""
+    if value is False:
+        return None
+    module, _, name = PARTS[key].rpartition(".")
+    try:
+        return getattr(import_module(module), name)(**({} if value is True else value))
+    except ValidationError as error:
+        raise UserError(_sentence(f"method.{key}", error)) from None
 
 
-def _hint(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+def _sentence(section: str, error: ValidationError) -> str:
+    fault = error.errors()[0]
+    where = ".".join([section, *(str(part) for part in fault["loc"][:1])])
+    return f"{where}: {fault['msg'].removeprefix('Value error, ')} (got {fault['input']!r})"

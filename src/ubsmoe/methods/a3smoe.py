@@ -13,21 +13,13 @@ Numbers from this file are those of an A3SMoE-style method.
 Source: A3SMoE (Tran, Le, Pham; MCDC workshop at ICLR 2025); the weights: FLAME (arXiv 2506.16600).
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
-from ubsmoe.messages import Update
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import USE_WEIGHS, Base, Method, State, activation_weights
+from ubsmoe.methods.method import OWN_WEIGHTS, USE_WEIGHS, Method, RunShape, by_use
 
 
-def a3smoe(base: Base) -> Method:
+def a3smoe(shape: RunShape) -> Method:
     """Build the method; it has no settings."""
-
-    def aggregate(state: State, updates: Iterable[Update]) -> State:
-        mean = base.mean()
-        for update in updates:
-            mean.add(update.adapters, activation_weights(update, 1.0, update.tokens))
-        return State(mean.result(state.adapters))
-
-    return replace(fedavg(base), name="a3smoe", aggregate=aggregate, refuses=USE_WEIGHS)
+    method = fedavg(replace(shape, weigh=by_use(exponent=1.0)))
+    return replace(method, name="a3smoe", refuses={**USE_WEIGHS, **OWN_WEIGHTS})

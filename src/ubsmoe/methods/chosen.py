@@ -1,4 +1,4 @@
-"""The method that a run file chooses, built once for everybody who asks: server, clients, plan."""
+"""The method that a run file chooses, built in one place for everybody who asks: server, clients, plan."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,22 +10,25 @@ from ubsmoe.maths import robust
 from ubsmoe.maths.means import Mean, WeightedMean
 from ubsmoe.messages import Profile
 from ubsmoe.methods import build
-from ubsmoe.methods.method import Base, Method
+from ubsmoe.methods.method import Method, RunShape, refuse
 from ubsmoe.model.load import checked_k_max
 from ubsmoe.model.surgery import SparseModel
 
 
-def build_method(settings: RunSettings, model: SparseModel) -> tuple[Base, Method, list[Profile]]:
-    """The method of a run on a base that is loaded, and one profile per tier; needs no data.
+def run_shape(settings: RunSettings, num_layers: int, num_experts: int, k_max: int) -> RunShape:
+    """What the run's method may know about the run.
 
-    Raises:
-        UserError: for a method or a setting of it that does not exist, or a protection that the method refuses.
+    Args:
+        settings: the run.
+        num_layers: L, layers with experts.
+        num_experts: M, experts per layer.
+        k_max: K_max, experts per token at budget 1.
     """
     adapter = settings.adapter
-    base = Base(
-        num_layers=len(model.layers),
-        num_experts=model.num_experts,
-        k_max=model.k_max,
+    return RunShape(
+        num_layers=num_layers,
+        num_experts=num_experts,
+        k_max=k_max,
         rank=adapter.rank,
         alpha=adapter.alpha,
         seed=settings.seed,
@@ -33,30 +36,47 @@ def build_method(settings: RunSettings, model: SparseModel) -> tuple[Base, Metho
         attention=adapter.attention == "trained",
         mean=mean_of(settings.robust),
     )
-    method = build(settings.method.name, base, settings.method.settings)
-    check_protection(settings, method)
-    check_privacy(settings, method)
+
+
+def shape_of_model(settings: RunSettings, model: SparseModel) -> RunShape:
+    """The same for a base that is there, with weights or without."""
+    return run_shape(settings, len(model.layers), model.num_experts, model.k_max)
+
+
+def shape_of_sizes(settings: RunSettings, sizes: ModelShape) -> RunShape:
+    """The same for a base of which only the sizes are known. Raises ConfigError if tiers.k_max exceeds the base's own."""
+    k_max = checked_k_max(settings.tiers.k_max, sizes.k_max, settings.model.base)
+    return run_shape(settings, sizes.num_moe_layers, sizes.num_experts, k_max)
+
+
+def chosen_method(settings: RunSettings, shape: RunShape) -> Method:
+    """The run's method.
+
+    Raises:
+        UserError: for a method or a setting of it that does not exist, or sections that do not go together.
+    """
+    method = build(settings.method.name, shape, settings.method.settings)
+    if settings.robust != RobustSettings():
+        refuse(method, "robust")
+    if settings.privacy is not None:
+        refuse(method, "privacy")
+        if find_spec("dp_accounting") is None:
+            raise ConfigError('[privacy] needs dp-accounting for its epsilon; pip install "ubsmoe[dp]"')
+    return method
+
+
+def tier_profiles(settings: RunSettings, method: Method, shape: RunShape) -> list[Profile]:
+    """One profile per tier, which is what evaluation dispatches to."""
     tiers = range(len(settings.tiers.budgets))
-    return base, method, [profile_of(settings, method, base, f"tier-{tier}", tier) for tier in tiers]
+    return [client_profile(settings, method, shape, f"tier-{tier}", tier) for tier in tiers]
 
 
-def profile_of(
-    settings: RunSettings, method: Method, base: Base, name: str, tier: int, num_examples: int = 0
+def client_profile(
+    settings: RunSettings, method: Method, shape: RunShape, name: str, tier: int, num_examples: int = 0
 ) -> Profile:
-    """One client of a tier, or the tier itself."""
+    """One client of a tier."""
     rank = tier_ranks(settings, method)[tier]
-    return method.profile(base, name, tier, settings.tiers.budgets[tier], rank, num_examples)
-
-
-def run_method(settings: RunSettings, shape: ModelShape) -> Method:
-    """The run's method on a base of this shape. Raises UserError if there is none, or a setting of it is wrong."""
-    k_max = checked_k_max(settings.tiers.k_max, shape.k_max, settings.model.base)
-    adapter = settings.adapter
-    base = Base(
-        shape.num_moe_layers, shape.num_experts, k_max, adapter.rank, adapter.alpha,
-        shared_a=adapter.shared_a, attention=adapter.attention == "trained",
-    )  # fmt: skip
-    return build(settings.method.name, base, settings.method.settings)
+    return method.profile(shape, name, tier, settings.tiers.budgets[tier], rank, num_examples)
 
 
 def tier_ranks(settings: RunSettings, method: Method) -> tuple[int, ...]:
@@ -77,27 +97,3 @@ def mean_of(settings: RobustSettings) -> Callable[[], Mean]:
     if settings.rule in ("trimmed_mean", "median"):
         return partial(robust.TrimmedMean, settings.attackers, median=settings.rule == "median")
     return WeightedMean
-
-
-def check_protection(settings: RunSettings, method: Method) -> None:
-    """Refuse a protection that the method cannot run under.
-
-    Raises:
-        ConfigError: with the method's reason.
-    """
-    if settings.robust != RobustSettings() and (reason := method.refuses.get("robust")):
-        raise ConfigError(f"[robust] cannot protect method {method.name}: {reason}")
-
-
-def check_privacy(settings: RunSettings, method: Method) -> None:
-    """Refuse what cannot be private.
-
-    Raises:
-        ConfigError: with the method's reason, or if the accountant is not installed.
-    """
-    if settings.privacy is None:
-        return
-    if reason := method.refuses.get("privacy"):
-        raise ConfigError(f"[privacy] cannot cover method {method.name}: {reason}")
-    if find_spec("dp_accounting") is None:
-        raise ConfigError('[privacy] needs dp-accounting for its epsilon; pip install "ubsmoe[dp]"')

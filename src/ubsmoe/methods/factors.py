@@ -7,13 +7,14 @@ inside, and whoever hands factors over changes the numbers, so that each rank-on
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Shaped
 from torch import Tensor
 
 from ubsmoe.maths.lora import LoraPair, pad_rank, truncate_rank, with_scale
 from ubsmoe.maths.means import WeightedMean
 from ubsmoe.maths.spectra import Split
-from ubsmoe.messages import Tensors, Update
+from ubsmoe.messages import Tensors
+from ubsmoe.methods.method import Contribution
 from ubsmoe.model.adapter import layer_of_experts
 
 
@@ -62,21 +63,21 @@ def _resized(pair: LoraPair, alpha: float, rank: int, split: Split) -> LoraPair:
     return LoraPair(pair.a, pair.b * (pair.scale * rank / alpha), alpha / rank)
 
 
-def shares(updates: Sequence[Update]) -> list[float]:
+def shares(contributions: Sequence[Contribution]) -> list[float]:
     """p_c = n_c / sum n."""
-    total = sum(update.num_examples for update in updates)
-    return [update.num_examples / total for update in updates]
+    total = sum(one.weight for one in contributions)
+    return [one.weight / total for one in contributions]
 
 
-def mean_routers(before: Tensors, updates: Sequence[Update]) -> dict[str, Tensor]:
+def mean_routers(before: Tensors, contributions: Sequence[Contribution]) -> dict[str, Tensor]:
     """sum_c p_c router_c, for methods that treat the factors in another way."""
     mean = WeightedMean()
-    for update in updates:
-        mean.add(routers(update.adapters), update.num_examples)
+    for one in contributions:
+        mean.add(routers(one.adapters), one.weight)
     return mean.result(routers(before))
 
 
-def keep_untouched(before: Tensors, after: Tensors, expert_tokens: Int[Tensor, "L M"]) -> dict[str, Tensor]:
+def keep_untouched(before: Tensors, after: Tensors, expert_tokens: Shaped[Tensor, "L M"]) -> dict[str, Tensor]:
     """`after`, but bit for bit `before` for each expert that none of these tokens went to.
 
     Cutting, padding and refactoring change the tensors of an expert that nobody trained. Counts decide who did, not a

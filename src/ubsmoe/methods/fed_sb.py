@@ -29,50 +29,58 @@ from ubsmoe.errors import UserError
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.factors import routers
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import Base, Hooks, Method, State
+from ubsmoe.methods.method import OWN_WEIGHTS, Hooks, Method, RunShape, State
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
 
 
-def fed_sb(base: Base) -> Method:
+def fed_sb(shape: RunShape) -> Method:
     """Build the method; it has no settings."""
 
     def start(adapter: dict[str, Tensor]) -> State:
         for name, value in adapter.items():
-            if name.endswith(".A") and base.rank > min(value.shape[2], adapter[f"{name[:-2]}.B"].shape[1]):
+            if name.endswith(".A") and shape.rank > min(value.shape[2], adapter[f"{name[:-2]}.B"].shape[1]):
                 raise UserError(
-                    f"adapter.rank is {base.rank}, more than {name[:-2]} has; fed_sb needs independent directions"
+                    f"adapter.rank is {shape.rank}, more than {name[:-2]} has; fed_sb needs independent directions"
                 )
         cores = {
-            f"{name[:-2]}.R": torch.zeros(len(value), base.rank, base.rank)
+            f"{name[:-2]}.R": torch.zeros(len(value), shape.rank, shape.rank)
             for name, value in adapter.items()
             if name.endswith(".A")
         }
         return State(cores | routers(adapter))
 
     def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
-        fixed = basis(model, base)
-        model.load_adapter({**fixed, **payload}, base.alpha, frozen=fixed)
+        fixed = basis(model, shape)
+        model.load_adapter({**fixed, **payload}, shape.alpha, frozen=fixed)
         model.set_top_k(profile.top_k)
         return Hooks()
 
-    def core_instead(shape: ModelShape, rank: int) -> int:
+    def core_instead(base: ModelShape, rank: int) -> int:
         """A core for each of an expert's two matrices and each projection of attention, minus the adapter."""
-        attention = base.attention * len(shape.attention_first + shape.attention_later)
-        cores = shape.num_moe_layers * (2 * shape.num_experts + attention) * rank * rank
-        return cores - shape.trained_elements(rank, Trained(attention=base.attention))
+        attention = shape.attention * len(base.attention_first + base.attention_later)
+        cores = base.num_moe_layers * (2 * base.num_experts + attention) * rank * rank
+        return cores - base.trained_elements(rank, Trained(attention=shape.attention))
 
-    return replace(fedavg(base), name="fed_sb", start=start, install=install, factors_up="R", extra_down=core_instead)
+    return replace(
+        fedavg(shape),
+        name="fed_sb",
+        start=start,
+        install=install,
+        refuses=OWN_WEIGHTS,
+        factors_up="R",
+        extra_down=core_instead,
+    )
 
 
-def basis(model: SparseModel, base: Base) -> dict[str, Tensor]:
+def basis(model: SparseModel, shape: RunShape) -> dict[str, Tensor]:
     """The fixed factors of every matrix, the same for all experts of a layer."""
     tensors = {}
     for layer in model.layers:
-        for name, (experts, out_features, in_features) in layer.matrices(base.attention).items():
+        for name, (experts, out_features, in_features) in layer.matrices(shape.attention).items():
             key = f"layers.{layer.index}.{name}"
-            generator = generator_for(base.seed, "basis", key)
-            b, a = (orthonormal(size, base.rank, generator) for size in (out_features, in_features))
+            generator = generator_for(shape.seed, "basis", key)
+            b, a = (orthonormal(size, shape.rank, generator) for size in (out_features, in_features))
             tensors[f"{key}.A"] = a.T.expand(experts, -1, -1)
             tensors[f"{key}.B"] = b.expand(experts, -1, -1)
     return tensors

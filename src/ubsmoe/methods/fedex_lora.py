@@ -17,59 +17,61 @@ method cannot run under secure aggregation.
 Source: FedEx-LoRA (Singhal et al. 2025, arXiv 2410.09432).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
+from ubsmoe.costs.shape import ModelShape
 from ubsmoe.maths.lora import LoraPair, stack
-from ubsmoe.maths.means import WeightedMean
-from ubsmoe.messages import Profile, Tensors, Update
 from ubsmoe.methods.factors import pairs, shares
-from ubsmoe.methods.method import FACTORS_APART, Base, Hooks, Method, State, adapter_part, install_adapter
-from ubsmoe.methods.side import empty_side, fold, full_side
-from ubsmoe.model.surgery import SparseModel
+from ubsmoe.methods.fedavg import fedavg
+from ubsmoe.methods.method import OWN_FACTORS, Contribution, Method, RunShape, State, adapter_part
+from ubsmoe.methods.side import SIDE_GROWS, empty_side, fold, full_side
+
+EXEMPT: Mapping[str, str] = {"predicted_bytes": SIDE_GROWS}
 
 
-def fedex_lora(base: Base) -> Method:
+def fedex_lora(shape: RunShape) -> Method:
     """Build the method; it has no settings."""
+    return replace(with_exact_averaging(fedavg(shape), shape), name="fedex_lora")
+
+
+def with_exact_averaging(method: Method, shape: RunShape) -> Method:
+    """A method that averages factors by p_c, made exact by the residual.
+
+    Args:
+        method: its `aggregate` leaves the mean of factors in the state.
+        shape: sizes of the run.
+    """
 
     def start(adapter: dict[str, Tensor]) -> State:
-        return State({**adapter, **empty_side(adapter)})
+        state = method.start(adapter)
+        return replace(state, adapters={**state.adapters, **empty_side(adapter)})
 
-    def dispatch(state: State, profile: Profile) -> dict[str, Tensor]:
-        return dict(state.adapters)
-
-    def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
-        install_adapter(model, payload, profile, base.alpha)
-        return Hooks()
-
-    def aggregate(state: State, updates: Iterable[Update]) -> State:
-        updates, mean = list(updates), WeightedMean()
-        if not any(update.num_examples for update in updates):
-            return state
-        for update in updates:
-            mean.add(update.adapters, update.num_examples)
-        adapters = mean.result(adapter_part(state.adapters))
-        *others, last = (pairs(update.adapters, base.alpha) for update in updates)
-        if not others:
-            return State(state.adapters | adapters)
-        weights = shares(updates)[:-1]
+    def aggregate(state: State, contributions: Iterable[Contribution]) -> State:
+        clients = list(contributions)
+        after = method.aggregate(state, clients)
+        if len(clients) < 2 or not any(one.weight for one in clients):
+            return after
+        *others, last = (pairs(one.adapters, shape.alpha) for one in clients)
+        weights = shares(clients)[:-1]
         residuals = {
             name: stack([deviation(client[name], middle, last[name]) for client in others], weights)
-            for name, middle in pairs(adapters, base.alpha).items()
+            for name, middle in pairs(adapter_part(after.adapters), shape.alpha).items()
         }
-        return State(adapters | fold(state.adapters, residuals))
+        return replace(after, adapters={**after.adapters, **fold(state.adapters, residuals)})
 
-    return Method(
-        "fedex_lora",
-        start,
-        dispatch,
-        install,
-        aggregate,
-        refuses=FACTORS_APART,
-        extra_down=lambda shape, rank: full_side(shape, base.attention),
-        exempt={"predicted_bytes": "the side factor grows from rank 0; what is predicted is its largest size"},
+    def side(base: ModelShape, rank: int) -> int:
+        return full_side(base, shape.attention) + method.extra_elements(base, rank)[0]
+
+    return replace(
+        method,
+        start=start,
+        aggregate=aggregate,
+        refuses={**method.refuses, **OWN_FACTORS},
+        extra_down=side,
+        exempt={**method.exempt, **EXEMPT},
     )
 
 

@@ -14,33 +14,32 @@ Source: FedIT (Zhang et al. 2023, arXiv 2305.05644); padding: as in HetLoRA (arX
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ubsmoe.maths.means import WeightedMean
-from ubsmoe.messages import Profile, Tensors, Update
+from ubsmoe.messages import Profile
 from ubsmoe.methods.factors import at_rank, keep_untouched, rank_of
-from ubsmoe.methods.method import FACTORS_APART, Base, Hooks, Method, State, install_adapter
-from ubsmoe.model.surgery import SparseModel
+from ubsmoe.methods.fedavg import fedavg
+from ubsmoe.methods.method import OWN_FACTORS, Contribution, Method, RunShape, State
 
 
-def fedit(base: Base) -> Method:
+def fedit(shape: RunShape) -> Method:
     """Build the method; it has no settings."""
 
     def dispatch(state: State, profile: Profile) -> dict[str, Tensor]:
-        return at_rank(state.adapters, base.alpha, profile.rank)
+        return at_rank(state.adapters, shape.alpha, profile.rank)
 
-    def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
-        install_adapter(model, payload, profile, base.alpha)
-        return Hooks()
-
-    def aggregate(state: State, updates: Iterable[Update]) -> State:
+    def aggregate(state: State, contributions: Iterable[Contribution]) -> State:
         mean, rank = WeightedMean(), rank_of(state.adapters)
-        expert_tokens = torch.zeros(base.num_layers, base.num_experts, dtype=torch.int64)
-        for update in updates:
-            mean.add(at_rank(update.adapters, base.alpha, rank), update.num_examples)
-            expert_tokens += update.expert_tokens
-        return State(keep_untouched(state.adapters, mean.result(state.adapters), expert_tokens))
+        expert_tokens = torch.zeros(shape.num_layers, shape.num_experts, dtype=torch.int64)
+        for one in contributions:
+            mean.add(at_rank(one.adapters, shape.alpha, rank), one.weight)
+            expert_tokens += one.expert_tokens
+        return replace(state, adapters=keep_untouched(state.adapters, mean.result(state.adapters), expert_tokens))
 
-    return Method("fedit", State, dispatch, install, aggregate, varies="rank", refuses=FACTORS_APART)
+    return replace(
+        fedavg(shape), name="fedit", dispatch=dispatch, aggregate=aggregate, varies="rank", refuses=OWN_FACTORS
+    )

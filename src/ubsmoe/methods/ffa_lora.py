@@ -20,12 +20,12 @@ from torch import Tensor
 from ubsmoe.costs.shape import ModelShape
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import Base, Hooks, Method, State
+from ubsmoe.methods.method import OWN_WEIGHTS, Hooks, Method, RunShape, State
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
 
 
-def ffa_lora(base: Base) -> Method:
+def ffa_lora(shape: RunShape) -> Method:
     """Build the method; it has no settings."""
 
     def start(adapter: dict[str, Tensor]) -> State:
@@ -33,17 +33,25 @@ def ffa_lora(base: Base) -> Method:
 
     def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
         drawn = model.fresh_adapter(
-            base.rank, generator_for(base.seed, "adapter"), shared_a=base.shared_a, attention=base.attention
+            shape.rank, generator_for(shape.seed, "adapter"), shared_a=shape.shared_a, attention=shape.attention
         )
         frozen = {name for name in drawn if name.endswith(".A")}
-        model.load_adapter({**drawn, **payload}, base.alpha, frozen=frozen)
+        model.load_adapter({**drawn, **payload}, shape.alpha, frozen=frozen)
         model.set_top_k(profile.top_k)
         return Hooks()
 
-    def without_a(shape: ModelShape, rank: int) -> int:
+    def without_a(base: ModelShape, rank: int) -> int:
         """Minus the elements of every A: r h for gate and up, r f for down, r in for a projection of attention."""
-        experts = shape.num_experts * (shape.hidden + shape.expert_width)
-        attention = base.attention * sum(into for _, into in shape.attention_first + shape.attention_later)
-        return -shape.num_moe_layers * rank * (experts + attention)
+        experts = base.num_experts * (base.hidden + base.expert_width)
+        attention = shape.attention * sum(into for _, into in base.attention_first + base.attention_later)
+        return -base.num_moe_layers * rank * (experts + attention)
 
-    return replace(fedavg(base), name="ffa_lora", start=start, install=install, factors_up="B", extra_down=without_a)
+    return replace(
+        fedavg(shape),
+        name="ffa_lora",
+        start=start,
+        install=install,
+        refuses=OWN_WEIGHTS,
+        factors_up="B",
+        extra_down=without_a,
+    )

@@ -19,60 +19,84 @@ parameter.
 Source: FLAME (Le et al. 2025, arXiv 2506.16600): the scale, the frequencies and their weights.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.method import USE_WEIGHS, Base, Hooks, Method, State, activation_weights, install_adapter
+from ubsmoe.messages import Profile, Tensors
+from ubsmoe.methods.fedavg import fedavg
+from ubsmoe.methods.method import (
+    OWN_WEIGHTS,
+    USE_WEIGHS,
+    Contribution,
+    Hooks,
+    Method,
+    RunShape,
+    State,
+    by_use,
+    observing,
+)  # fmt: skip
 from ubsmoe.model.surgery import SparseModel
 
 
-def flame(base: Base, *, exponent: float = 1.0, learn_scale: bool = True) -> Method:
+@dataclass(frozen=True)
+class ScaleState:
+    """The output scales s [L], float32, of each number of experts per token: "1", "2", ..., K_max."""
+
+    scale: Mapping[str, Tensor]
+
+
+def flame(shape: RunShape, *, exponent: Annotated[float, Field(ge=0)] = 1.0, learn_scale: bool = True) -> Method:
     """Build the method.
 
     Args:
-        base: sizes of the run.
+        shape: sizes of the run.
         exponent: t, how much use counts; 0 is FedAvg.
         learn_scale: whether s is learned; without it, s = 1.
-
-    Raises:
-        ValueError: for a negative exponent.
     """
-    if exponent < 0:
-        raise ValueError(f"exponent must be at least 0, got {exponent}")
+    method = fedavg(replace(shape, weigh=by_use(exponent)))
+    method = replace(method, name="flame", refuses={**USE_WEIGHS, **OWN_WEIGHTS})
+    return with_output_scale(method, shape) if learn_scale else method
+
+
+def with_output_scale(method: Method, shape: RunShape) -> Method:
+    """The method, each client's layers multiplied by learned scales, one set per K."""
 
     def start(adapter: dict[str, Tensor]) -> State:
-        budgets = range(1, base.k_max + 1) if learn_scale else ()
-        return State(adapter, {_scale_of(top_k): torch.ones(base.num_layers) for top_k in budgets})
+        ones = {str(top_k): torch.ones(shape.num_layers) for top_k in range(1, shape.k_max + 1)}
+        return method.start(adapter).having(ScaleState(ones))
 
     def dispatch(state: State, profile: Profile) -> dict[str, Tensor]:
-        name = _scale_of(profile.top_k)
-        return {**state.adapters, name: state.extras[name]} if learn_scale else dict(state.adapters)
+        scale = state.of(ScaleState).scale[str(profile.top_k)]
+        return {**method.dispatch(state, profile), f"scale.{profile.top_k}": scale}
 
     def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
-        install_adapter(model, payload, profile, base.alpha)
-        if not learn_scale:
-            return Hooks()
-        name = _scale_of(profile.top_k)
-        scale = torch.nn.Parameter(payload[name].to(next(iter(model.adapter.values())).device, copy=True))
+        hooks, name = method.install(model, payload, profile, generator), f"scale.{profile.top_k}"
+        scale = torch.nn.Parameter(payload[name].to(model.device, copy=True))
         model.set_output_scale(scale)
-        return Hooks(parameters=[scale], extras=lambda: {name: scale.detach().cpu().clone()})
+        return hooks.and_then(Hooks(parameters=[scale], extras=lambda: {name: scale}))
 
-    def aggregate(state: State, updates: Iterable[Update]) -> State:
-        mean, scales = base.mean(), base.mean()
-        for update in updates:
-            mean.add(update.adapters, activation_weights(update, exponent, update.tokens))
-            scales.add(update.extras, update.num_examples)
-        return State(mean.result(state.adapters), scales.result(state.extras))
+    def aggregate(state: State, contributions: Iterable[Contribution]) -> State:
+        mean = shape.mean()
 
-    scalars = base.num_layers if learn_scale else 0
-    return Method(
-        "flame", start, dispatch, install, aggregate, refuses=USE_WEIGHS, extra_down=scalars, extra_up=scalars
+        def see(one: Contribution) -> None:
+            own = {name.removeprefix("scale."): s for name, s in one.extras.items() if name.startswith("scale.")}
+            mean.add(own, one.weight)
+
+        after = method.aggregate(state, observing(contributions, see))
+        return after.having(ScaleState(mean.result(state.of(ScaleState).scale)))
+
+    return replace(
+        method,
+        start=start,
+        dispatch=dispatch,
+        install=install,
+        aggregate=aggregate,
+        keeps=(*method.keeps, ScaleState),
+        extra_down=shape.num_layers,
+        extra_up=shape.num_layers,
     )
-
-
-def _scale_of(top_k: int) -> str:
-    """The name of the output scales [L] of clients with this many experts per token."""
-    return f"scale.{top_k}"

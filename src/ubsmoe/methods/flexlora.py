@@ -16,45 +16,44 @@ Source: FlexLoRA (Bai et al. 2024, arXiv 2402.11505).
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ubsmoe.maths.lora import LoraPair, refill
 from ubsmoe.maths.spectra import Split, truncated_svd
-from ubsmoe.messages import Profile, Tensors, Update
+from ubsmoe.messages import Profile
 from ubsmoe.methods.factors import at_rank, keep_untouched, mean_routers, pairs, rank_of, shares, tensors
-from ubsmoe.methods.method import FACTORS_APART, Base, Hooks, Method, State, install_adapter
-from ubsmoe.model.surgery import SparseModel
+from ubsmoe.methods.fedavg import fedavg
+from ubsmoe.methods.method import OWN_FACTORS, Contribution, Method, RunShape, State
 
 
-def flexlora(base: Base, *, split: Split = "b") -> Method:
+def flexlora(shape: RunShape, *, split: Split = "b") -> Method:
     """Build the method.
 
     Args:
-        base: sizes of the run.
+        shape: sizes of the run.
         split: "b" leaves all of Sigma on B, as published; "balanced" its root on each factor.
     """
 
     def dispatch(state: State, profile: Profile) -> dict[str, Tensor]:
-        return at_rank(state.adapters, base.alpha, profile.rank, split)
+        return at_rank(state.adapters, shape.alpha, profile.rank, split)
 
-    def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
-        install_adapter(model, payload, profile, base.alpha)
-        return Hooks()
-
-    def aggregate(state: State, updates: Iterable[Update]) -> State:
-        updates = list(updates)
-        if not any(update.num_examples for update in updates):
+    def aggregate(state: State, contributions: Iterable[Contribution]) -> State:
+        clients = list(contributions)
+        if not any(one.weight for one in clients):
             return state
-        weights, scale = shares(updates), base.alpha / rank_of(state.adapters)
-        clients = [pairs(update.adapters, base.alpha) for update in updates]
+        weights, scale = shares(clients), shape.alpha / rank_of(state.adapters)
+        factors = [pairs(one.adapters, shape.alpha) for one in clients]
         after = {}
-        for name, before in pairs(state.adapters, base.alpha).items():
-            best = truncated_svd([client[name] for client in clients], weights, before.rank, split).pair
+        for name, before in pairs(state.adapters, shape.alpha).items():
+            best = truncated_svd([client[name] for client in factors], weights, before.rank, split).pair
             after[name] = refill(LoraPair(best.a, best.b / scale, scale), before.a)
-        expert_tokens = torch.stack([update.expert_tokens for update in updates]).sum(0)
-        mean = mean_routers(state.adapters, updates)
-        return State(keep_untouched(state.adapters, mean | tensors(after), expert_tokens))
+        expert_tokens = torch.stack([one.expert_tokens for one in clients]).sum(0)
+        adapters = mean_routers(state.adapters, clients) | tensors(after)
+        return replace(state, adapters=keep_untouched(state.adapters, adapters, expert_tokens))
 
-    return Method("flexlora", State, dispatch, install, aggregate, varies="rank", refuses=FACTORS_APART)
+    return replace(
+        fedavg(shape), name="flexlora", dispatch=dispatch, aggregate=aggregate, varies="rank", refuses=OWN_FACTORS
+    )

@@ -15,57 +15,58 @@ secure aggregation, and it holds all of a round's at once.
 Source: FLoRA (Wang et al. 2024, arXiv 2409.05976).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ubsmoe.maths.lora import LoraPair, stack
-from ubsmoe.messages import Profile, Tensors, Update
+from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.factors import mean_routers, pairs, routers, shares
-from ubsmoe.methods.method import FACTORS_APART, Base, Hooks, Method, State
-from ubsmoe.methods.side import empty_side, fold, install_fresh, side_for_adapter
+from ubsmoe.methods.fedavg import fedavg
+from ubsmoe.methods.method import OWN_FACTORS, Contribution, Hooks, Method, RunShape, State
+from ubsmoe.methods.side import SIDE_GROWS, empty_side, fold, install_fresh, side_for_adapter
 from ubsmoe.model.surgery import SparseModel
 
 Summed = Callable[[Sequence[LoraPair], Sequence[float]], LoraPair]
 """From the clients' pairs for one matrix, and their weights, to what is folded in."""
 
+EXEMPT: Mapping[str, str] = {"predicted_bytes": SIDE_GROWS}
 
-def flora(base: Base) -> Method:
+
+def flora(shape: RunShape) -> Method:
     """Build the method; it has no settings."""
-    return folding("flora", base, stack)
+    return folding("flora", shape, stack)
 
 
-def folding(name: str, base: Base, summed: Summed) -> Method:
+def folding(name: str, shape: RunShape, summed: Summed) -> Method:
     """A method of FLoRA's life cycle: train a fresh adapter, sum the clients', fold the sum into the base."""
 
     def start(adapter: dict[str, Tensor]) -> State:
         return State(empty_side(adapter) | routers(adapter))
 
-    def dispatch(state: State, profile: Profile) -> dict[str, Tensor]:
-        return dict(state.adapters)
-
     def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
-        install_fresh(model, payload, profile, base, generator)
+        install_fresh(model, payload, profile, shape, generator)
         return Hooks()
 
-    def aggregate(state: State, updates: Iterable[Update]) -> State:
-        updates = list(updates)
-        if not any(update.num_examples for update in updates):
+    def aggregate(state: State, contributions: Iterable[Contribution]) -> State:
+        clients = list(contributions)
+        if not any(one.weight for one in clients):
             return state
-        weights, clients = shares(updates), [pairs(update.adapters, base.alpha) for update in updates]
-        sums = {matrix: summed([client[matrix] for client in clients], weights) for matrix in clients[0]}
-        return State(fold(state.adapters, sums) | mean_routers(state.adapters, updates))
+        weights, factors = shares(clients), [pairs(one.adapters, shape.alpha) for one in clients]
+        sums = {matrix: summed([client[matrix] for client in factors], weights) for matrix in factors[0]}
+        return replace(state, adapters=fold(state.adapters, sums) | mean_routers(state.adapters, clients))
 
-    return Method(
-        name,
-        start,
-        dispatch,
-        install,
-        aggregate,
+    return replace(
+        fedavg(shape),
+        name=name,
+        start=start,
+        install=install,
+        aggregate=aggregate,
         varies="rank",
-        refuses=FACTORS_APART,
-        extra_down=partial(side_for_adapter, attention=base.attention),
-        exempt={"predicted_bytes": "the side factor grows from rank 0; what is predicted is its largest size"},
+        refuses=OWN_FACTORS,
+        extra_down=partial(side_for_adapter, attention=shape.attention),
+        exempt=EXEMPT,
     )

@@ -14,34 +14,33 @@ from one R x R core (maths/spectra.py) rather than from the SVDs of both stacks,
 Source: FLoRIST (Ramesh & Dass 2025, arXiv 2506.09199); tau = 0.9 is its default.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Annotated
+
+from pydantic import Field
 
 from ubsmoe.maths.lora import LoraPair, truncate_rank
 from ubsmoe.maths.spectra import energy_rank, truncated_svd
 from ubsmoe.methods.flora import folding
-from ubsmoe.methods.method import Base, Method
+from ubsmoe.methods.method import Method, RunShape
+from ubsmoe.methods.side import SIDE_GROWS
+
+CUT = "directions that hold the rest of the update's energy are dropped, unless energy = 1"
+EXEMPT: Mapping[str, str] = {"predicted_bytes": SIDE_GROWS, "lone_client": CUT, "identical_clients": CUT}
 
 
-def florist(base: Base, *, energy: float = 0.9) -> Method:
+def florist(shape: RunShape, *, energy: Annotated[float, Field(gt=0, le=1)] = 0.9) -> Method:
     """Build the method.
 
     Args:
-        base: sizes of the run.
+        shape: sizes of the run.
         energy: tau, the share of the squared singular values that is kept.
-
-    Raises:
-        ValueError: if `energy` is outside (0, 1].
     """
-    if not 0 < energy <= 1:
-        raise ValueError(f"energy must lie in (0, 1], got {energy}")
 
     def strongest(pairs: Sequence[LoraPair], weights: Sequence[float]) -> LoraPair:
         whole = truncated_svd(pairs, weights)
         return truncate_rank(whole.pair, energy_rank(whole.singular_values, energy))
 
-    method = folding("florist", base, strongest)
-    if energy == 1:
-        return method
-    reason = f"energy = {energy}: directions that hold the rest of the update's energy are dropped"
-    return replace(method, exempt={**method.exempt, "lone_client": reason, "identical_clients": reason})
+    method = folding("florist", shape, strongest)
+    return method if energy == 1 else replace(method, exempt=EXEMPT)

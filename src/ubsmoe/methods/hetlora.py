@@ -20,94 +20,106 @@ Source: HetLoRA (Cho et al. 2024, arXiv 2401.06432).
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from ubsmoe.maths.lora import frobenius
 from ubsmoe.maths.means import Weight, WeightedMean
 from ubsmoe.messages import Profile, Tensors, Update
 from ubsmoe.methods.factors import at_rank, keep_untouched, pairs, rank_of
-from ubsmoe.methods.method import FACTORS_APART, Base, Hooks, Method, State, install_adapter
+from ubsmoe.methods.fedavg import fedavg
+from ubsmoe.methods.method import OWN_FACTORS, Contribution, Hooks, Method, RunShape, State, install_adapter
 from ubsmoe.model.surgery import SparseModel
+
+EXEMPT: Mapping[str, str] = {
+    "client_halves": "clients weigh by the norm of their update, whatever their number of examples"
+}
+
+
+@dataclass(frozen=True)
+class RankState:
+    """The rank that each client has pruned itself to, int64 by the client's name."""
+
+    rank: Mapping[str, Tensor]
 
 
 def hetlora(
-    base: Base,
+    shape: RunShape,
     *,
-    decay: float = 0.99,
-    penalty: float = 0.01,
-    min_rank: int = 1,
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.99,
+    penalty: Annotated[float, Field(ge=0)] = 0.01,
+    min_rank: Annotated[int, Field(ge=1)] = 1,
     scope: Literal["matrix", "client"] = "matrix",
 ) -> Method:
     """Build the method.
 
     Args:
-        base: sizes of the run.
+        shape: sizes of the run.
         decay: g, the share of its rank that a client keeps when it prunes.
         penalty: lambda, how strongly tails are pressed towards zero.
         min_rank: no client is pruned below it.
         scope: whose norm weighs a client: each expert matrix's own, or one over all of the client's.
-
-    Raises:
-        ValueError: for a setting out of range.
     """
-    if not 0 < decay < 1:
-        raise ValueError(f"decay must lie in (0, 1), got {decay}")
-    if penalty < 0:
-        raise ValueError(f"penalty must be at least 0, got {penalty}")
-    if min_rank < 1:
-        raise ValueError(f"min_rank must be at least 1, got {min_rank}")
+
+    def start(adapter: dict[str, Tensor]) -> State:
+        return State(adapter).having(RankState({}))
 
     def dispatch(state: State, profile: Profile) -> dict[str, Tensor]:
-        known = state.extras.get(f"rank.{profile.client}")
-        rank = profile.rank if known is None else min(int(known), profile.rank)
-        return at_rank(state.adapters, base.alpha, rank)
+        pruned = state.of(RankState).rank.get(profile.client)
+        rank = profile.rank if pruned is None else min(int(pruned), profile.rank)
+        return at_rank(state.adapters, shape.alpha, rank)
 
     def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
-        install_adapter(model, payload, profile, base.alpha)
+        install_adapter(model, payload, profile, shape.alpha)
         rank = rank_of(payload)
         kept = max(min_rank, pruned_rank(rank, decay))
         if kept >= rank:
             return Hooks(extras=lambda: {"rank": torch.tensor(rank)})
-        before = tail_norms(model.adapter, kept).item()
+        before = tail_norms(model.adapter, kept).detach()
 
         def extras() -> dict[str, Tensor]:
-            return {"rank": torch.tensor(kept if tail_norms(model.adapter, kept).item() < before else rank)}
+            shrunk = tail_norms(model.adapter, kept).detach() < before
+            return {"rank": torch.where(shrunk, kept, rank)}
 
-        return Hooks(penalty=lambda: penalty * tail_norms(model.adapter, kept), extras=extras)
+        return Hooks(penalties=[lambda: penalty * tail_norms(model.adapter, kept)], extras=extras)
 
-    def aggregate(state: State, updates: Iterable[Update]) -> State:
+    def aggregate(state: State, contributions: Iterable[Contribution]) -> State:
         by_norm, by_examples, rank = WeightedMean(), WeightedMean(), rank_of(state.adapters)
-        expert_tokens = torch.zeros(base.num_layers, base.num_experts, dtype=torch.int64)
-        ranks = {}
-        for update in updates:
-            ranks[f"rank.{update.client}"] = update.extras["rank"]
-            own = at_rank(update.adapters, base.alpha, int(update.extras["rank"]))
-            padded = at_rank(own, base.alpha, rank)
-            by_norm.add(padded, norm_weights(padded, base.alpha, scope, update.num_examples))
-            by_examples.add(padded, update.num_examples)
-            expert_tokens += update.expert_tokens
+        expert_tokens = torch.zeros(shape.num_layers, shape.num_experts, dtype=torch.int64)
+        ranks = dict(state.of(RankState).rank)
+        for one in contributions:
+            ranks[one.client] = one.extras["rank"]
+            own = at_rank(one.adapters, shape.alpha, int(one.extras["rank"]))
+            padded = at_rank(own, shape.alpha, rank)
+            by_norm.add(padded, norm_weights(padded, shape.alpha, scope, one.weight))
+            by_examples.add(padded, one.weight)
+            expert_tokens += one.expert_tokens
         after = by_norm.result(by_examples.result(state.adapters))
-        return State(keep_untouched(state.adapters, after, expert_tokens), state.extras | ranks)
+        adapters = keep_untouched(state.adapters, after, expert_tokens)
+        return replace(state, adapters=adapters).having(RankState(ranks))
 
-    def fault(update: Update) -> str | None:
+    def validate_update(update: Update) -> str | None:
         rank, most = int(update.extras["rank"]), rank_of(update.adapters)
         return None if 1 <= rank <= most else f"its new rank is {rank}, expected 1 to {most}"
 
-    return Method(
-        "hetlora",
-        State,
-        dispatch,
-        install,
-        aggregate,
+    return replace(
+        fedavg(shape),
+        name="hetlora",
+        start=start,
+        dispatch=dispatch,
+        install=install,
+        aggregate=aggregate,
         varies="rank",
-        refuses=FACTORS_APART,
+        keeps=(RankState,),
+        refuses=OWN_FACTORS,
         extra_up=2,  # the new rank is one int64
-        fault=fault,
-        exempt={"client_halves": "clients weigh by the norm of their update, whatever their number of examples"},
+        validate_update=validate_update,
+        exempt=EXEMPT,
     )
 
 
@@ -129,11 +141,11 @@ def tail_norms(adapter: Mapping[str, Tensor], kept: int) -> Float[Tensor, ""]:
 
 
 def norm_weights(
-    adapters: Tensors, alpha: float, scope: Literal["matrix", "client"], num_examples: int
+    adapters: Tensors, alpha: float, scope: Literal["matrix", "client"], weight: float
 ) -> dict[str, Weight]:
-    """Weight of each tensor: the norm of its update, per expert or of the whole client; a router's is the examples."""
+    """Weight of each tensor: the norm of its update, per expert or of the whole client; a router's is the examples'."""
     norms = {name: frobenius(pair) for name, pair in pairs(adapters, alpha).items()}
     if scope == "client":
         whole = torch.stack([norm.square().sum() for norm in norms.values()]).sum().sqrt()
         norms = {name: whole.expand_as(norm) for name, norm in norms.items()}
-    return {name: num_examples if name.endswith(".router") else norms[name[:-2]] for name in adapters}
+    return {name: weight if name.endswith(".router") else norms[name[:-2]] for name in adapters}

@@ -22,68 +22,84 @@ Source: HFedMoE (Fang et al. 2026, arXiv 2601.00583).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor
 
 from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.method import USE_WEIGHS, Base, Hooks, Method, State, install_adapter
+from ubsmoe.methods.fedavg import fedavg
+from ubsmoe.methods.method import (
+    OWN_WEIGHTS,
+    USE_WEIGHS,
+    Contribution,
+    Hooks,
+    Method,
+    Refusable,
+    RunShape,
+    State,
+    install_adapter,
+)  # fmt: skip
 from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.surgery import SparseModel
 
+EXEMPT: Mapping[str, str] = {
+    "lone_client": "a client's experts below the usage threshold are not taken over",
+    "identical_clients": "the same: what all agree on is taken over only where they use the expert enough",
+}
+REFUSES: Mapping[Refusable, str] = {
+    **USE_WEIGHS,
+    **OWN_WEIGHTS,
+    "pg": "it chooses which experts learn from a batch, and a pseudo-gradient would teach the others",
+}
 
-def hfedmoe(base: Base, *, mean_share: float = 0.5, bottleneck: float = 0.1, threshold: float = 0.5) -> Method:
+
+def hfedmoe(
+    shape: RunShape,
+    *,
+    mean_share: Annotated[float, Field(ge=0, le=1)] = 0.5,
+    bottleneck: Annotated[float, Field(ge=0)] = 0.1,
+    threshold: Annotated[float, Field(ge=0)] = 0.5,
+) -> Method:
     """Build the method.
 
     Args:
-        base: sizes of the run.
+        shape: sizes of the run.
         mean_share: lambda, weight of the mean score against the largest one.
         bottleneck: beta, how much telling tokens apart costs an expert.
         threshold: tau times M: an expert counts from this share of an even use on.
-
-    Raises:
-        ValueError: for a share outside [0, 1] or a negative number.
     """
-    if not 0 <= mean_share <= 1:
-        raise ValueError(f"mean_share must lie in [0, 1], got {mean_share}")
-    if bottleneck < 0 or threshold < 0:
-        raise ValueError(f"bottleneck and threshold must be at least 0, got {bottleneck} and {threshold}")
-    tau = threshold / base.num_experts
-
-    def dispatch(state: State, profile: Profile) -> dict[str, Tensor]:
-        return dict(state.adapters)
+    tau = threshold / shape.num_experts
 
     def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
-        install_adapter(model, payload, profile, base.alpha)
-        most = max(1, math.floor(base.num_experts * profile.budget + 1e-9))
-        layers = [Selection(base.num_experts, most, mean_share, bottleneck) for _ in model.layers]
+        install_adapter(model, payload, profile, shape.alpha)
+        most = max(1, math.floor(shape.num_experts * profile.budget + 1e-9))
+        layers = [Selection(shape.num_experts, most, mean_share, bottleneck) for _ in model.layers]
         model.set_trainable_experts(layers)
         return Hooks(extras=lambda: {name: torch.stack([layer.report()[name] for layer in layers]) for name in REPORT})
 
-    def aggregate(state: State, updates: Iterable[Update]) -> State:
-        mean = base.mean()
-        for update in updates:
-            mean.add(update.adapters, usage_weights(update, tau))
-        return State(mean.result(state.adapters))
+    def aggregate(state: State, contributions: Iterable[Contribution]) -> State:
+        mean = shape.mean()
+        for one in contributions:
+            mean.add(one.adapters, usage_weights(one, tau))
+        return replace(state, adapters=mean.result(state.adapters))
 
-    def fault(update: Update) -> str | None:
+    def validate_update(update: Update) -> str | None:
         return next((f"its {name} is below 0" for name in REPORT if (update.extras[name] < 0).any()), None)
 
-    return Method(
-        "hfedmoe",
-        State,
-        dispatch,
-        install,
-        aggregate,
-        refuses=USE_WEIGHS,
-        extra_up=len(REPORT) * base.num_layers * base.num_experts,
-        fault=fault,
-        exempt={
-            "lone_client": "a client's experts below the usage threshold are not taken over",
-            "identical_clients": "the same: what all agree on is taken over only where they use the expert enough",
-        },
+    return replace(
+        fedavg(shape),
+        name="hfedmoe",
+        install=install,
+        aggregate=aggregate,
+        refuses=REFUSES,
+        extra_up=len(REPORT) * shape.num_layers * shape.num_experts,
+        validate_update=validate_update,
+        exempt=EXEMPT,
     )
 
 
@@ -143,18 +159,18 @@ class Selection:
         }
 
 
-def usage_weights(update: Update, tau: float) -> dict[str, float | Tensor]:
+def usage_weights(one: Contribution, tau: float) -> dict[str, float | Tensor]:
     """Each tensor's weight: examples where usage reaches tau, per expert, and for attention; alpha_c of the layer for a router."""
-    usage, weight = update.extras["usage"].double(), update.extras["importance"].double()
+    usage, weight = one.extras["usage"].double(), one.extras["importance"].double()
     counts = (usage >= tau) & (usage > 0)
     alpha = (usage * weight * counts).sum(-1)
     weights: dict[str, float | Tensor] = {}
-    for name in update.adapters:
+    for name in one.adapters:
         layer = int(name.split(".")[1])
         if name.endswith(".router"):
             weights[name] = alpha[layer]
         elif layer_of_experts(name) is None:
-            weights[name] = update.num_examples
+            weights[name] = one.weight
         else:
-            weights[name] = update.num_examples * counts[layer].double()
+            weights[name] = one.weight * counts[layer].double()
     return weights

@@ -16,47 +16,67 @@ Source: Auxiliary-Loss-Free Load Balancing (Wang et al. 2024, arXiv 2408.15664),
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.method import Base, Hooks, Method, State, install_adapter
+from ubsmoe.messages import Profile, Tensors
+from ubsmoe.methods.fedavg import fedavg
+from ubsmoe.methods.method import Contribution, Hooks, Method, RunShape, State, observing
 from ubsmoe.model.surgery import SparseModel
 
 
-def lossfree(base: Base, *, step: float = 1e-3, steps_per_round: int = 1) -> Method:
+@dataclass(frozen=True)
+class BiasState:
+    """The selection bias b [L, M], float32."""
+
+    bias: Tensor
+
+
+def lossfree(
+    shape: RunShape,
+    *,
+    step: Annotated[float, Field(ge=0)] = 1e-3,
+    steps_per_round: Annotated[int, Field(ge=0)] = 1,
+) -> Method:
     """Build the method.
 
     Args:
-        base: sizes of the run.
+        shape: sizes of the run.
         step: u, how far one move shifts a bias, in units of the router's scores.
         steps_per_round: moves per round.
-
-    Raises:
-        ValueError: for a step or number of moves below 0.
     """
-    if step < 0 or steps_per_round < 0:
-        raise ValueError(f"step and steps_per_round must be at least 0, got {step} and {steps_per_round}")
+    method, size = fedavg(shape), (shape.num_layers, shape.num_experts)
 
     def start(adapter: dict[str, Tensor]) -> State:
-        return State(adapter, {"bias": torch.zeros(base.num_layers, base.num_experts)})
+        return State(adapter).having(BiasState(torch.zeros(size)))
 
     def dispatch(state: State, profile: Profile) -> dict[str, Tensor]:
-        return {**state.adapters, "bias": state.extras["bias"]}
+        return {**state.adapters, "bias": state.of(BiasState).bias}
 
     def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
-        install_adapter(model, payload, profile, base.alpha)
+        hooks = method.install(model, payload, profile, generator)
         model.set_selection_bias(payload["bias"])
-        return Hooks()
+        return hooks
 
-    def aggregate(state: State, updates: Iterable[Update]) -> State:
-        mean, loads = base.mean(), base.mean()
-        for update in updates:
-            mean.add(update.adapters, update.num_examples)
-            loads.add({"load": update.expert_tokens.double() / max(update.assignments, 1)}, update.assignments)
-        load = loads.result({"load": torch.zeros(base.num_layers, base.num_experts, dtype=torch.float64)})["load"]
-        moved = step * steps_per_round * torch.sign(load.mean(-1, keepdim=True) - load)
-        return State(mean.result(state.adapters), {"bias": state.extras["bias"] + moved.float()})
+    def aggregate(state: State, contributions: Iterable[Contribution]) -> State:
+        loads = shape.mean()
+        seen = observing(contributions, lambda one: loads.add({"load": one.shares}, one.assignments))
+        after = method.aggregate(state, seen)
+        load = loads.result({"load": torch.zeros(size, dtype=torch.float64)})["load"]
+        move = step * steps_per_round * torch.sign(load.mean(-1, keepdim=True) - load)
+        return after.having(BiasState(state.of(BiasState).bias + move.float()))
 
-    return Method("lossfree", start, dispatch, install, aggregate, extra_down=base.num_layers * base.num_experts)
+    return replace(
+        method,
+        name="lossfree",
+        start=start,
+        dispatch=dispatch,
+        install=install,
+        aggregate=aggregate,
+        keeps=(BiasState,),
+        extra_down=shape.num_layers * shape.num_experts,
+    )

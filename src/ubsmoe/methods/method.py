@@ -1,36 +1,115 @@
 """What a federated method is: a value made of four functions.
 
-    start(adapter)                      -> State      what the server holds before round 0
+    start(adapter)                      -> State      what the server holds before round 1
     dispatch(state, profile)            -> payload    what one client (or one tier's evaluation) gets
     install(model, payload, profile, generator) -> Hooks   put it on the shared base; leaves no trace after model.clear()
-    aggregate(state, updates)           -> State      consume the updates one by one, in client order
+    aggregate(state, contributions)     -> State      consume the contributions one by one, in client order
 
-A method lives in one file, reads like its section of the paper and is one line in METHODS. It never copies the training loop:
-what it needs inside the loop it returns as hooks.
+A method is one file that reads like its section of the paper, and one line in the table. It never copies the training loop: what
+it needs inside the loop it returns as hooks. A part, such as Dynamic Modulated Routing, takes a method and returns one.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ubsmoe.costs.shape import ModelShape
+from ubsmoe.errors import UserError
+from ubsmoe.maths import routing
 from ubsmoe.maths.means import Mean, Weight, WeightedMean
 from ubsmoe.maths.routing import budget_top_k
 from ubsmoe.messages import Profile, Tensors, Update
+from ubsmoe.methods.state import State as State
 from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.surgery import SparseModel
 
 
 @dataclass(frozen=True)
-class Base:
-    """What a method may know about the run: sizes of the base and of the adapter.
+class Contribution:
+    """What a method averages: a client's update as it counts, or the noisy mean of a private round.
 
-    `seed` is the run's, for draws that server and clients make alike; `shared_a` says that all experts of a layer start
-    from one A, `attention` that there is LoRA on attention projections too. `mean` makes the running mean that methods
-    average with: plain, or a rule that stands liars.
+    `weight` is n_c, the number of examples. `expert_tokens` [L, M] are the tokens routed to each expert, out of `tokens`; each row
+    sums to `assignments`, the (token, expert) assignments of a layer. `extras` is what one method alone needs. `loss` is the
+    mean training loss, None where it is not told.
+    """
+
+    client: str
+    weight: float
+    adapters: Tensors
+    expert_tokens: Tensor
+    tokens: float
+    assignments: float
+    extras: Tensors = field(default_factory=dict)
+    loss: float | None = None
+
+    @cached_property
+    def utilization(self) -> Float[Tensor, "L M"]:
+        """Share of the tokens that used each expert, float64: a_i / n."""
+        return routing.utilization(self.expert_tokens, self.tokens)
+
+    @cached_property
+    def shares(self) -> Float[Tensor, "L M"]:
+        """Share of the assignments that went to each expert, float64: each row sums to 1."""
+        return self.expert_tokens.double() / max(self.assignments, 1)
+
+
+def contribution(update: Update) -> Contribution:
+    """An update as it counts when nothing robust or private acts on it."""
+    return Contribution(
+        client=update.client,
+        weight=update.num_examples,
+        adapters=update.adapters,
+        expert_tokens=update.expert_tokens,
+        tokens=update.tokens,
+        assignments=update.assignments,
+        extras=update.extras,
+        loss=update.loss,
+    )
+
+
+Weigh = Callable[[Contribution], Weight | dict[str, Weight]]
+"""How much a contribution weighs: one number, or per tensor a number or one per expert [M]."""
+
+
+def by_examples(one: Contribution) -> Weight:
+    """n_c, the weight of federated averaging."""
+    return one.weight
+
+
+def by_use(exponent: float) -> Weigh:
+    """The weights of activation-aware averaging: (a_{c,i} / tokens_c)^t n_c for expert i.
+
+    A trained router and attention learn from every token, whoever was chosen: their weight is the examples alone. So is all
+    at t = 0.
+    """
+
+    def weigh(one: Contribution) -> dict[str, Weight]:
+        use = one.utilization**exponent * one.weight
+        layers = {name: layer_of_experts(name) for name in one.adapters}
+        return {name: one.weight if layer is None else use[layer] for name, layer in layers.items()}
+
+    return weigh
+
+
+def observing(contributions: Iterable[Contribution], see: Callable[[Contribution], None]) -> Iterator[Contribution]:
+    """The same contributions, each shown to `see` as it passes: how a part looks at what the method inside it aggregates."""
+    for one in contributions:
+        see(one)
+        yield one
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """What a method may know about the run: sizes of the base and of the adapter, and how the run averages.
+
+    `seed` is the run's, for draws that server and clients make alike. `shared_a` says that all experts of a layer start from one A,
+    `attention` that attention projections have LoRA too. `mean` makes the running mean that methods average with: plain, or
+    Byzantine-robust. `weigh` gives the weights of that mean to methods that have none of their own.
     """
 
     num_layers: int
@@ -42,48 +121,52 @@ class Base:
     shared_a: bool = True
     attention: bool = False
     mean: Callable[[], Mean] = WeightedMean
-
-
-@dataclass(frozen=True)
-class State:
-    """What the server keeps: the global adapter, and whatever else the method needs to go on (both are checkpointed).
-
-    `adapters` is what clients get, by its names on the wire: trained tensors and, in some methods, a frozen side factor.
-    """
-
-    adapters: dict[str, Tensor]
-    extras: dict[str, Tensor] = field(default_factory=dict)
+    weigh: Weigh = by_examples
 
 
 @dataclass
 class Hooks:
     """What a method does inside a client's step.
 
-    `penalty` is added to the loss of every micro-batch; `before_step` runs between backward and the optimiser's step;
-    `parameters` are trained beside the adapter; `extras` is read when training ends and travels in Update.extras.
+    `penalties` are added to the loss of every micro-batch; `before_step` runs between backward and the optimiser's step;
+    `parameters` are trained beside the adapter; `extras` is read when training ends and travels in Update.extras. On a model
+    without numbers (the meta device) installing must work too: that is how a server learns what an update looks like.
     """
 
-    penalty: Callable[[], Tensor] | None = None
-    before_step: Callable[[], None] | None = None
+    penalties: list[Callable[[], Tensor]] = field(default_factory=list)
+    before_step: list[Callable[[], None]] = field(default_factory=list)
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
     extras: Callable[[], dict[str, Tensor]] = dict
 
+    def and_then(self, other: "Hooks") -> "Hooks":
+        """The hooks of both, in order."""
+        return Hooks(
+            [*self.penalties, *other.penalties],
+            [*self.before_step, *other.before_step],
+            [*self.parameters, *other.parameters],
+            lambda: {**self.extras(), **other.extras()},
+        )
 
-Protection = Literal["robust", "privacy"]
-"""[robust] and [privacy] of a run file: rules that stand lying clients, and differential privacy."""
 
-FACTORS_APART: Mapping[Protection, str] = dict.fromkeys(
-    ("robust", "privacy"),
+Refusable = Literal["robust", "privacy", "dmr", "pg", "averaging"]
+"""Sections of a run file that a method may refuse: [robust], [privacy], [method.dmr], [method.pg], [method.averaging]."""
+
+OWN_FACTORS: Mapping[Refusable, str] = dict.fromkeys(
+    ("robust", "privacy", "averaging"),
     "it needs each client's own factors, and no rule or noise on their mean is one on the updates'",
 )
 """Why a method that works on single clients' factors refuses both."""
 
-USE_WEIGHS: Mapping[Protection, str] = {
+USE_WEIGHS: Mapping[Refusable, str] = {
     "privacy": "it weighs each client by its own use of an expert, which noise on the clients' mean does not cover"
 }
 """Why an activation-aware method refuses noise."""
 
-LAWS: dict[str, str] = {
+
+OWN_WEIGHTS: Mapping[Refusable, str] = {"averaging": "it has a rule of averaging of its own"}
+"""Why a method that is defined by how it averages refuses another rule."""
+
+PROPERTIES: dict[str, str] = {
     "identical_clients": "clients that all return the same update leave exactly that update, whatever their weights",
     "lone_client": "one client of the largest budget, alone in a round, comes back as it was",
     "client_order": "the order in which replies arrive does not matter",
@@ -92,9 +175,9 @@ LAWS: dict[str, str] = {
     "client_halves": "a client weighs as much as two that return the same update from half its examples each",
     "untouched_expert": "an expert whose weights nobody changed stays bit for bit",
     "no_clients": "a round without replies leaves the state as it was",
-    "predicted_bytes": "what is sent has exactly the bytes that costs predict; without this law, at most that many",
+    "predicted_bytes": "what is sent has exactly the bytes that costs predict; without this property, at most that many",
 }
-"""The laws of the test battery that a method may decline in `Method.exempt`."""
+"""The properties of the test battery that a method may name in `Method.exempt`."""
 
 Elements = int | Callable[[ModelShape, int], int]
 """A number of float32 elements, or how to count them from the base's shape and the client's rank."""
@@ -104,32 +187,35 @@ Elements = int | Callable[[ModelShape, int], int]
 class Method:
     """A federated method.
 
-    `varies` says what a tier's budget sets: the experts per token or the LoRA rank. `exempt` names laws of the
-    battery that this method does not keep, each with the reason, `refuses` the protections it cannot run under, likewise.
-    `pair_fraction` is the share of missing (token, expert) pairs that a client computes beside the routed ones, and
+    `varies` says what a tier's budget sets: the experts per token or the LoRA rank. `keeps` names the classes of its state's parts.
+    `exempt` names properties of the battery that this method does not have, `refuses` sections of a run file that make no sense
+    with it, each with the reason. `event` is what the method tells of its state in a round's event.
+    `pair_fraction` is the share of missing (token, expert) assignments that a client computes beside the routed ones, and
     `pairs_reach_input` says whether they send a gradient to the layer's input too; costs charge for both. `factors_up`
     names the factors that clients return, of A, B and a core R. `extra_down` and `extra_up` count what travels beside them,
-    in float32 elements; down, below zero where less than an adapter travels. `fault` says what is wrong with the values of
-    an update whose form is right, or nothing: what `aggregate` could not take.
+    in float32 elements; down, below zero where less than an adapter travels. `validate_update` says what is wrong with the
+    values of an update whose names and shapes are right, or nothing.
     """
 
     name: str
     start: Callable[[dict[str, Tensor]], State]
     dispatch: Callable[[State, Profile], dict[str, Tensor]]
     install: Callable[[SparseModel, Tensors, Profile, torch.Generator], Hooks]
-    aggregate: Callable[[State, Iterable[Update]], State]
+    aggregate: Callable[[State, Iterable[Contribution]], State]
     varies: Literal["top_k", "rank"] = "top_k"
+    keeps: tuple[type, ...] = ()
     exempt: Mapping[str, str] = field(default_factory=dict)
-    refuses: Mapping[Protection, str] = field(default_factory=dict)
+    refuses: Mapping[Refusable, str] = field(default_factory=dict)
+    event: Callable[[State], dict[str, Any]] = lambda state: {}
     pair_fraction: float = 0.0
     pairs_reach_input: bool = False
     factors_up: str = "AB"
     extra_down: Elements = 0
     extra_up: Elements = 0
-    fault: Callable[[Update], str | None] = lambda update: None
+    validate_update: Callable[[Update], str | None] = lambda update: None
 
     def profile(
-        self, base: Base, client: str, tier: int, budget: float, tier_rank: int, num_examples: int = 0
+        self, shape: RunShape, client: str, tier: int, budget: float, tier_rank: int, num_examples: int = 0
     ) -> Profile:
         """What a client of a tier can afford under this method: fewer experts, or a smaller rank at K_max."""
         sparse = self.varies == "top_k"
@@ -137,8 +223,8 @@ class Method:
             client=client,
             tier=tier,
             budget=budget,
-            top_k=budget_top_k(base.k_max, budget) if sparse else base.k_max,
-            rank=base.rank if sparse else tier_rank,
+            top_k=budget_top_k(shape.k_max, budget) if sparse else shape.k_max,
+            rank=shape.rank if sparse else tier_rank,
             num_examples=num_examples,
         )
 
@@ -158,29 +244,14 @@ def side_part(payload: Tensors) -> dict[str, Tensor]:
     return {name: value for name, value in payload.items() if name.startswith("side.")}
 
 
-def activation_weights(update: Update, power: float, total: int) -> dict[str, Weight]:
-    """Weight of each tensor in activation-aware averaging, per expert: (tokens routed to it / total)^power times examples.
-
-    A trained router and attention learn from every token, whoever was chosen: their weight is the examples alone. So is all
-    at power 0.
-    """
-    share = (update.expert_tokens.double() / max(total, 1)) ** power * update.num_examples
-    layers = {name: layer_of_experts(name) for name in update.adapters}
-    return {name: update.num_examples if layer is None else share[layer] for name, layer in layers.items()}
-
-
 def install_adapter(model: SparseModel, payload: Tensors, profile: Profile, alpha: float) -> None:
     """The common part of `install`: the adapter in place, the client's K set."""
     model.load_adapter(adapter_part(payload), alpha, side_part(payload))
     model.set_top_k(profile.top_k)
 
 
-def pack(state: State) -> dict[str, Tensor]:
-    """A state as one flat dict of tensors, for disk."""
-    return {**state.adapters, **{f"server.{name}": value for name, value in state.extras.items()}}
-
-
-def unpack(tensors: dict[str, Tensor]) -> State:
-    """The state that a checkpoint's or a run's tensors hold."""
-    extras = {name.removeprefix("server."): value for name, value in tensors.items() if name.startswith("server.")}
-    return State({name: value for name, value in tensors.items() if not name.startswith("server.")}, extras)
+def refuse(method: Method, section: Refusable) -> None:
+    """Raise UserError if a section of the run file makes no sense with the method."""
+    if reason := method.refuses.get(section):
+        name = section if section in ("robust", "privacy") else f"method.{section}"
+        raise UserError(f"[{name}] cannot be combined with method {method.name}: {reason}")

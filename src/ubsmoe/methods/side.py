@@ -22,8 +22,11 @@ from ubsmoe.maths.lora import LoraPair, pad_rank, stack
 from ubsmoe.maths.spectra import truncated_svd
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods import factors
-from ubsmoe.methods.method import Base, adapter_part, side_part
+from ubsmoe.methods.method import RunShape, adapter_part, side_part
 from ubsmoe.model.surgery import SparseModel
+
+SIDE_GROWS = "the side factor grows from rank 0; what is predicted is its largest size"
+"""Why a method with a side factor sends at most the predicted bytes."""
 
 
 def empty_side(adapter: Tensors) -> dict[str, Tensor]:
@@ -49,25 +52,25 @@ def grown(side: LoraPair, new: LoraPair) -> LoraPair:
 
 
 def install_fresh(
-    model: SparseModel, payload: Tensors, profile: Profile, base: Base, generator: torch.Generator
+    model: SparseModel, payload: Tensors, profile: Profile, shape: RunShape, generator: torch.Generator
 ) -> None:
     """The side factor in place, and beside it a new adapter of the client's own rank and draw, with B zero."""
-    fresh = model.fresh_adapter(profile.rank, generator, shared_a=base.shared_a, attention=base.attention)
-    model.load_adapter(fresh | adapter_part(payload), base.alpha, side_part(payload))
+    fresh = model.fresh_adapter(profile.rank, generator, shared_a=shape.shared_a, attention=shape.attention)
+    model.load_adapter(fresh | adapter_part(payload), shape.alpha, side_part(payload))
     model.set_top_k(profile.top_k)
 
 
-def full_side(shape: ModelShape, attention: bool) -> int:
+def full_side(base: ModelShape, attention: bool) -> int:
     """Elements of the side factor once its rank has reached min(out, in) of every matrix."""
-    wide, width, hidden = shape.up_matrices * shape.expert_width, shape.expert_width, shape.hidden
+    wide, width, hidden = base.up_matrices * base.expert_width, base.expert_width, base.hidden
 
     def full(*matrices: tuple[int, int]) -> int:
         return sum(min(out, into) * (out + into) for out, into in matrices)
 
-    experts = shape.num_experts * full((wide, hidden), (hidden, width))
-    return shape.num_moe_layers * (experts + attention * full(*shape.attention_first, *shape.attention_later))
+    experts = base.num_experts * full((wide, hidden), (hidden, width))
+    return base.num_moe_layers * (experts + attention * full(*base.attention_first, *base.attention_later))
 
 
-def side_for_adapter(shape: ModelShape, rank: int, attention: bool) -> int:
+def side_for_adapter(base: ModelShape, rank: int, attention: bool) -> int:
     """Elements more than an adapter that a client gets which is sent a side factor instead."""
-    return full_side(shape, attention) - shape.trained_elements(rank, Trained(attention=attention))
+    return full_side(base, attention) - base.trained_elements(rank, Trained(attention=attention))

@@ -14,45 +14,61 @@ Source: global-batch load balancing (Qiu et al., ACL 2025, arXiv 2501.11873), ca
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from ubsmoe.messages import Profile, Tensors, Update
-from ubsmoe.methods.method import Base, Hooks, Method, State, install_adapter
-from ubsmoe.methods.smoe_llb import balance_penalty, check_coefficient
+from ubsmoe.messages import Profile, Tensors
+from ubsmoe.methods.fedavg import fedavg
+from ubsmoe.methods.method import Contribution, Hooks, Method, RunShape, State, observing
+from ubsmoe.methods.smoe_llb import balance_penalty
 from ubsmoe.model.surgery import SparseModel
 
 
-def smoe_glb(base: Base, *, coefficient: float = 0.01) -> Method:
+@dataclass(frozen=True)
+class ShareState:
+    """The federation's share fbar [L, M] of the last round's assignments, float32."""
+
+    share: Tensor
+
+
+def smoe_glb(shape: RunShape, *, coefficient: Annotated[float, Field(ge=0)] = 0.01) -> Method:
     """Build the method.
 
     Args:
-        base: sizes of the run.
+        shape: sizes of the run.
         coefficient: lambda, the weight of the balancing loss.
-
-    Raises:
-        ValueError: for a negative coefficient.
     """
-    check_coefficient(coefficient)
+    method = fedavg(shape)
 
     def start(adapter: dict[str, Tensor]) -> State:
-        even = torch.full((base.num_layers, base.num_experts), 1 / base.num_experts)
-        return State(adapter, {"share": even})
+        even = torch.full((shape.num_layers, shape.num_experts), 1 / shape.num_experts)
+        return State(adapter).having(ShareState(even))
 
     def dispatch(state: State, profile: Profile) -> dict[str, Tensor]:
-        return {**state.adapters, "share": state.extras["share"]}
+        return {**state.adapters, "share": state.of(ShareState).share}
 
     def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
-        install_adapter(model, payload, profile, base.alpha)
+        method.install(model, payload, profile, generator)
         model.record()
-        return Hooks(penalty=lambda: coefficient * balance_penalty(model, payload["share"]))
+        return Hooks(penalties=[lambda: coefficient * balance_penalty(model, payload["share"])])
 
-    def aggregate(state: State, updates: Iterable[Update]) -> State:
-        mean, load = base.mean(), base.mean()
-        for update in updates:
-            mean.add(update.adapters, update.num_examples)
-            load.add({"share": update.expert_tokens / max(update.assignments, 1)}, update.num_examples)
-        return State(mean.result(state.adapters), load.result(state.extras))
+    def aggregate(state: State, contributions: Iterable[Contribution]) -> State:
+        share = shape.mean()
+        seen = observing(contributions, lambda one: share.add({"share": one.shares.float()}, one.weight))
+        after = method.aggregate(state, seen)
+        return after.having(ShareState(**share.result({"share": state.of(ShareState).share})))
 
-    return Method("smoe_glb", start, dispatch, install, aggregate, extra_down=base.num_layers * base.num_experts)
+    return replace(
+        method,
+        name="smoe_glb",
+        start=start,
+        dispatch=dispatch,
+        install=install,
+        aggregate=aggregate,
+        keeps=(ShareState,),
+        extra_down=shape.num_layers * shape.num_experts,
+    )

@@ -17,45 +17,39 @@ Source: the baseline SMoE-LLB of UB-SMoE (arXiv 2605.16690), reconstructed; the 
 """
 
 from dataclasses import replace
+from typing import Annotated
 
 import torch
+from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from ubsmoe.maths.balance import load_balancing_loss
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import Base, Hooks, Method, install_adapter
+from ubsmoe.methods.method import Hooks, Method, RunShape
 from ubsmoe.model.surgery import SparseModel
 
 
-def smoe_llb(base: Base, *, coefficient: float = 0.01) -> Method:
+def smoe_llb(shape: RunShape, *, coefficient: Annotated[float, Field(ge=0)] = 0.01) -> Method:
     """Build the method.
 
     Args:
-        base: sizes of the run.
+        shape: sizes of the run.
         coefficient: lambda, the weight of the balancing loss.
-
-    Raises:
-        ValueError: for a negative coefficient.
     """
-    check_coefficient(coefficient)
+    method = fedavg(shape)
 
     def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
-        install_adapter(model, payload, profile, base.alpha)
+        method.install(model, payload, profile, generator)
         model.record()
-        return Hooks(penalty=lambda: coefficient * balance_penalty(model))
+        return Hooks(penalties=[lambda: coefficient * balance_penalty(model)])
 
-    return replace(fedavg(base), name="smoe_llb", install=install)
-
-
-def check_coefficient(coefficient: float) -> None:
-    """Raise ValueError for a coefficient that would reward imbalance."""
-    if coefficient < 0:
-        raise ValueError(f"coefficient must be at least 0, got {coefficient}")
+    return replace(method, name="smoe_llb", install=install)
 
 
-def balance_penalty(model: SparseModel, shares: Tensor | None = None) -> Tensor:
-    """sum_l M sum_i f_{l,i} P_{l,i} of the last forward pass; f from that pass too unless `shares` [L, M] is given."""
+def balance_penalty(model: SparseModel, shares: Float[Tensor, "L M"] | None = None) -> Float[Tensor, ""]:
+    """sum_l M sum_i f_{l,i} P_{l,i} of the last forward pass; f from that pass too unless `shares` are given."""
     losses = []
     for layer in model.layers:
         scores = layer.scores()

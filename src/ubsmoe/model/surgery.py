@@ -52,6 +52,11 @@ class SparseModel:
         model.register_forward_pre_hook(self._remember_tokens, with_kwargs=True)
 
     @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        return next(self.model.parameters()).device
+
+    @property
     def num_experts(self) -> int:
         """M."""
         return self.layers[0].num_experts

@@ -26,7 +26,7 @@ from ubsmoe.costs.flops import (
 from ubsmoe.costs.memory import Memory, peak_memory_bytes, tokens_of_experts
 from ubsmoe.costs.shape import ModelShape, Trained
 from ubsmoe.data.tokens import Tokens
-from ubsmoe.methods.chosen import run_method
+from ubsmoe.methods.chosen import chosen_method, shape_of_sizes
 from ubsmoe.methods.method import Method
 from ubsmoe.model.presets import load_config, shape_from_config
 from ubsmoe.plan.tiers import optimizer_moments, run_costs, trained_beside
@@ -84,7 +84,7 @@ def forecast(
     costs = run_costs(settings)
     works = assumed_work(settings, examples) if examples else read_work(settings)
     speed = flops_per_second or measured_speed(shape, settings)
-    method = run_method(settings, shape)
+    method = chosen_method(settings, shape_of_sizes(settings, shape))
     tiers = [
         _tier(settings, shape, cost, [work for work in works if work.tier == cost.tier], speed, method)
         for cost in costs
@@ -165,7 +165,7 @@ def client_flops(settings: RunSettings, shape: ModelShape, cost: TierCost, work:
 def flops_by_client(settings: RunSettings) -> Callable[[str, int, Sequence[Tokens]], float]:
     """FLOPs of a client's first round, from its name, its tier and its examples. Raises UserError as `run_costs`."""
     shape, costs = shape_from_config(load_config(settings.model.base)), run_costs(settings)
-    method = run_method(settings, shape)
+    method = chosen_method(settings, shape_of_sizes(settings, shape))
 
     def flops(client: str, tier: int, examples: Sequence[Tokens]) -> float:
         return client_flops(settings, shape, costs[tier], client_work(settings, client, tier, examples), method)

@@ -6,7 +6,7 @@ from ubsmoe.config import AdapterSettings, RunSettings
 from ubsmoe.costs.flops import TierCost, tier_costs
 from ubsmoe.costs.shape import Trained
 from ubsmoe.costs.traffic import count_bytes
-from ubsmoe.methods.chosen import check_privacy, check_protection, run_method, tier_ranks
+from ubsmoe.methods.chosen import chosen_method, shape_of_sizes, tier_ranks
 from ubsmoe.model.load import checked_k_max
 from ubsmoe.model.presets import load_config, shape_from_config
 
@@ -23,9 +23,7 @@ def run_costs(settings: RunSettings, sequence_length: int | None = None) -> list
     """
     shape = shape_from_config(load_config(settings.model.base))
     k_max = checked_k_max(settings.tiers.k_max, shape.k_max, settings.model.base)
-    method = run_method(settings, shape)
-    check_protection(settings, method)
-    check_privacy(settings, method)
+    method = chosen_method(settings, shape_of_sizes(settings, shape))
     bills = tier_costs(
         shape,
         settings.tiers.budgets,

@@ -1,7 +1,9 @@
 """Everything a run needs, built once from its settings: the base, the method, the clients with their data, the questions."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from ubsmoe.client.train import Trainer, make_trainer
@@ -9,13 +11,15 @@ from ubsmoe.config import ConfigError, RunSettings, to_json
 from ubsmoe.data.card import data_card
 from ubsmoe.data.partition import PartitionReport, client_names, partition_clients, partition_report
 from ubsmoe.data.sources import load_examples, load_test
+from ubsmoe.data.tasks import Example
 from ubsmoe.data.tokens import Tokens, tokenize
 from ubsmoe.messages import Announcement, Profile
-from ubsmoe.methods.chosen import build_method, profile_of
-from ubsmoe.methods.method import Base, Method
+from ubsmoe.methods.chosen import chosen_method, client_profile, shape_of_model, tier_profiles
+from ubsmoe.methods.method import Method, RunShape
 from ubsmoe.model.load import load_base, weights_sha256
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.server.evaluate import Question, prepare
+from ubsmoe.server.validator import UpdateSpecs
 
 
 @dataclass(frozen=True)
@@ -23,14 +27,14 @@ class Federation:
     """A run, ready to start.
 
     `clients` is one profile per client, `examples` its tokenised data; `tiers` is one profile per tier, which is what
-    evaluation dispatches to.
+    evaluation dispatches to. `shape` is what the method knows about the run.
     """
 
     settings: RunSettings
     model: SparseModel
     tokenizer: Any
     method: Method
-    base: Base
+    shape: RunShape
     clients: list[Profile]
     tiers: list[Profile]
     examples: dict[str, list[Tokens]]
@@ -48,6 +52,11 @@ class Federation:
     def trainer(self) -> Trainer:
         """What the clients share."""
         return make_trainer(self.settings, self.model, self.method, self.tokenizer, self.base_sha256)
+
+    @cached_property
+    def specs(self) -> UpdateSpecs:
+        """What an update to a task looks like."""
+        return UpdateSpecs(self.model, self.method)
 
 
 def build_federation(settings: RunSettings) -> Federation:
@@ -77,16 +86,17 @@ def build_server(settings: RunSettings) -> Federation:
         UserError: as `build_federation`.
     """
     model, tokenizer = load_base(settings.model, settings.tiers.rescale, settings.tiers.k_max)
-    base, method, tiers = build_method(settings, model)
+    shape = shape_of_model(settings, model)
+    method = chosen_method(settings, shape)
     test = load_test(settings.data, tokenizer, settings.seed)
     return Federation(
         settings=settings,
         model=model,
         tokenizer=tokenizer,
         method=method,
-        base=base,
+        shape=shape,
         clients=[],
-        tiers=tiers,
+        tiers=tier_profiles(settings, method, shape),
         examples={},
         questions=prepare(test, tokenizer, settings.data, settings.evaluate),
         partition=None,
@@ -113,11 +123,11 @@ def assign_tier(federation: Federation, announced: Announcement) -> Profile:
     elif announced.client in names:
         tier = names.index(announced.client) % len(settings.tiers.budgets)
     else:
-        raise ConfigError(f"{announced.client} is none of the run file's clients and says no budget")
-    return profile_of(settings, federation.method, federation.base, announced.client, tier, announced.num_examples)
+        raise ConfigError(f"{announced.client} is not in the run file and announced no budget")
+    return client_profile(settings, federation.method, federation.shape, announced.client, tier, announced.num_examples)
 
 
-def _report(examples: list[Any], parts: list[list[int]], field: str) -> PartitionReport | None:
+def _report(examples: Sequence[Example], parts: list[list[int]], field: str) -> PartitionReport | None:
     """How unlike the clients are; None where the examples have no such field and the split did not need one."""
     try:
         return partition_report(examples, parts, field)

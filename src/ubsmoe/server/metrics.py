@@ -1,44 +1,44 @@
-"""What the updates of a round add up to, taken down as they pass: none is kept."""
+"""What a round's contributions come to: mean loss, and how evenly the experts were used. No contribution is kept."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from ubsmoe.maths import balance, routing
-from ubsmoe.messages import Update
+from ubsmoe.maths import balance
+from ubsmoe.methods.method import Contribution, RunShape
 
 
-@dataclass
-class Tally:
-    """A round so far: mean loss, and how evenly the experts were used. `report` hears of every update."""
+class RoundMetrics:
+    """The metrics of one round, accumulated while the contributions pass."""
 
-    report: Callable[[Update], None]
-    used: Tensor
-    examples: int = 0
-    loss: float = 0.0
+    def __init__(self, shape: RunShape) -> None:
+        self._used = torch.zeros(shape.num_layers, shape.num_experts, dtype=torch.float64)
+        self._weight = 0.0
+        self._loss: float | None = 0.0
 
-    def heard(self, updates: Iterable[Update]) -> Iterator[Update]:
-        """The same updates, each told of."""
-        for update in updates:
-            self.report(update)
-            yield update
+    def accumulate(self, contributions: Iterable[Contribution]) -> Iterator[Contribution]:
+        """The same contributions, each counted as it passes."""
+        for one in contributions:
+            self._used += one.weight * one.utilization
+            self._weight += one.weight
+            self._loss = None if one.loss is None or self._loss is None else self._loss + one.weight * one.loss
+            yield one
 
-    def over(self, updates: Iterable[Update]) -> Iterator[Update]:
-        """The same updates, looked at."""
-        for update in updates:
-            self.used += update.num_examples * routing.utilization(update.expert_tokens, update.tokens)
-            self.loss += update.num_examples * update.loss
-            self.examples += update.num_examples
-            yield update
+    @property
+    def utilization(self) -> Float[Tensor, "L M"]:
+        """u_i = sum_c p_c a_{c,i} / n_c, per layer."""
+        return self._used / max(self._weight, 1)
 
-    def figures(self) -> dict[str, Any]:
-        """Mean loss; utilization entropy (over ln M) and Gini per layer; how many experts nobody used."""
-        used = self.used / max(self.examples, 1)
+    def summary(self) -> dict[str, Any]:
+        """Mean loss; utilization entropy (over ln M) and Gini per layer; how many experts nobody used; the utilization."""
+        used = self.utilization
         return {
-            "loss": self.loss / max(self.examples, 1),
+            "loss": None if self._loss is None else self._loss / max(self._weight, 1),
             "entropy": balance.normalised_entropy(used).tolist(),
             "gini": balance.gini(used).tolist(),
             "dead_experts": int(balance.dead_experts(used).sum()),
+            "utilization": used.tolist(),
         }

@@ -1,26 +1,27 @@
-"""A run: dispatch -> exchange -> aggregate -> evaluate, once a round, and nothing else."""
+"""A run: in every round dispatch, train, validate, aggregate; then evaluate."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
+from ubsmoe.config import RunSettings
 from ubsmoe.messages import Dropped, Engine, Profile, Task, Update
-from ubsmoe.methods.method import State, pack, unpack
+from ubsmoe.methods.method import Contribution, State
+from ubsmoe.methods.state import pack, unpack
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.evaluate import Score, evaluate
 from ubsmoe.server.federation import Federation
-from ubsmoe.server.metrics import Tally
+from ubsmoe.server.metrics import RoundMetrics
 from ubsmoe.server.privacy import noisy_mean, spent
-from ubsmoe.server.robust import robustify
+from ubsmoe.server.robust import Answer, robustify
 from ubsmoe.server.start import noise_key, sample_clients, start_state
-from ubsmoe.server.validator import Gate, update_spec
+from ubsmoe.server.validator import Validator
 from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.change import upload_bytes
 
 Report = Callable[[str, int, dict[str, Any]], None]
+Log = Callable[..., None]
 ScoreAll = Callable[[Iterable[Task]], Iterable[dict[str, Score]]]
 
 
@@ -43,43 +44,36 @@ def run(
     score_all = score_all or (lambda tasks: (score(federation, task) for task in tasks))
     started = time.perf_counter()
 
-    def note(event: str, round: int, **fields: Any) -> None:
+    def log(event: str, round: int, **fields: Any) -> None:
         folder.events.append(event, round, **fields)
         report(event, round, fields)
 
+    def save(number: int) -> None:
+        facts = {"history": history, "seconds": seconds_before + time.perf_counter() - started, "noise": noise}
+        folder.save_checkpoint(number, pack(state), facts, settings.keep_checkpoints)
+
     checkpoint = folder.resume()
     if checkpoint is None:
-        state, history, seconds_before = start_state(federation), [], 0.0
+        state, history, noise, seconds_before, done = start_state(federation), [], noise_key(settings), 0.0, 0
         part = federation.partition
-        note("started", 0, rounds=settings.train.rounds, clients=len(federation.clients), method=method.name)
-        note("partition", 0, report=part.to_json() if part else None)
+        log("started", 0, rounds=settings.train.rounds, clients=len(engine.clients()), method=method.name)
+        log("partition", 0, report=part.to_json() if part else None)
         if federation.data_card:
             folder.write_data_card(federation.data_card)
-        history.append(_evaluate_tiers(federation, state, 0, score_all, note) if settings.evaluate.before else None)
-        noise = noise_key(settings)
-        so_far = {"history": history, "seconds": 0.0, "noise": noise}
-        folder.save_checkpoint(0, pack(state), so_far, settings.keep_checkpoints)
-        done = 0
+        history.append(_evaluate_tiers(federation, state, 0, score_all, log) if settings.evaluate.before else None)
+        save(0)
     else:
-        state, done = unpack(checkpoint.tensors), checkpoint.round
-        history, seconds_before = checkpoint.facts["history"], checkpoint.facts["seconds"]
-        noise = checkpoint.facts["noise"]
+        state, done, facts = unpack(checkpoint.tensors, method.keeps), checkpoint.round, checkpoint.facts
+        history, noise, seconds_before = facts["history"], facts["noise"], facts["seconds"]
         report("resumed", done, {"round": done})
 
     for number in range(done + 1, settings.train.rounds + 1):
-        state = one_round(federation, engine, state, number, note, noise)
-        every = settings.evaluate.every
-        if number == settings.train.rounds or (every and number % every == 0):
-            history.append(_evaluate_tiers(federation, state, number, score_all, note))
-        seconds = seconds_before + time.perf_counter() - started
-        so_far = {"history": history, "seconds": seconds, "noise": noise}
-        folder.save_checkpoint(number, pack(state), so_far, settings.keep_checkpoints)
+        state = one_round(federation, engine, state, number, log, noise)
+        if _is_evaluated(settings, number):
+            history.append(_evaluate_tiers(federation, state, number, score_all, log))
+        save(number)
 
-    facts = {
-        "method": method.name,
-        "alpha": federation.base.alpha,
-        "base_sha256": federation.base_sha256,
-    }
+    facts = {"method": method.name, "alpha": federation.shape.alpha, "base_sha256": federation.base_sha256}
     summary = {
         "method": method.name,
         "rounds": settings.train.rounds,
@@ -97,94 +91,89 @@ def run(
     return summary
 
 
-def one_round(
-    federation: Federation, engine: Engine, state: State, number: int, note: Callable[..., None], noise: str = ""
-) -> State:
-    """Dispatch to the round's clients, take what passes the gate as it comes, aggregate; `note` gets the events.
+def one_round(federation: Federation, engine: Engine, state: State, number: int, log: Log, noise: str = "") -> State:
+    """One round, from the draw of clients to the next state.
 
-    `noise` is the `noise_key` of a private run, whose events tell nothing of what a client has but its size.
+    `log` gets the events. `noise` is the `noise_key` of a private run, whose events tell nothing of what a client has but its size.
 
     Raises:
         RoundError: if too few updates count; the state before is what there is then.
     """
     began = time.perf_counter()
-    settings = federation.settings
-    profiles = {profile.client: profile for profile in sample_clients(federation, number, noise)}
-    sent: dict[str, Task] = {}  # until its answer is there
+    settings, method = federation.settings, federation.method
+    clients = sample_clients(engine.clients(), settings, number, noise)
+    wanted = len(clients) if settings.clients.sampling == "poisson" else settings.clients_per_round
+    validator, metrics = Validator(federation.specs, settings, method, wanted), RoundMetrics(federation.shape)
+    asked: dict[str, Task] = {}  # the tasks that are out
 
     def tasks() -> Iterator[Task]:
-        for task in _tasks(federation, state, number, profiles.values()):
-            sent[task.profile.client] = task
+        for task in _tasks(federation, state, number, clients):
+            asked[task.profile.client] = task
             yield task
 
-    def seen(update: Update) -> None:
-        profile, task = profiles[update.client], sent.pop(update.client)
-        told = {
-            "tokens": update.tokens,
-            "assignments": update.assignments,
-            "loss": update.loss,
-            "upload_bytes": upload_bytes(update, task, settings.wire.dtype),  # says how many experts were touched
-        }
-        note(
-            "client",
-            number,
-            client=update.client,
-            tier=profile.tier,
-            top_k=profile.top_k,
-            rank=profile.rank,
-            examples=update.num_examples,
-            seconds=update.seconds,
-            download_bytes=task.num_bytes,
-            **({} if settings.privacy else told),
-        )
+    def drop(reply: Dropped, task: Task | None = None) -> None:
+        size = {"download_bytes": task.num_bytes} if task else {}
+        log("dropped", number, client=reply.client, stage=reply.stage, reason=reply.reason, **size)
 
-    def lost(reply: Dropped) -> None:
-        task = sent.pop(reply.client, None)
-        asked = {"download_bytes": task.num_bytes} if task else {}
-        note("dropped", number, client=reply.client, stage=reply.stage, reason=reply.reason, **asked)
+    def answers() -> Iterator[Answer]:
+        """The updates that count. Aggregation pulls them one at a time, so that one alone is in memory."""
+        count = 0
+        for reply in engine.exchange(tasks()):
+            task = asked.pop(reply.client, None)
+            lost = reply if isinstance(reply, Dropped) else validator.fault(reply, task, number)
+            if lost:
+                drop(lost, task)
+            elif isinstance(reply, Update) and task:
+                log("client", number, **_client_fields(reply, task, settings))
+                count += 1
+                yield task, reply
+        validator.check_quorum(count, number)
 
-    tally = Tally(seen, torch.zeros(federation.base.num_layers, federation.base.num_experts, dtype=torch.float64))
-    gate = gate_of(federation, len(profiles), lost)
-    passed = gate.passed(engine.exchange(gate.ask(tasks())))
     if settings.privacy:
-        counted: Iterable[Update] = [_noisy_mean(federation, tally.heard(passed), state, number, noise)]
+        contributions = iter([_noisy_mean(federation, engine.clients(), answers(), state, number, noise)])
     else:
-        counted = tally.heard(robustify(passed, state, settings.robust, lost))
-    state = federation.method.aggregate(state, tally.over(counted))
-    extras: dict[str, Any] = {"phi": state.extras["phi"].tolist()} if "phi" in state.extras else {}
-    if settings.privacy:
-        extras |= spent(settings, number)
-    utilization = (tally.used / max(tally.examples, 1)).tolist()
-    seconds = time.perf_counter() - began
-    note("round", number, seconds=seconds, **tally.figures(), utilization=utilization, **extras)
+        contributions = robustify(answers(), settings.robust, drop)
+    state = method.aggregate(state, metrics.accumulate(contributions))
+
+    fields = metrics.summary() | method.event(state) | (spent(settings, number) if settings.privacy else {})
+    log("round", number, seconds=time.perf_counter() - began, **fields)
     return state
 
 
-def _noisy_mean(federation: Federation, updates: Iterable[Update], state: State, number: int, noise: str) -> Update:
-    """One update that stands for a private round; its shape and K follow from what is public."""
-    settings, clients, tier = federation.settings, federation.clients, federation.tiers[0]
+def _client_fields(update: Update, task: Task, settings: RunSettings) -> dict[str, Any]:
+    """What the event of a client's update says; of a private run nothing that follows from the client's data."""
+    profile = task.profile
+    public = {
+        "client": update.client,
+        "tier": profile.tier,
+        "top_k": profile.top_k,
+        "rank": profile.rank,
+        "examples": update.num_examples,
+        "seconds": update.seconds,
+        "download_bytes": task.num_bytes,
+    }
+    if settings.privacy:
+        return public
+    size = upload_bytes(update, task, settings.wire.dtype)  # says how many experts were touched
+    return public | {
+        "tokens": update.tokens,
+        "assignments": update.assignments,
+        "loss": update.loss,
+        "upload_bytes": size,
+    }
+
+
+def _noisy_mean(
+    federation: Federation, clients: list[Profile], answers: Iterable[Answer], state: State, number: int, noise: str
+) -> Contribution:
+    """The contribution that stands for a private round; its shape and K follow from what is public."""
+    settings, tier = federation.settings, federation.tiers[0]
     assert settings.privacy is not None
+    task = Task(number, tier, federation.method.dispatch(state, tier))
+    mean_top_k = sum(client.top_k for client in clients) / len(clients)
+    draw = generator_for(noise, number, "noise")
     return noisy_mean(
-        updates,
-        state,
-        update_spec(federation.model, federation.method, Task(number, tier, federation.method.dispatch(state, tier))),
-        settings.privacy,
-        settings.clients_per_round,
-        sum(client.top_k for client in clients) / len(clients),
-        generator_for(noise, number, "noise"),
-    )
-
-
-def gate_of(federation: Federation, asked: int, drop: Callable[[Dropped], None]) -> Gate:
-    """A gate for one round of this run, for which so many clients were drawn."""
-    settings = federation.settings
-    return Gate(
-        lambda task: update_spec(federation.model, federation.method, task),
-        settings.rounds,
-        elastic=settings.tiers.elastic_share > 0,
-        wanted=asked if settings.clients.sampling == "poisson" else settings.clients_per_round,
-        drop=drop,
-        fault=federation.method.fault,
+        answers, task.payload, federation.specs(task), settings.privacy, settings.clients_per_round, mean_top_k, draw
     )
 
 
@@ -195,15 +184,20 @@ def _tasks(federation: Federation, state: State, number: int, profiles: Iterable
         yield Task(number, profile, payload, federation.run_id, federation.base_sha256)
 
 
+def _is_evaluated(settings: RunSettings, number: int) -> bool:
+    every = settings.evaluate.every
+    return number == settings.train.rounds or bool(every and number % every == 0)
+
+
 def _evaluate_tiers(
-    federation: Federation, state: State, round: int, score_all: ScoreAll, note: Callable[..., None]
+    federation: Federation, state: State, round: int, score_all: ScoreAll, log: Log
 ) -> list[dict[str, dict[str, Any]]]:
     """Every tier's scores at its own budget, tasks by name, with "macro" among them."""
     results = []
     tasks = _tasks(federation, state, round, federation.tiers)
     for profile, scores in zip(federation.tiers, score_all(tasks), strict=True):
         results.append({task: asdict(one) for task, one in scores.items()})
-        note("evaluated", round, tier=profile.tier, top_k=profile.top_k, rank=profile.rank, scores=results[-1])
+        log("evaluated", round, tier=profile.tier, top_k=profile.top_k, rank=profile.rank, scores=results[-1])
     return results
 
 

@@ -1,6 +1,7 @@
 """How a run and each of its rounds begin: the server's first state, and which clients are asked."""
 
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -60,13 +61,12 @@ def noise_key(settings: RunSettings) -> str:
     return secrets.token_hex(32) if settings.privacy.seed is None else str(settings.privacy.seed)
 
 
-def sample_clients(federation: Federation, round: int, noise: str = "") -> list[Profile]:
+def sample_clients(clients: Sequence[Profile], settings: RunSettings, round: int, noise: str = "") -> Sequence[Profile]:
     """The clients asked in a round, in client order: all, a seeded draw of so many, or each with the same probability.
 
     That probability is the one that epsilon is reckoned with, however many of the configured clients are there; and a
     private run draws from its `noise_key`, since epsilon holds against those who do not know who was drawn.
     """
-    clients, settings = federation.clients, federation.settings
     if settings.clients.sampling == "poisson":
         draws = torch.rand(len(clients), generator=generator_for(noise or settings.seed, round, "sampling"))
         share = settings.clients_per_round / settings.clients.count

@@ -1,94 +1,85 @@
-"""The gate between engine and method: sound updates pass, one per client; a bad one is dropped with its reason.
+"""Every update is validated before it is aggregated: an update that does not answer its task is dropped with the reason.
 
-What is sound follows from the task: the server installs what it sent on its own base, with the method's own `install`, and
-asks for what came out: the same names, shapes and dtypes. No method has to describe its messages a second time.
+What is valid follows from the task: what the server sent is installed on a base without weights, with the method's own `install`.
+The names, shapes and dtypes that come out are what an update must have. No method describes its messages a second time.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
 
-from ubsmoe.config import RoundSettings
+import torch
+
+from ubsmoe.config import RunSettings
 from ubsmoe.errors import RoundError
-from ubsmoe.messages import Dropped, Reply, Task, Update
+from ubsmoe.messages import Dropped, Task, Tensors, Update
 from ubsmoe.methods.method import Method
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.checks import Rejected, UpdateSpec, check_update, spec_of
 
 
-def update_spec(model: SparseModel, method: Method, task: Task) -> UpdateSpec:
-    """What an update to this task looks like. The base is left as it was found."""
-    try:
-        hooks = method.install(model, task.payload, task.profile, generator_for("form"))
-        counts = model.expert_tokens()
-        return UpdateSpec(spec_of(model.adapter), spec_of(hooks.extras()), (counts.shape, counts.dtype))
-    finally:
-        model.clear()
-
-
-class Gate:
-    """One round's gate: `ask` notes the tasks as they go out, `passed` checks what comes back.
+class UpdateSpecs:
+    """What an update to a task looks like, found once for each tier and form of payload.
 
     Args:
-        form: what an update to a task looks like; asked only when one is there, so that no client is training then.
-        settings: [rounds].
-        elastic: whether clients train some steps at a smaller K.
-        wanted: how many updates the round is for; a `quorum` of them must pass, at least one if any is wanted.
-        drop: hears of every client that does not count.
-        fault: what the method finds wrong with an update of the right form, as `Method.fault`.
+        skeleton: a base; names and shapes are all that is asked of it.
+        method: the run's.
     """
 
-    def __init__(
-        self,
-        form: Callable[[Task], UpdateSpec],
-        settings: RoundSettings,
-        elastic: bool,
-        wanted: int,
-        drop: Callable[[Dropped], None],
-        fault: Callable[[Update], str | None] = lambda update: None,
-    ) -> None:
-        self._method_fault = fault
-        self._form, self._settings, self._elastic, self._drop = form, settings, elastic, drop
-        self._quorum = max(min(1, wanted), math.ceil(settings.quorum * wanted - 1e-9))
-        self._asked: dict[str, Task] = {}
-        self._round = 0
+    def __init__(self, skeleton: SparseModel, method: Method) -> None:
+        self._skeleton, self._method = skeleton, method
+        self._known: dict[tuple[object, ...], UpdateSpec] = {}
 
-    def ask(self, tasks: Iterable[Task]) -> Iterator[Task]:
-        """The same tasks, remembered until their answers are there."""
-        for task in tasks:
-            self._asked[task.profile.client], self._round = task, task.round
-            yield task
+    def __call__(self, task: Task) -> UpdateSpec:
+        """The names, shapes and dtypes of an update to this task."""
+        profile = task.profile
+        key = (profile.tier, profile.top_k, profile.rank, tuple(spec_of(task.payload).items()))
+        if key not in self._known:
+            self._known[key] = self._find(task)
+        return self._known[key]
 
-    def passed(self, replies: Iterable[Reply]) -> Iterator[Update]:
-        """The updates that count.
+    def _find(self, task: Task) -> UpdateSpec:
+        model = self._skeleton
+        payload: Tensors = {name: value.to(model.device) for name, value in task.payload.items()}
+        try:
+            hooks = self._method.install(model, payload, task.profile, generator_for("spec"))
+            size = torch.Size((len(model.layers), model.num_experts))
+            return UpdateSpec(spec_of(model.adapter), spec_of(hooks.extras()), (size, torch.int64))
+        finally:
+            model.clear()
 
-        Raises:
-            RoundError: at the end, if fewer than the quorum did.
-        """
-        count = 0
-        for reply in replies:
-            if fault := self._fault(reply):
-                self._drop(fault)
-            elif isinstance(reply, Update):
-                count += 1
-                yield reply
-        if count < self._quorum:
-            raise RoundError(
-                f"round {self._round}: {count} updates count, rounds.quorum asks for {self._quorum}; the checkpoint before "
-                "it is intact. See the events for why clients were dropped, then start again to go on; where it was by "
-                "chance, the same would be dropped again ([simulation], poisson sampling): lower rounds.quorum first"
-            )
 
-    def _fault(self, reply: Reply) -> Dropped | None:
-        task = self._asked.pop(reply.client, None)
-        if isinstance(reply, Dropped):
-            return reply
+class Validator:
+    """Validates the updates of one round.
+
+    Args:
+        specs: what an update looks like.
+        settings: the run.
+        method: the run's; it may check values of its own.
+        wanted: how many updates the round is for.
+    """
+
+    def __init__(self, specs: UpdateSpecs, settings: RunSettings, method: Method, wanted: int) -> None:
+        self._specs, self._settings, self._method = specs, settings, method
+        self._quorum = max(min(1, wanted), math.ceil(settings.rounds.quorum * wanted - 1e-9))
+
+    def fault(self, update: Update, task: Task | None, number: int) -> Dropped | None:
+        """Why an update does not count in this round; None if it does. `task` is what its client was asked, if anything."""
         try:
             if task is None:
                 raise Rejected("nothing was asked of this client, or it has answered already")
-            check_update(reply, task, self._form(task), self._settings.max_change, self._elastic)
-            if fault := self._method_fault(reply):
-                raise Rejected(fault)
+            elastic = self._settings.tiers.elastic_share > 0
+            check_update(update, task, self._specs(task), self._settings.rounds.max_change, elastic)
+            if reason := self._method.validate_update(update):
+                raise Rejected(reason)
         except Rejected as reason:
-            return Dropped(reply.client, self._round, "validation", str(reason))
+            return Dropped(update.client, number, "validation", str(reason))
         return None
+
+    def check_quorum(self, count: int, number: int) -> None:
+        """Raise RoundError if so few updates count that the round does not."""
+        if count < self._quorum:
+            raise RoundError(
+                f"round {number}: {count} updates count, rounds.quorum asks for {self._quorum}; the checkpoint before "
+                "it is intact. See the events for why clients were dropped, then start again to go on; where it was by "
+                "chance, the same would be dropped again ([simulation], poisson sampling): lower rounds.quorum first"
+            )

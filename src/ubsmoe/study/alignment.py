@@ -27,7 +27,7 @@ from ubsmoe.data.tokens import batches, collate, pad_id
 from ubsmoe.finished.run import settings_of_run
 from ubsmoe.maths.pseudo_gradient import Mode, PseudoGradient, parameter_signal, unit_rows
 from ubsmoe.messages import Profile
-from ubsmoe.methods.method import unpack
+from ubsmoe.methods.state import unpack
 from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
@@ -73,12 +73,12 @@ def probe_run(path: Path) -> Iterator[Rows]:
         raise ConfigError(f"model.base: {path} was trained on another base than {federation.settings.model.base}")
     before: dict[int, dict[str, Tensor]] = {}
     for checkpoint in states:
-        state, rows = unpack(checkpoint.tensors), []
+        state, rows = unpack(checkpoint.tensors, federation.method.keeps), []
         for profile in federation.tiers:
             payload = federation.method.dispatch(state, profile)
             earlier = before.get(profile.tier, {})
             before[profile.tier] = payload
-            if profile.top_k < federation.base.num_experts:
+            if profile.top_k < federation.shape.num_experts:
                 rows += _probe_tier(federation, payload, earlier, profile, checkpoint.round)
         yield rows
 

@@ -165,7 +165,7 @@ def run_cell(settings: RunSettings, folder: Path, track: Sequence[str] = ()) -> 
     federation = build_federation(settings)
     tracking = Tracking(track, folder, settings.model_dump(mode="json"))
     with RunFolder.open_or_create(folder, to_json(settings)) as opened, tracking:
-        engine = as_simulated(LocalEngine(federation.trainer, federation.examples), federation)
+        engine = as_simulated(LocalEngine(federation.trainer, federation.examples, federation.clients), federation)
         run(federation, opened, engine, tracking.on_event)
 
 

@@ -50,7 +50,7 @@ class FlowerEngine:
         say: Callable[[str], None] = print,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.clients: list[Profile] = federation.clients  # the same list: who joins here is drawn there
+        self._clients: list[Profile] = []
         self._grid, self._federation, self._say, self._clock = grid, federation, say, clock
         self._settings = federation.settings
         self._nodes: dict[str, int] = {}
@@ -66,14 +66,18 @@ class FlowerEngine:
         """
         count, end = self._settings.clients.count, self._clock() + seconds
         self._look_around()
-        while len(self.clients) < count and self._clock() < end:
+        while len(self._clients) < count and self._clock() < end:
             time.sleep(POLL_SECONDS)
             self._look_around()
-        if len(self.clients) < max(1, self._settings.rounds.quorum * self._settings.clients_per_round):
+        if len(self._clients) < max(1, self._settings.rounds.quorum * self._settings.clients_per_round):
             raise ConfigError(
-                f"{len(self.clients)} clients came within {seconds:g} s, clients.count is {count} and rounds.quorum "
+                f"{len(self._clients)} clients came within {seconds:g} s, clients.count is {count} and rounds.quorum "
                 f"{self._settings.rounds.quorum:g}; start more nodes, or wait longer (join-seconds)"
             )
+
+    def clients(self) -> list[Profile]:
+        """Those that have joined so far, in client order."""
+        return self._clients
 
     def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
         """Send every task, yield replies in the order of the tasks.
@@ -151,12 +155,12 @@ class FlowerEngine:
             raise ConfigError("another key is registered as that; register this node's with --name")
         if holder != node and holder in online and self._registered[holder] == name:
             raise ConfigError(f"node {holder} is that client already")
-        others = [other for other in self.clients if other.client != one.client]
+        others = [other for other in self._clients if other.client != one.client]
         if len(others) >= self._settings.clients.count:
             raise ConfigError(f"clients.count = {self._settings.clients.count} are there")
         self._nodes[one.client] = node
         names = client_names(self._settings)
-        self.clients[:] = sorted([*others, profile], key=lambda p: (_place(p.client, names), p.client))
+        self._clients = sorted([*others, profile], key=lambda p: (_place(p.client, names), p.client))
         self._say(f"{one.client} is node {node}: {one.num_examples} examples, tier {profile.tier + 1}")
 
     def _push(self, kind: str, node: int, packed: Packed, group: str, seconds: float | None) -> str | None:
