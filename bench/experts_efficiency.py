@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import silu
 
 from ubsmoe.model.expert_weights import ExpertWeights, Lora
-from ubsmoe.model.kernel import run_pairs
+from ubsmoe.model.kernel import run_assignments
 
 
 def efficiency(
@@ -42,7 +42,7 @@ def efficiency(
         began = time.process_time()
         y = inputs
         for base, lora in stack:
-            y = run_pairs(y, token, expert, weight, base, lora)
+            y = run_assignments(y, token, expert, weight, base, lora)
         y.sum().backward()
         whole.append(time.process_time() - began)
         groups = [normal(int(n), 2 * width) for n in torch.bincount(expert, minlength=experts)]

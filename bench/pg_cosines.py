@@ -93,15 +93,12 @@ def one_seed(seed: int) -> dict[str, dict[str, float]]:
             sparse.load_adapter(fresh, ALPHA)
             start = fresh if b_is_zero else train_adapter(sparse, 30, draw)
             sparse.load_adapter(start, ALPHA)
-            after = train_adapter(sparse, 5, torch.Generator().manual_seed(seed + 3))
-            update = {name: after[name] - start[name] for name in start}
-            sparse.load_adapter(start, ALPHA)
             ids = sequences("new", draw)
             for top_k in BUDGETS:
                 sparse.set_top_k(top_k)
                 for group, batch in (("some", ids), ("never", ids[:1])):
                     draw_of_signals = torch.Generator().manual_seed(seed)
-                    layers = layer_signals(sparse, lambda batch=batch: backward(sparse, batch), update, draw_of_signals)
+                    layers = layer_signals(sparse, lambda batch=batch: backward(sparse, batch), draw_of_signals)
                     picked = [layer.cosines(layer.used if group == "some" else ~layer.used) for layer in layers]
                     start_of = f"A {'shared' if shared_a else 'apart'}, B {'= 0' if b_is_zero else '!= 0'}"
                     key = f"{start_of}, K = {top_k}, {group}"

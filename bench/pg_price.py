@@ -1,7 +1,7 @@
 """What a pseudo-gradient adds to a client's step, by mode: the same model, the same fresh batches, in turns.
 
-`client_mean`, `self_ipw` and `server` promise at most 5 %: they add sums over routing weights and one pass over the gradients.
-`sampled` computes a fraction q of the missing pairs, so the share of FLOPs that it adds (costs.py) is printed beside its time.
+`client_mean` and `self_ipw` promise at most 5 %: they add sums over routing weights and one pass over the gradients.
+`sampled` computes a fraction q of the missing assignments, so the share of FLOPs that it adds is printed beside its time.
 
 python bench/pg_price.py [--quick] [--out FILE]    prints a table, writes bench/results/pg_price.json
 """
@@ -25,7 +25,7 @@ from ubsmoe.model.presets import shape_from_config
 from ubsmoe.model.surgery import SparseModel
 
 RESULT = Path(__file__).resolve().parent / "results" / "pg_price.json"
-MODES = ("off", "client_mean", "self_ipw", "server", "sampled")
+MODES = ("off", "client_mean", "self_ipw", "sampled")
 TOP_K, FRACTION = 2, 0.1
 
 

@@ -20,7 +20,7 @@ from ubsmoe.server.rounds import evaluate_tier, one_round
 from ubsmoe.server.start import start_state
 
 ROOT = Path(__file__).resolve().parent.parent
-MODES, TOP_KS, SEEDS = ("none", "ratio", "mass"), (8, 6, 4, 2, 1), (0, 1)
+MODES, TOP_KS, SEEDS = ("none", "mass"), (8, 6, 4, 2, 1), (0, 1)
 CHANGES = {
     "method": {"name": "fedavg"},
     "train.rounds": 3,

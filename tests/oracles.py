@@ -1,7 +1,4 @@
-"""Slow and clear versions of what src/ does fast: loops over tokens and experts, and autograd for every gradient.
-
-They share no code with what they test.
-"""
+"""Slow and clear versions of what src/ does fast: experts written out per layout, mixtures by the reference kernel and autograd."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,6 +9,9 @@ from torch import Tensor, nn
 from transformers.integrations.moe import use_experts_implementation
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+
+from ubsmoe.model.expert_weights import ExpertWeights, Lora
+from ubsmoe.model.kernel_reference import run_assignments_slowly
 
 LAYOUTS = ("gated", "gelu", "transposed", "gateless")
 
@@ -77,20 +77,12 @@ def one_expert(module: Any, factors: Factors, expert: int, x: Tensor) -> Tensor:
 
 def weighted_sum(module: Any, factors: Factors, hidden: Tensor, weights: Tensor) -> Tensor:
     """y(x) = sum_i weights[x, i] E_i(x) over all experts, dense: [T, h]."""
-    tokens, experts = weights.shape
-    return torch.stack([
-        torch.stack([weights[t, i] * one_expert(module, factors, i, hidden[t]) for i in range(experts)]).sum(0)
-        for t in range(tokens)
-    ])  # fmt: skip
+    token, expert = torch.ones_like(weights).nonzero(as_tuple=True)
+    lora = Lora(*factors.leaves(), scale=factors.scale)
+    return run_assignments_slowly(hidden, token, expert, weights[token, expert], ExpertWeights.of(module), lora)
 
 
 def missing_gradient(module: Any, factors: Factors, hidden: Tensor, missing: Tensor, delta: Tensor) -> list[Tensor]:
-    """sum over tokens of missing[x, i] J_i(x)^T delta(x), for the four tensors of the adapter, pair by pair."""
-    total = [torch.zeros_like(leaf) for leaf in factors.leaves()]
-    for t, i in missing.nonzero().tolist():
-        output = one_expert(module, factors, i, hidden[t])
-        grads = torch.autograd.grad(output, factors.leaves(), delta[t], allow_unused=True)
-        for into, grad in zip(total, grads, strict=True):
-            if grad is not None:
-                into += missing[t, i] * grad
-    return total
+    """sum over tokens of missing[x, i] J_i(x)^T delta(x), for the four tensors of the adapter."""
+    y = weighted_sum(module, factors, hidden.detach(), missing.detach())
+    return list(torch.autograd.grad(y, factors.leaves(), delta))

@@ -15,17 +15,17 @@ from torch import Tensor
 import oracles
 from ubsmoe.maths.pseudo_gradient import PseudoGradient, client_mean, routing_mass, self_ipw
 from ubsmoe.model.expert_weights import ExpertWeights, Lora
-from ubsmoe.model.kernel import run_pairs
+from ubsmoe.model.kernel import run_assignments
 from unit.model.small_layer import EXPERTS, HIDDEN, RANK, TOKENS, WIDTH, SmallLayer, normal, random_factors
 
 every_layout = pytest.mark.parametrize("layout", oracles.LAYOUTS)
 PARTS = ("experts", "router", "hidden")
 SCOPES = [scope for size in (1, 2, 3) for scope in combinations(PARTS, size)]
 MODES = [
-    PseudoGradient(mode, scope=scope, fraction=0.5)
+    PseudoGradient(mode, 1.0, scope, fraction=0.5)
     for mode in ("client_mean", "self_ipw", "sampled", "oracle")
     for scope in SCOPES
-] + [PseudoGradient("server"), PseudoGradient("default_vector", scope=("router",))]
+]
 few = settings(max_examples=30, deadline=None)
 
 
@@ -52,7 +52,7 @@ def test_sparse_plus_missing_is_the_dense_gradient_for_parameters_router_and_hid
     small = SmallLayer(layout, top_k)
     p, chosen = small.scores()
     dense = small.oracle_gradients(p)
-    assert_same(small.gradients(PseudoGradient("oracle", scope=PARTS)), dense)
+    assert_same(small.gradients(PseudoGradient("oracle", 1.0, PARTS)), dense)
     missing = oracles.missing_gradient(
         small.experts, small.factors, small.seen_by_experts, (p * ~chosen).detach(), small.delta
     )
@@ -83,14 +83,14 @@ def test_a_renormalising_family_weighs_the_missing_in_the_units_of_its_own_weigh
     sparse = p * chosen * unit
     assert_same(small.gradients(None), small.oracle_gradients(sparse))
     expected = small.oracle_gradients(sparse + p * ~chosen * unit.detach())
-    assert_same(small.gradients(PseudoGradient("oracle", scope=PARTS)), expected)
+    assert_same(small.gradients(PseudoGradient("oracle", 1.0, PARTS)), expected)
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_the_bias_of_an_experts_gradient_is_the_missed_share_times_what_it_missed(top_k: int) -> None:
     small = SmallLayer("gated", top_k)
     p, chosen = small.scores()
-    full = small.gradients(PseudoGradient("oracle"))[:4]
+    full = small.gradients(PseudoGradient("oracle", 1.0))[:4]
     bias = [(sparse - dense) / TOKENS for sparse, dense in zip(small.gradients(None), full, strict=False)]
     active_share = chosen.double().mean(0)
     torch.testing.assert_close(active_share.sum(), torch.tensor(float(top_k)).double())  # sum_i p_{c,i} = K_c
@@ -130,15 +130,12 @@ def test_no_mode_changes_a_bit_of_the_forward_pass(layout: str, renormalise: boo
     plain = small.output(None)
     for pseudo in MODES:
         y = small.output(pseudo, generator())
-        if pseudo.mode == "default_vector":  # sums the pairs in another order
-            torch.testing.assert_close(y, plain, rtol=1e-12, atol=1e-12)
-        else:
-            assert torch.equal(y, plain), pseudo
+        assert torch.equal(y, plain), pseudo
         with torch.no_grad():
             assert torch.equal(small.output(pseudo, generator()), plain)
 
 
-@pytest.mark.parametrize("settings", [m for m in MODES if m.mode != "default_vector"], ids=str)
+@pytest.mark.parametrize("settings", MODES, ids=str)
 def test_at_k_equal_m_nothing_is_missing_and_no_mode_adds_anything(settings: PseudoGradient) -> None:
     small = SmallLayer("gated", EXPERTS, k_max=EXPERTS)
     assert_same(small.gradients(settings, generator()), small.gradients(None))
@@ -147,8 +144,6 @@ def test_at_k_equal_m_nothing_is_missing_and_no_mode_adds_anything(settings: Pse
 @pytest.mark.parametrize("settings", MODES, ids=str)
 def test_each_mode_changes_only_what_its_scope_names(settings: PseudoGradient) -> None:
     small = SmallLayer("gated", 2)
-    if settings.mode == "server":
-        return  # needs the server's update: tests/unit/maths
     ours, plain = small.gradients(settings, generator()), small.gradients(None)
     owner = ["experts"] * 4 + ["router", "router", "hidden"]
     for part, one, other in zip(owner, ours, plain, strict=True):
@@ -174,25 +169,25 @@ def test_hidden_and_router_scopes_of_cheap_modes_follow_their_formulas(mode: Any
 
 def test_sampled_is_the_oracle_at_fraction_one_and_draws_anew_below() -> None:
     small = SmallLayer("gated", 2)
-    oracle = small.gradients(PseudoGradient("oracle", scope=PARTS))
-    for one, other in zip(small.gradients(PseudoGradient("sampled", scope=PARTS, fraction=1.0)), oracle, strict=True):
+    oracle = small.gradients(PseudoGradient("oracle", 1.0, PARTS))
+    for one, other in zip(small.gradients(PseudoGradient("sampled", 1.0, PARTS, fraction=1.0)), oracle, strict=True):
         assert torch.equal(one, other)
     draws = generator(1)
-    first, second = (small.gradients(PseudoGradient("sampled", fraction=0.5), draws)[1] for _ in range(2))
+    first, second = (small.gradients(PseudoGradient("sampled", 1.0, fraction=0.5), draws)[1] for _ in range(2))
     assert not torch.equal(first, second)
 
 
 def test_sampled_is_unbiased() -> None:
     small, draws, repeats = SmallLayer("gated", 2), generator(1), 120
-    settings = PseudoGradient("sampled", scope=PARTS, fraction=0.3)
-    oracle = torch.cat([g.flatten() for g in small.gradients(PseudoGradient("oracle", scope=PARTS))])
+    settings = PseudoGradient("sampled", 1.0, PARTS, fraction=0.3)
+    oracle = torch.cat([g.flatten() for g in small.gradients(PseudoGradient("oracle", 1.0, PARTS))])
     seen = torch.stack([torch.cat([g.flatten() for g in small.gradients(settings, draws)]) for _ in range(repeats)])
     error = (seen.mean(0) - oracle) / (seen.std(0) / repeats**0.5).clamp_min(1e-12)
     assert error.abs().max() < 5  # some 250 numbers, in standard errors
     assert 0.7 < error.square().mean() < 1.4
 
 
-@pytest.mark.parametrize("mode", [m for m in MODES if m.mode != "server"], ids=str)
+@pytest.mark.parametrize("mode", MODES, ids=str)
 def test_strength_zero_is_off(mode: PseudoGradient) -> None:
     zero = PseudoGradient(mode.mode, 0.0, mode.scope, fraction=0.5)
     small = SmallLayer("gated", 2)
@@ -219,7 +214,7 @@ class OneTokenManyTimes:
         token, expert = self.chosen.nonzero(as_tuple=True)
         lora = Lora(*self.factors.leaves(), scale=self.factors.scale)
         weight = self.weights[token, expert]
-        y = run_pairs(self.hidden, token, expert, weight, ExpertWeights.of(self.module), lora)
+        y = run_assignments(self.hidden, token, expert, weight, ExpertWeights.of(self.module), lora)
         grads = list(torch.autograd.grad(y, self.factors.leaves(), self.delta))
         return grads, routing_mass(self.weights, self.chosen)
 

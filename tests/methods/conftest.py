@@ -98,12 +98,14 @@ class Lab:
     def _take_off(self) -> Dense:
         dense = {}
         for layer in self.model.layers:
-            assert layer.adapter is not None
-            matrices = dict(zip(("up", "down"), layer.adapter, strict=True))
+            assert layer.routing.adapter is not None
+            matrices = dict(zip(("up", "down"), layer.routing.adapter, strict=True))
             matrices |= {f"attention.{name}": matrix for name, matrix in layer.attention.adapters.items()}
             for name, matrix in matrices.items():
                 a, b = matrix.joined()
-                dense[f"layers.{layer.index}.{name}"] = layer.lora_scale * (b.detach().double() @ a.detach().double())
+                dense[f"layers.{layer.index}.{name}"] = layer.routing.lora_scale * (
+                    b.detach().double() @ a.detach().double()
+                )
         self.model.clear()
         return dense
 

@@ -274,7 +274,7 @@ def test_two_rounds_of_training_leave_no_trace_on_the_base(lab, method):
     assert all(value.isfinite().all() for value in last.values())
     assert any(not torch.equal(first[name], last[name]) for name in first)
     assert weights_sha256(lab.model.model) == before
-    assert not lab.model.adapter and all(layer.adapter is None for layer in lab.model.layers)
+    assert not lab.model.adapter and all(layer.routing.adapter is None for layer in lab.model.layers)
 
 
 def test_what_a_client_trains_passes_the_gate_and_the_wire_bit_for_bit(lab, method):

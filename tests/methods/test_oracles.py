@@ -299,7 +299,7 @@ def test_ffa_sends_no_a_and_all_clients_share_the_first_one(lab):
         assert tensors and not any(name.endswith(".A") for name in tensors)
     start = lab.model.fresh_adapter(4, generator_for(lab.base.seed, "adapter"), shared_a=True, router=True)
     method.install(lab.model, state.adapters, lab.profile(method, 0), torch.Generator())
-    up, _ = lab.model.layers[0].adapter
+    up, _ = lab.model.layers[0].routing.adapter
     assert torch.equal(up.a, start["layers.0.up.A"]) and not up.a.requires_grad and up.b.requires_grad
     lab.model.clear()
 

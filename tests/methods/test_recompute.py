@@ -17,9 +17,8 @@ EXAMPLES = [Tokens(tuple(2 + (7 * i + j) % 30 for j in range(4 + i % 3)), prompt
 LOW = 1
 VARIANTS = [
     *((name, {}) for name in METHODS),
-    *(("ubsmoe", {"pg_mode": mode}) for mode in ("off", "self_ipw", "server", "sampled", "oracle")),
+    *(("ubsmoe", {"pg_mode": mode}) for mode in ("off", "self_ipw", "sampled", "oracle")),
     ("ubsmoe", {"phi": "trained", "pg_mode": "sampled", "pg_scope": ["experts", "router", "hidden"]}),
-    ("ubsmoe", {"dmr": False, "pg_mode": "default_vector", "pg_scope": ["router"]}),
 ]
 
 

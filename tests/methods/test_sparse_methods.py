@@ -6,14 +6,12 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ubsmoe.client.train import Trainer, language_loss, train
 from ubsmoe.config import TierSettings, TrainSettings
 from ubsmoe.data.tokens import Tokens
 from ubsmoe.maths.balance import gini, load_balancing_loss
-from ubsmoe.maths.pseudo_gradient import ExpertMeans
 from ubsmoe.maths.robust import TrimmedMean
 from ubsmoe.messages import Task, Update
 from ubsmoe.methods import build
@@ -100,7 +98,7 @@ def test_glb_uses_the_broadcast_share(lab, model, install):
     hooks = install(method, LOW, replace(lab.warm(method), extras={"share": share}))
     language_loss(model, BATCH)
     expected = sum(
-        load_balancing_loss(layer.scores(), layer.chosen, layer.real_tokens(), share[layer.index])
+        load_balancing_loss(layer.scores(), layer.chosen(), layer.real_tokens(), share[layer.index])
         for layer in model.layers
     )
     torch.testing.assert_close(hooks.penalty(), 0.3 * expected)
@@ -116,12 +114,12 @@ def test_glb_pulls_at_nothing_before_it_knows_the_load(lab, model, install):
 def test_scores_are_kept_only_while_somebody_needs_them(lab, model, install):
     install(build("fedavg", lab.base))
     language_loss(model, BATCH)
-    assert all(layer.logits is None and layer.chosen is None for layer in model.layers)
+    assert all(layer.observed.logits is None and layer.observed.chosen is None for layer in model.layers)
     install(build("smoe_llb", lab.base))
     language_loss(model, BATCH)
-    assert all(layer.chosen.shape == (10, 3) for layer in model.layers)
+    assert all(layer.chosen().shape == (10, 3) for layer in model.layers)
     model.clear()
-    assert all(layer.logits is None and layer.chosen is None and not layer.recording for layer in model.layers)
+    assert all(layer.observed.logits is None and not layer.routing.recording for layer in model.layers)
 
 
 # ------------------------------------------------------------------------------------------------ loss-free balancing
@@ -150,7 +148,8 @@ def test_lossfree_chooses_by_biased_scores_and_weighs_by_plain_ones(model):
     layer = model.layers[0]
     probs = torch.tensor([[0.3, 0.25, 0.2, 0.1, 0.1, 0.05]])
     weights, index = probs.topk(2)
-    layer.selection_bias = torch.tensor([0.0, -0.1, 0.0, 0.0, 0.0, 0.2])  # sums .3 .15 .2 .1 .1 .25
+    bias = torch.tensor([0.0, -0.1, 0.0, 0.0, 0.0, 0.2])
+    layer.routing = replace(layer.routing, selection_bias=bias)  # sums .3 .15 .2 .1 .1 .25
     weights, index = layer.choose(probs.log(), weights, index)
     assert index.tolist() == [[0, 5]]
     torch.testing.assert_close(weights, torch.tensor([[0.3, 0.05]]))
@@ -161,7 +160,7 @@ def test_lossfree_keeps_a_familys_renormalisation(model, monkeypatch):
     monkeypatch.setattr(layer, "convention", replace(layer.convention, renormalises=True))
     probs = torch.tensor([[0.3, 0.25, 0.2, 0.1, 0.1, 0.05]])
     top, index = probs.topk(2)
-    layer.selection_bias = torch.tensor([0.0, -0.1, 0.0, 0.0, 0.0, 0.2])
+    layer.routing = replace(layer.routing, selection_bias=torch.tensor([0.0, -0.1, 0.0, 0.0, 0.0, 0.2]))
     weights, _ = layer.choose(probs.log(), 2.5 * top / top.sum(), index)  # a family whose weights sum to 2.5
     torch.testing.assert_close(weights, torch.tensor([[2.5 * 0.3 / 0.35, 2.5 * 0.05 / 0.35]]))
 
@@ -310,11 +309,11 @@ def test_hfedmoe_only_the_chosen_experts_have_a_gradient_and_the_output_is_the_s
     torch.testing.assert_close(loss, plain)
     for layer in range(LAYERS):
         norms = model.adapter[f"layers.{layer}.up.B"].grad.flatten(1).norm(dim=1)
-        learns = model.layers[layer].trainable_rule.trained
+        learns = model.layers[layer].routing.trainable_rule.trained
         assert learns.sum() == 2 and norms[learns].sum() > 0 and norms[~learns].sum() == 0
     learnt = model.layers[
         1
-    ].trainable_rule.trained  # above the last layer nothing was cut: its gradient is the plain one
+    ].routing.trainable_rule.trained  # above the last layer nothing was cut: its gradient is the plain one
     got = model.adapter["layers.1.up.B"].grad[learnt]
     torch.testing.assert_close(got, grads["layers.1.up.B"][learnt], rtol=1e-4, atol=1e-8)
 
@@ -353,68 +352,6 @@ def test_hfedmoe_averages_experts_over_those_who_used_them_enough():
 def test_hfedmoe_does_not_count_an_expert_that_never_learnt_even_without_a_threshold():
     client = update(factors(1.0, 1.0), [3, 3], usage=torch.tensor([[0.5, 0.0]]), importance=torch.tensor([[1.0, 0.0]]))
     assert usage_weights(client, tau=0.0)["layers.0.up.A"].tolist() == [1.0, 0.0]
-
-
-# ------------------------------------------------------------------------------------------------ PG: default vectors
-
-DEFAULT_VECTOR = {"dmr": False, "pg_mode": "default_vector", "pg_scope": ["router"], "pg_strength": 1.0}
-
-
-def test_expert_means_ignore_silence_and_forget_slowly():
-    means = ExpertMeans(num_experts=3, width=2, decay=0.9)
-    means.update(torch.tensor([[2.0, 0.0], [4.0, 8.0], [1.0, 1.0]]), torch.tensor([0, 0, 2]))
-    torch.testing.assert_close(means.vectors(), torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 1.0]]))
-    for _ in range(4):  # expert 2 is silent: no port may let it decay
-        means.update(torch.tensor([[3.0, 4.0]]), torch.tensor([0]))
-    torch.testing.assert_close(means.vectors(), torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 1.0]]))
-
-
-def test_default_vectors_leave_the_loss_alone_and_teach_the_router(lab, model, install):
-    """Against autograd on y_sparse + y_def, written down without the kernel, in the last layer."""
-    seen = {}
-    layer = model.layers[1]
-
-    def keep(module, args, out):
-        seen.update(hidden=args[0].detach(), index=args[1], weights=args[2].detach())
-        out.register_hook(lambda grad: seen.update(delta=grad))
-
-    results = {}
-    for name, settings in (("fedavg", {}), ("ubsmoe", DEFAULT_VECTOR)):
-        install(build(name, lab.base, settings), LOW, lab.warm(build("fedavg", lab.base)))
-        hook = layer.experts.register_forward_hook(keep)
-        loss = language_loss(model, BATCH)
-        loss.backward()
-        hook.remove()
-        results[name] = loss.detach(), {key: p.grad.clone() for key, p in model.adapter.items()}
-        means = None if layer.expert_means is None else layer.expert_means.vectors()
-        router = layer.router.weight + model.adapter["layers.1.router"].detach()
-        model.clear()
-    (plain_loss, plain), (loss, grads) = results["fedavg"], results["ubsmoe"]
-    torch.testing.assert_close(loss, plain_loss)
-    for key in ("up.A", "up.B", "down.A", "down.B"):
-        torch.testing.assert_close(grads[f"layers.1.{key}"], plain[f"layers.1.{key}"], rtol=1e-4, atol=1e-8)
-
-    router = router.detach().requires_grad_()
-    probs = linear(seen["hidden"], router).softmax(-1)
-    missing = probs * torch.ones_like(probs).scatter(1, seen["index"], 0.0)
-    ((missing @ means) * seen["delta"]).sum().backward()
-    extra = grads["layers.1.router"] - plain["layers.1.router"]
-    assert extra.abs().max() > 0
-    torch.testing.assert_close(extra, router.grad, rtol=1e-3, atol=1e-8)
-
-
-def test_default_vectors_are_means_of_what_experts_answered_to_real_tokens(lab, model, install):
-    install(build("ubsmoe", lab.base, DEFAULT_VECTOR), LOW)
-    language_loss(model, BATCH)
-    layer, real = model.layers[0], BATCH["attention_mask"].reshape(-1).bool()
-    used = set(layer.chosen[real].flatten().tolist())
-    zero = layer.expert_means.vectors().abs().sum(-1) == 0
-    assert {i for i in range(EXPERTS) if not zero[i]} == used
-
-
-def test_default_vectors_refuse_to_teach_experts(lab):
-    with pytest.raises(ValueError, match=r"pg_scope must be \['router'\]"):
-        build("ubsmoe", lab.base, {"pg_mode": "default_vector"})
 
 
 # ------------------------------------------------------------------------------------------------ UB-SMoE, part by part

@@ -55,8 +55,7 @@ def _router_inputs(sparse: SparseModel, batch: dict[str, Tensor]) -> list[Tensor
 
 def _balance(layer: SparseLayer, hidden: Tensor) -> Tensor:
     layer.router(hidden)
-    assert layer.chosen is not None
-    return load_balancing_loss(layer.scores(), layer.chosen, layer.real_tokens())
+    return load_balancing_loss(layer.scores(), layer.chosen(), layer.real_tokens())
 
 
 @torch.no_grad()

@@ -47,19 +47,19 @@ def read_installed(sparse: SparseModel) -> Installed:
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     adapter: dict[str, Tensor] = {}
     for layer in sparse.layers:
-        if layer.adapter is None:
+        if layer.routing.adapter is None:
             raise ValueError("no adapter is in place on this model, so there is nothing to export")
-        for name, matrix in zip(("up", "down"), layer.adapter, strict=True):
+        for name, matrix in zip(("up", "down"), layer.routing.adapter, strict=True):
             factors[f"layers.{layer.index}.{name}"] = _plain(matrix)
         for name, matrix in layer.attention.adapters.items():
             factors[f"layers.{layer.index}.attention.{name}"] = _plain(matrix)
-        if layer.router_delta is not None:
-            adapter[f"layers.{layer.index}.router"] = _on_cpu(layer.router_delta)
+        if layer.routing.router_delta is not None:
+            adapter[f"layers.{layer.index}.router"] = _on_cpu(layer.routing.router_delta)
     rank = max(a.shape[1] for a, _ in factors.values())
     for name, (a, b) in factors.items():
         adapter[f"{name}.A"] = _on_cpu(pad(a, (0, 0, 0, rank - a.shape[1])))
         adapter[f"{name}.B"] = _on_cpu(pad(b, (0, rank - b.shape[2])))
-    return Installed(adapter, sparse.layers[0].lora_scale * rank, _routing(sparse))
+    return Installed(adapter, sparse.layers[0].routing.lora_scale * rank, _routing(sparse))
 
 
 def install(sparse: SparseModel, adapter: Mapping[str, Tensor], sidecar: Sidecar) -> None:
@@ -74,13 +74,12 @@ def install(sparse: SparseModel, adapter: Mapping[str, Tensor], sidecar: Sidecar
         layer.rescale = sidecar.rescale
     sparse.limit_k_max(sidecar.k_max)
     sparse.set_top_k(sidecar.top_k)
-    device = next(sparse.model.parameters()).device
     if sidecar.phi:
-        sparse.set_phi(torch.tensor(sidecar.phi, device=device), sidecar.num_candidates)
+        sparse.set_phi(torch.tensor(sidecar.phi, device=sparse.device), sidecar.num_candidates)
     if sidecar.selection_bias:
         sparse.set_selection_bias(torch.tensor(sidecar.selection_bias))
     if sidecar.output_scale:
-        sparse.set_output_scale(torch.tensor(sidecar.output_scale, device=device))
+        sparse.set_output_scale(torch.tensor(sidecar.output_scale, device=sparse.device))
 
 
 @torch.no_grad()
@@ -106,7 +105,8 @@ def merge(sparse: SparseModel, installed: Installed) -> dict[str, Any]:
             if f"layers.{index}.attention.{name}.A" in installed.adapter:
                 _add(projection.weight[None], installed.adapter, f"layers.{index}.attention.{name}", scale, False)
         if (difference := installed.adapter.get(f"layers.{index}.router")) is not None:
-            router.weight.copy_(router.weight.float() + difference.to(router.weight.device))
+            weight = router.get_parameter(sparse.layers[index].convention.weight)
+            weight.copy_(weight.float() + difference.to(weight.device))
         if scales:
             experts.down_proj.mul_(scales[index])
             if experts.has_bias:
@@ -140,14 +140,14 @@ def _routing(sparse: SparseModel) -> dict[str, Any]:
     first = sparse.layers[0]
 
     def rows(name: str) -> list[Any] | None:
-        values = [getattr(layer, name) for layer in sparse.layers]
+        values = [getattr(layer.routing, name) for layer in sparse.layers]
         return None if values[0] is None else [value.detach().float().tolist() for value in values]
 
     return {
-        "top_k": first.top_k,
+        "top_k": first.routing.top_k,
         "k_max": first.k_max,
         "rescale": "none" if first.convention.renormalises else first.rescale,
-        "num_candidates": first.num_candidates,
+        "num_candidates": first.routing.num_candidates,
         "phi": rows("phi"),
         "selection_bias": rows("selection_bias"),
         "output_scale": rows("output_scale"),

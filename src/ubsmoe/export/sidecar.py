@@ -26,7 +26,7 @@ class Sidecar(Settings):
     k_max: PositiveInt = Field(description="experts per token at budget 1")
     rank: PositiveInt
     alpha: PositiveFloat
-    rescale: Literal["none", "ratio", "mass"] = Field(description='"none" where the family renormalises by itself')
+    rescale: Literal["none", "mass"] = Field(description='"none" where the family renormalises by itself')
     num_candidates: PositiveInt = Field(description="experts per token that phi may move")
     phi: list[list[float]] | None = Field(None, description="[L, M], added to the routers' logits")
     selection_bias: list[list[float]] | None = Field(None, description="[L, M], added to scores for the choice alone")

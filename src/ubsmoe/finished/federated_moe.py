@@ -70,7 +70,7 @@ class FederatedMoE:
     @property
     def top_k(self) -> int:
         """Experts per token now."""
-        return self._sparse.layers[0].top_k
+        return self._sparse.layers[0].routing.top_k
 
     def set_budget(self, budget: float) -> None:
         """Use max(1, floor(K_max * budget)) experts per token from now on.
@@ -123,7 +123,7 @@ class FederatedMoE:
         return exports.write(self._sparse, self.tokenizer, installed, self._origin, format, Path(folder))
 
     def _set_top_k(self, top_k: int) -> None:
-        if top_k != self.top_k and self._sparse.layers[0].output_scale is not None:
+        if top_k != self.top_k and self._sparse.layers[0].routing.output_scale is not None:
             raise ConfigError(
                 f"this adapter has output scales learned at K = {self.top_k}; load the tier that uses K = {top_k} instead"
             )

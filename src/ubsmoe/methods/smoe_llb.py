@@ -53,9 +53,8 @@ def balance_penalty(model: SparseModel, shares: Float[Tensor, "L M"] | None = No
     losses = []
     for layer in model.layers:
         scores = layer.scores()
-        assert layer.chosen is not None
         share = None if shares is None else shares[layer.index].to(scores)
         # sigmoid scores become probabilities too, as in DeepSeek-V3's own balancing loss
         probabilities = scores / scores.sum(-1, keepdim=True)
-        losses.append(load_balancing_loss(probabilities, layer.chosen, layer.real_tokens(), share))
+        losses.append(load_balancing_loss(probabilities, layer.chosen(), layer.real_tokens(), share))
     return torch.stack(losses).sum()

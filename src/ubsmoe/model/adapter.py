@@ -8,6 +8,7 @@ Delta W = s B A              a trained pair; or B trained alone
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -25,16 +26,15 @@ def layer_of_experts(name: str) -> int | None:
 class MatrixAdapter:
     """The adapter of one matrix of all experts; what is trained among these is an nn.Parameter, the rest is frozen.
 
-    `a` [M, r, in], `b` [M, out, r], `core` [M, r, r]. `side` is (A_side, B_side / s), since the kernel multiplies by s. An
-    attention projection, which has no experts, has M = 1.
+    `side` is (A_side, B_side / s), since the kernel multiplies by s. An attention projection, which has no experts, has M = 1.
     """
 
-    a: Tensor
-    b: Tensor
-    core: Tensor | None = None
-    side: tuple[Tensor, Tensor] | None = None
+    a: Float[Tensor, "M r in"]
+    b: Float[Tensor, "M out r"]
+    core: Float[Tensor, "M r r"] | None = None
+    side: tuple[Float[Tensor, "M side in"], Float[Tensor, "M out side"]] | None = None
 
-    def joined(self) -> tuple[Tensor, Tensor]:
+    def joined(self) -> tuple[Float[Tensor, "M r in"], Float[Tensor, "M out r"]]:
         """A and B of the whole: the core multiplied into B, the side factor put beside both, along the rank.
 
         To be called in every forward pass, for autograd takes the gradients apart again.

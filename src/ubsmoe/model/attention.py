@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -63,7 +64,9 @@ class _Added:
     def __init__(self, adapter: MatrixAdapter, scale: float) -> None:
         self.adapter, self.scale = adapter, scale
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    def __call__(
+        self, module: nn.Module, args: tuple[Float[Tensor, "*T in"], ...], out: Float[Tensor, "*T out"]
+    ) -> Float[Tensor, "*T out"]:
         a, b = (factor[0].to(out.dtype) for factor in self.adapter.joined())
         return out + self.scale * linear(linear(args[0], a), b)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
@@ -11,15 +12,16 @@ from torch import Tensor, nn
 class ExpertWeights:
     """A layer's frozen experts in one orientation.
 
-    `up` [M, h, 2f] and `down` [M, f, h] are views; biases or None. `activation` is the family's own; `is_swiglu` says that it is
-    the plain silu(gate) * up with gate and up side by side, whose gradient the kernel knows.
+    `up` and `down` are views, input first; `pre` is 2 f where a gate stands beside the up projection, else f. `activation` is the
+    family's own; `is_swiglu` says that it is the plain silu(gate) * up with gate and up side by side, whose gradient the kernel
+    knows.
     """
 
-    up: Tensor
-    down: Tensor
-    up_bias: Tensor | None
-    down_bias: Tensor | None
-    activation: Callable[[Tensor], Tensor]
+    up: Float[Tensor, "M h pre"]
+    down: Float[Tensor, "M f h"]
+    up_bias: Float[Tensor, "M pre"] | None
+    down_bias: Float[Tensor, "M h"] | None
+    activation: Callable[[Float[Tensor, "n pre"]], Float[Tensor, "n f"]]
     is_swiglu: bool
 
     @classmethod
@@ -27,7 +29,7 @@ class ExpertWeights:
         """Read them from a transformers experts module."""
         name = up_name(module)
 
-        def oriented(weight: Any) -> Tensor:
+        def oriented(weight: Any) -> Float[Tensor, "M in out"]:
             return weight if module.is_transposed else weight.transpose(1, 2)
 
         gate = getattr(type(module), "_apply_gate", None)
@@ -51,12 +53,12 @@ def up_name(module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Lora:
-    """A layer's adapter: A [M, r, in] and B [M, out, r] of both matrices, and the factor alpha / r."""
+    """A layer's adapter as the kernel takes it: A and B of both matrices, and the factor s = alpha / r."""
 
-    up_a: Tensor
-    up_b: Tensor
-    down_a: Tensor
-    down_b: Tensor
+    up_a: Float[Tensor, "M up_rank h"]
+    up_b: Float[Tensor, "M pre up_rank"]
+    down_a: Float[Tensor, "M down_rank f"]
+    down_b: Float[Tensor, "M h down_rank"]
     scale: float
 
     def detached(self) -> "Lora":

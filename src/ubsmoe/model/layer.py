@@ -1,31 +1,102 @@
-"""One SMoE layer under surgery: what a client has set on it, and the router that obeys it.
+"""One SMoE layer under surgery: what a client has set on it, what was seen of its tokens, and the router that obeys it.
 
 A router keeps its object and gets a subclass of its own class: its logits are shifted by phi, its choice is counted and its
-weights rescaled on the way out.
+weights are rescaled on the way out.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from ubsmoe.maths import routing
-from ubsmoe.maths.pseudo_gradient import ExpertMeans, Mass, PseudoGradient
+from ubsmoe.maths.pseudo_gradient import Mass, PseudoGradient
+from ubsmoe.maths.routing import mass_ratio, modulate
 from ubsmoe.model.adapter import MatrixAdapter
 from ubsmoe.model.attention import AttentionLora
-from ubsmoe.model.conventions import observe_router
+from ubsmoe.model.conventions import LinearMaps, observe_router
 from ubsmoe.model.expert_weights import Lora, up_name
 
-Rescale = Literal["none", "ratio", "mass"]
+Rescale = Literal["none", "mass"]
 
-TrainableRule = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""Scores [T, M], chosen experts [T, K] and real tokens [T] of a batch -> [M] bool, the experts that learn from it."""
+TrainableRule = Callable[
+    [Float[Tensor, "T M"], Int[Tensor, "T K"], Bool[Tensor, " T"] | None],
+    Bool[Tensor, " M"],
+]
+"""Scores, chosen experts and real tokens of a batch -> the experts that are trained on it."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the current client has set on a layer. To change it, put a `dataclasses.replace` of it in its place.
+
+    Attributes:
+        top_k: K, experts per token.
+        num_candidates: N_p, the number of best experts of a token that phi may move.
+        phi: shift of the logits.
+        adapter: what is put on the up and on the down matrix.
+        lora_scale: alpha / rank.
+        router_delta: trained difference of the router's weight.
+        selection_bias: added to the scores for the choice alone.
+        output_scale: factor on the sum over the routed experts.
+        pseudo_gradient: None if it is off.
+        generator: draws the assignments of the `sampled` pseudo-gradient.
+        trainable_rule: which experts are trained on a batch; None for all.
+        recording: keep the logits and the choice of every forward pass.
+    """
+
+    top_k: int
+    num_candidates: int
+    phi: Float[Tensor, " M"] | None = None
+    adapter: tuple[MatrixAdapter, MatrixAdapter] | None = None
+    lora_scale: float = 1.0
+    router_delta: Float[Tensor, "M h"] | None = None
+    selection_bias: Float[Tensor, " M"] | None = None
+    output_scale: Float[Tensor, ""] | None = None
+    pseudo_gradient: PseudoGradient | None = None
+    generator: torch.Generator | None = None
+    trainable_rule: TrainableRule | None = None
+    recording: bool = False
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a layer has seen of the current client's tokens.
+
+    Attributes:
+        expert_tokens: real tokens routed to each expert since counting began.
+        mass: routing mass of the micro-batches since it was last taken.
+        attention_mask: of the last batch, 0 on padding; None if nothing is padded.
+        read: positions of the last batch whose experts' output is read; None for all real ones.
+        logits: of the last forward pass, with their graph; kept while recording or under a pseudo-gradient.
+        chosen: experts of each token in that pass.
+        trainable_experts: those that the rule chose for the last batch.
+    """
+
+    expert_tokens: Int[Tensor, " M"]
+    mass: Mass | None = None
+    attention_mask: Shaped[Tensor, "B S"] | None = None
+    read: Bool[Tensor, "B S"] | None = None
+    logits: Float[Tensor, "T M"] | None = None
+    chosen: Int[Tensor, "T K"] | None = None
+    trainable_experts: Bool[Tensor, " M"] | None = None
 
 
 class SparseLayer:
-    """One SMoE layer seen by us: its router, its experts, its attention, and what the current client has set on them."""
+    """One SMoE layer seen by us.
+
+    Attributes:
+        index: its number among the SMoE layers.
+        router, experts, attention: its parts in the transformers model.
+        k_max: experts per token at budget 1.
+        rescale: what the output's scale at K < K_max is; a property of the run, not of a client.
+        routing: what the current client has set.
+        observed: what was seen since.
+        counting: whether routed tokens are counted.
+        recomputing: this forward pass repeats an earlier one for gradient checkpointing, so nothing is observed a second time.
+    """
 
     def __init__(
         self, index: int, router: nn.Module, experts: nn.Module, projections: Mapping[str, nn.Linear] | None = None
@@ -36,65 +107,50 @@ class SparseLayer:
         self.k_max = int(router.top_k)  # type: ignore[arg-type]
         self.convention = observe_router(router, self.num_experts)
         self.rescale: Rescale = "none"
-        self.counting = False
-        self.recomputing = False  # for its numbers alone (recompute.py): what happens on the side has happened
-        self.attention_mask: Tensor | None = None
-        self.read: Tensor | None = None
+        self.counting = self.recomputing = False
         self.clear()
 
     def clear(self) -> None:
         """Forget the client: stock budget, no modulation, no adapter, no counts."""
-        self.top_k = self.k_max
-        self.phi: Tensor | None = None
-        self.num_candidates = self.num_experts
-        self.adapter: tuple[MatrixAdapter, MatrixAdapter] | None = None
         self.attention.clear()
-        self.lora_scale = 1.0
-        self.router_delta: Tensor | None = None
-        self.pseudo: PseudoGradient | None = None
-        self.generator: torch.Generator | None = None
-        self.recording = False
-        self.logits: Tensor | None = None
-        self.chosen: Tensor | None = None
-        self.selection_bias: Tensor | None = None
-        self.output_scale: Tensor | None = None
-        self.trainable_rule: TrainableRule | None = None
-        self.learning: Tensor | None = None
-        self.expert_means: ExpertMeans | None = None
-        self.expert_tokens = torch.zeros(self.num_experts, dtype=torch.int64)
-        self.mass: Mass | None = None
+        self.routing = Routing(top_k=self.k_max, num_candidates=self.num_experts)
+        self.observed = Observed(torch.zeros(self.num_experts, dtype=torch.int64))
+
+    @property
+    def routing(self) -> Routing:
+        """What the current client has set."""
+        return self._routing
+
+    @routing.setter
+    def routing(self, value: Routing) -> None:
+        self._routing = value
+        # the stock forward of every family reads K from here
+        self.router.top_k = value.top_k  # type: ignore[assignment]
 
     @property
     def lora(self) -> Lora | None:
-        """The adapter as the kernel takes it: one pair of factors per matrix, put together anew for each forward."""
-        if self.adapter is None:
+        """The adapter as the kernel takes it: one pair of factors per matrix, put together anew for each forward pass."""
+        if self.routing.adapter is None:
             return None
-        up, down = self.adapter
-        return Lora(*up.joined(), *down.joined(), self.lora_scale)
+        up, down = self.routing.adapter
+        return Lora(*up.joined(), *down.joined(), self.routing.lora_scale)
 
-    @property
-    def top_k(self) -> int:
-        """Experts per token."""
-        return int(self.router.top_k)  # type: ignore[arg-type]
-
-    @top_k.setter
-    def top_k(self, value: int) -> None:
-        self.router.top_k = value  # type: ignore[assignment]
-
-    def shift(self, hidden: Tensor, logits: Tensor) -> Tensor:
+    def shift(self, hidden: Float[Tensor, "T h"], logits: Float[Tensor, "T M"]) -> Float[Tensor, "T M"]:
         """The router's logits as this client sees them: plus a trained difference of the router, plus phi on the candidates."""
-        if self.router_delta is not None:
-            logits = logits + nn.functional.linear(hidden.to(logits.dtype), self.router_delta.to(logits.dtype))
-        if self.phi is not None:
-            logits = routing.modulate(logits, self.phi, self.num_candidates)
+        if (delta := self.routing.router_delta) is not None:
+            logits = logits + nn.functional.linear(hidden.to(logits.dtype), delta.to(logits.dtype))
+        if self.routing.phi is not None:
+            logits = modulate(logits, self.routing.phi, self.routing.num_candidates)
         return logits
 
-    def choose(self, logits: Tensor, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(
+        self, logits: Float[Tensor, "T M"], weights: Float[Tensor, "T K"], index: Int[Tensor, "T K"]
+    ) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
         """The router's weights and choice; with a selection bias, the K best of score plus bias, weighed by score."""
-        if self.selection_bias is None:
+        if self.routing.selection_bias is None:
             return weights, index
         scores = self._score(logits)
-        chosen = (scores + self.selection_bias).topk(index.shape[1], dim=-1).indices
+        chosen = (scores + self.routing.selection_bias).topk(index.shape[1], dim=-1).indices
         kept, total = scores.gather(-1, chosen), weights.sum(-1, keepdim=True).detach()
         # the family's own unit: what its weights sum to, or what it multiplies a score by
         if self.convention.renormalises:
@@ -103,36 +159,70 @@ class SparseLayer:
             unit = total / scores.gather(-1, index).sum(-1, keepdim=True).detach()
         return (kept * unit).to(weights.dtype), chosen
 
-    def observe(self, logits: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+    def observe(
+        self, logits: Float[Tensor, "T M"], weights: Float[Tensor, "T K"], index: Int[Tensor, "T K"]
+    ) -> Float[Tensor, "T K"]:
         """Count a routing decision and give the weights the scale of the budget."""
         if not self.recomputing:
-            kept = self.recording or self.pseudo is not None
-            self.logits, self.chosen = (logits, index) if kept else (None, None)
-            if self.counting:
-                self.expert_tokens += self._count(index).cpu()
+            kept = self.routing.recording or self.routing.pseudo_gradient is not None
+            self.observed = replace(
+                self.observed,
+                logits=logits if kept else None,
+                chosen=index if kept else None,
+                expert_tokens=self.observed.expert_tokens + (self._count(index) if self.counting else 0),
+            )
         if self.rescale == "none" or self.convention.renormalises or index.shape[1] == self.k_max:
             return weights
-        if self.rescale == "ratio":
-            return weights * (self.k_max / index.shape[1])
-        return weights * routing.mass_ratio(self._score(logits), self.k_max, index).to(weights.dtype)
+        return weights * mass_ratio(self._score(logits), self.k_max, index).to(weights.dtype)
 
-    def scores(self) -> Tensor:
-        """Scores [T, M] of the last forward pass, with their graph; kept while recording or under a pseudo-gradient."""
-        assert self.logits is not None
-        return self._score(self.logits)
+    def scores(self) -> Float[Tensor, "T M"]:
+        """Scores of the last forward pass, with their graph; kept while recording or under a pseudo-gradient."""
+        assert self.observed.logits is not None
+        return self._score(self.observed.logits)
 
-    def real_tokens(self) -> Tensor | None:
-        """[T] bool, False on padding; None when nothing is padded."""
-        return None if self.attention_mask is None else self.attention_mask.reshape(-1).bool()
+    def chosen(self) -> Int[Tensor, "T K"]:
+        """The experts of each token in the last forward pass; kept as long as `scores` are."""
+        assert self.observed.chosen is not None
+        return self.observed.chosen
 
-    def needed_tokens(self) -> Tensor | None:
-        """[T] bool, the tokens whose experts' answer is read: the real ones, or of them those of `read`; None for all."""
-        return self.real_tokens() if self.read is None else self.read.reshape(-1)
+    def real_tokens(self) -> Bool[Tensor, " T"] | None:
+        """False on padding; None when nothing is padded."""
+        mask = self.observed.attention_mask
+        return None if mask is None else mask.reshape(-1).bool()
+
+    def needed_tokens(self) -> Bool[Tensor, " T"] | None:
+        """The tokens whose experts' output is read: the real ones, or only some of them (`Observed.read`); None for all."""
+        read = self.observed.read
+        return self.real_tokens() if read is None else read.reshape(-1)
 
     def add_mass(self, mass: Mass) -> None:
         """Accumulate routing mass over the micro-batches of a step."""
         if not self.recomputing:
-            self.mass = mass if self.mass is None else self.mass + mass
+            before = self.observed.mass
+            self.observed = replace(self.observed, mass=mass if before is None else before + mass)
+
+    def take_mass(self) -> Mass | None:
+        """The routing mass since it was last taken; None if there was none. The next step starts anew."""
+        mass, self.observed = self.observed.mass, replace(self.observed, mass=None)
+        return mass
+
+    def trainable_experts(self, index: Int[Tensor, "T K"]) -> Bool[Tensor, " M"]:
+        """The experts that are trained on this batch, by the method's rule."""
+        if not self.recomputing:
+            assert self.routing.trainable_rule is not None
+            with torch.no_grad():
+                trainable = self.routing.trainable_rule(self.scores(), index, self.real_tokens())
+            self.observed = replace(self.observed, trainable_experts=trainable)
+        assert self.observed.trainable_experts is not None
+        return self.observed.trainable_experts
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of the two expert matrices, whatever way they are stored."""
+        found = {}
+        for name, stored in (("up", up_name(self.experts)), ("down", "down_proj")):
+            _, rows, columns = getattr(self.experts, stored).shape
+            found[name] = (columns, rows) if self.experts.is_transposed else (rows, columns)
+        return found
 
     def matrices(self, attention: bool) -> dict[str, tuple[int, int, int]]:
         """(M, out, in) of what an adapter can sit on: "up", "down", and with `attention` "attention.q_proj" and so on.
@@ -145,46 +235,15 @@ class SparseLayer:
             found |= {f"attention.{name}": (1, *shape) for name, shape in self.attention.shapes().items()}
         return found
 
-    def learning_experts(self, index: Tensor) -> Tensor:
-        """[M] bool: who learns from this batch, by the method's rule."""
-        if not self.recomputing:
-            assert self.trainable_rule is not None
-            with torch.no_grad():
-                self.learning = self.trainable_rule(self.scores(), index, self.real_tokens())
-        assert self.learning is not None
-        return self.learning
-
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of the two expert matrices, whatever way they are stored."""
-        found = {}
-        for name, stored in (("up", up_name(self.experts)), ("down", "down_proj")):
-            _, rows, columns = getattr(self.experts, stored).shape
-            found[name] = (columns, rows) if self.experts.is_transposed else (rows, columns)
-        return found
-
-    def _score(self, logits: Tensor) -> Tensor:
+    def _score(self, logits: Float[Tensor, "T M"]) -> Float[Tensor, "T M"]:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.softmax(-1) if self.convention.scoring == "softmax" else logits.sigmoid()
 
-    def _count(self, index: Tensor) -> Tensor:
+    def _count(self, index: Int[Tensor, "T K"]) -> Int[Tensor, " M"]:
         real = self.real_tokens()
         if real is not None:
             index = index[real.to(index.device)]
-        return torch.bincount(index.reshape(-1), minlength=self.num_experts)
-
-
-class _Shift(TorchFunctionMode):
-    """Inside a router's forward: shift the result of the one linear map that gives a logit per expert."""
-
-    def __init__(self, layer: SparseLayer) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is nn.functional.linear and out.shape[-1] == self.layer.num_experts:
-            return self.layer.shift(args[0], out)
-        return out
+        return torch.bincount(index.reshape(-1), minlength=self.num_experts).cpu()
 
 
 class _BudgetedRouter:
@@ -192,12 +251,18 @@ class _BudgetedRouter:
 
     sparse: SparseLayer
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[Float[Tensor, "T M"], Float[Tensor, "T K"], Int[Tensor, "T K"]]:
         layer = self.sparse
-        if layer.phi is None and layer.router_delta is None:
+
+        def shifted(name: str, hidden: Float[Tensor, "*T h"], out: Float[Tensor, "*T M"]) -> Float[Tensor, "*T M"]:
+            return layer.shift(hidden, out) if name == layer.convention.weight else out
+
+        if layer.routing.phi is None and layer.routing.router_delta is None:
             logits, weights, index = super().forward(*args, **kwargs)  # type: ignore[misc]
         else:
-            with _Shift(layer):
+            with LinearMaps(layer.router, shifted):
                 logits, weights, index = super().forward(*args, **kwargs)  # type: ignore[misc]
         weights, index = layer.choose(logits, weights, index)
         return logits, layer.observe(logits, weights, index), index

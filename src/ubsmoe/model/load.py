@@ -41,9 +41,26 @@ def load_base(settings: ModelSettings, rescale: Rescale = "none", k_max: int | N
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"model.device: {settings.device!r} cannot be used here ({error})") from None
     check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
+    return _operated(model, settings, rescale, k_max), tokenizer
+
+
+def load_skeleton(settings: ModelSettings, rescale: Rescale = "none", k_max: int | None = None) -> SparseModel:
+    """The base without its weights, on the meta device: names, shapes and dtypes for whoever only checks or adds up adapters.
+
+    Only the configuration is read, and no memory is taken for weights. Arguments and errors are those of `load_base`.
+    """
+    with _place_of(settings) as place:
+        config = AutoConfig.from_pretrained(place)
+    refuse_quantised(config, settings.base)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype)).eval()
+    return _operated(model, settings, rescale, k_max)
+
+
+def _operated(model: Any, settings: ModelSettings, rescale: Rescale, k_max: int | None) -> SparseModel:
     sparse = SparseModel(model, rescale)
     sparse.limit_k_max(checked_k_max(k_max, sparse.k_max, settings.base))
-    return sparse, tokenizer
+    return sparse
 
 
 def refuse_quantised(config: Any, base: str) -> None:

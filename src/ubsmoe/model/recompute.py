@@ -1,7 +1,7 @@
 """Gradient checkpointing: of every decoder layer only the input is kept, and the layer runs again when its gradient is due.
 
-The second run is for the numbers alone. What a layer does on the side (counting tokens, adding up routing masses, drawing pairs,
-moving the experts' means, choosing who learns) has happened in the first run and must not happen twice.
+The second run is for the numbers alone. What a layer does on the side (counting tokens, adding up routing masses, drawing
+assignments, choosing the trainable experts) has happened in the first run and must not happen twice.
 
 Source: Chen et al. 2016 (arXiv 1604.06174), by torch.utils.checkpoint.
 """
@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
+from jaxtyping import UInt8
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ubsmoe.model.layer import SparseLayer
@@ -22,7 +22,7 @@ from ubsmoe.model.surgery import SparseModel
 
 @contextmanager
 def recomputing(sparse: SparseModel) -> Iterator[None]:
-    """Inside, decoder layers keep their input alone; gradients are the same to the bit."""
+    """Inside, decoder layers keep their input alone; gradients are bit-identical."""
     owners = {layer.router: layer for layer in sparse.layers}
     with ExitStack() as stack:
         for decoder in _decoders(sparse):
@@ -50,18 +50,20 @@ def _contexts(layer: SparseLayer | None) -> tuple[AbstractContextManager[Any], A
     """Around the first run and around the second."""
     if layer is None:
         return nullcontext(), nullcontext()
-    return nullcontext(), _again(layer, layer.generator.get_state() if layer.generator else None)
+    generator = layer.routing.generator
+    return nullcontext(), _again(layer, generator.get_state() if generator else None)
 
 
 @contextmanager
-def _again(layer: SparseLayer, drawn_from: torch.Tensor | None) -> Iterator[None]:
-    layer.recomputing = True
-    now = layer.generator.get_state() if layer.generator else None
-    if layer.generator and drawn_from is not None:
-        layer.generator.set_state(drawn_from)
+def _again(layer: SparseLayer, before: UInt8[Tensor, " bytes"] | None) -> Iterator[None]:
+    """Run the layer once more with its generator in the state that it had `before` the first run."""
+    layer.recomputing, generator = True, layer.routing.generator
+    now = generator.get_state() if generator else None
+    if generator and before is not None:
+        generator.set_state(before)
     try:
         yield
     finally:
         layer.recomputing = False
-        if layer.generator and now is not None:
-            layer.generator.set_state(now)
+        if generator and now is not None:
+            generator.set_state(now)

@@ -6,13 +6,16 @@ Two seams carry everything: the routers (layer.py), and an experts function regi
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from ubsmoe.maths.pseudo_gradient import PseudoGradient
-from ubsmoe.model.adapter import MatrixAdapter, layer_of_experts
+from ubsmoe.model.adapter import MatrixAdapter
+from ubsmoe.model.adapter_fit import check_fit
 from ubsmoe.model.attention import find_projections
 from ubsmoe.model.conventions import UnsupportedModel, answers_stay_put, find_blocks
 from ubsmoe.model.experts import IMPLEMENTATION
@@ -21,6 +24,8 @@ from ubsmoe.model.layer import Rescale, SparseLayer, TrainableRule, attach, is_a
 
 class SparseModel:
     """A frozen base with budgets, modulation and adapters that can be set for one client and taken off again.
+
+    A model on the meta device, which has shapes but no weights, can be operated on too: everything works but running it.
 
     Attributes:
         model: the transformers model; its parameters are frozen and never written.
@@ -43,7 +48,7 @@ class SparseModel:
                 "so model.base must be a sparse mixture of experts (OLMoE, Mixtral, Qwen-MoE, DeepSeek, gpt-oss, ...)"
             )
         self.adapter: dict[str, nn.Parameter] = {}
-        self._keep: Tensor | None = None
+        self._keep: Bool[Tensor, "B S"] | None = None
         self._last_stays_put = answers_stay_put(model, blocks[-1][1])
         self._stock = model.config._experts_implementation
         for layer in self.layers:
@@ -53,8 +58,9 @@ class SparseModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the base is."""
-        return next(self.model.parameters()).device
+        """Where the base and the adapter are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def num_experts(self) -> int:
@@ -69,37 +75,39 @@ class SparseModel:
     def limit_k_max(self, k_max: int) -> None:
         """Let budget 1 mean fewer experts per token than the base was trained with."""
         for layer in self.layers:
-            layer.k_max = layer.top_k = k_max
+            layer.k_max = k_max
+            layer.routing = replace(layer.routing, top_k=k_max)
 
     def set_top_k(self, top_k: int) -> None:
         """Experts per token in every layer. Raises ValueError outside 1..K_max."""
         if not 1 <= top_k <= self.k_max:
             raise ValueError(f"top_k must lie in 1..{self.k_max} for this base, got {top_k}")
         for layer in self.layers:
-            layer.top_k = top_k
+            layer.routing = replace(layer.routing, top_k=top_k)
 
-    def set_phi(self, phi: Tensor | None, num_candidates: int | None = None) -> None:
+    def set_phi(self, phi: Float[Tensor, "..."] | None, num_candidates: int | None = None) -> None:
         """Modulate every router by its row of `phi` [L, M] on the `num_candidates` best experts of each token."""
         need = (len(self.layers), self.num_experts)
         if phi is not None and tuple(phi.shape) != need:
             raise ValueError(f"phi has shape {tuple(phi.shape)}, this base needs {need}")
         for layer in self.layers:
-            layer.phi = None if phi is None else phi[layer.index]
-            layer.num_candidates = num_candidates or layer.num_experts
+            row = None if phi is None else phi[layer.index]
+            layer.routing = replace(layer.routing, phi=row, num_candidates=num_candidates or layer.num_experts)
 
     def set_pseudo_gradient(self, settings: PseudoGradient | None, generator: torch.Generator | None = None) -> None:
-        """Switch a pseudo-gradient on; `generator` draws the pairs of the `sampled` mode."""
+        """Switch a pseudo-gradient on; `generator` draws the assignments of the `sampled` mode."""
         active = settings if settings and settings.mode != "off" and settings.strength > 0 else None
         for layer in self.layers:
-            layer.pseudo, layer.generator, layer.mass = active, generator, None
+            layer.routing = replace(layer.routing, pseudo_gradient=active, generator=generator)
+            layer.take_mass()
 
     def record(self) -> None:
-        """Keep the scores and the choice of every forward pass, for `layer.scores()` and `layer.chosen`."""
+        """Keep the scores and the choice of every forward pass, for `layer.scores()` and `layer.chosen()`."""
         for layer in self.layers:
-            layer.recording = True
+            layer.routing = replace(layer.routing, recording=True)
 
-    def set_selection_bias(self, bias: Tensor) -> None:
-        """Let routers choose by score plus `bias` [L, M], and weigh by the score alone.
+    def set_selection_bias(self, bias: Float[Tensor, "L M"]) -> None:
+        """Let routers choose by score plus `bias`, and weigh by the score alone.
 
         Raises:
             UnsupportedModel: for a family that does not simply take the K largest scores.
@@ -111,18 +119,20 @@ class SparseModel:
                     f"{name} chooses its experts by more than their scores (groups, or a bias of its own), so a selection "
                     "bias would replace its rule; choose another method or base"
                 )
-            layer.selection_bias = bias[layer.index].to(next(layer.router.parameters()).device)
+            layer.routing = replace(
+                layer.routing, selection_bias=bias[layer.index].to(next(layer.router.parameters()).device)
+            )
 
-    def set_output_scale(self, scale: Tensor) -> None:
-        """Multiply the routed experts' sum in layer l by `scale` [L]; shared experts are left alone."""
+    def set_output_scale(self, scale: Float[Tensor, " L"]) -> None:
+        """Multiply the routed experts' sum in layer l by `scale[l]`; shared experts are left alone."""
         for layer in self.layers:
-            layer.output_scale = scale[layer.index]
+            layer.routing = replace(layer.routing, output_scale=scale[layer.index])
 
     def set_trainable_experts(self, trainable_rule: Sequence[TrainableRule]) -> None:
-        """One rule per layer: which experts learn from a batch. The others still answer, without a backward pass."""
+        """One rule per layer: which experts are trained on a batch. The others run too, but without a backward pass."""
         self.record()
         for layer, rule in zip(self.layers, trainable_rule, strict=True):
-            layer.trainable_rule = rule
+            layer.routing = replace(layer.routing, trainable_rule=rule)
 
     def fresh_adapter(
         self, rank: int, generator: torch.Generator, *, shared_a: bool, router: bool = False, attention: bool = False
@@ -167,11 +177,10 @@ class SparseModel:
         Raises:
             ValueError: if a tensor is missing, unknown or of another shape than this base needs.
         """
-        self._check(tensors, side or {})
-        device = next(self.model.parameters()).device
+        check_fit(self.layers, tensors, side or {})
 
-        def placed(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(device, torch.float32, copy=True)
+        def placed(tensor: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+            return tensor.detach().to(self.device, torch.float32, copy=True)
 
         values = {
             name: placed(value) if name in frozen else nn.Parameter(placed(value)) for name, value in tensors.items()
@@ -186,12 +195,15 @@ class SparseModel:
 
         for layer in self.layers:
             prefix = f"layers.{layer.index}"
-            layer.lora_scale = alpha / values[f"{prefix}.up.A"].shape[1]
-            layer.adapter = on(f"{prefix}.up", layer.lora_scale), on(f"{prefix}.down", layer.lora_scale)
+            scale = alpha / values[f"{prefix}.up.A"].shape[1]
+            layer.routing = replace(
+                layer.routing,
+                adapter=(on(f"{prefix}.up", scale), on(f"{prefix}.down", scale)),
+                lora_scale=scale,
+                router_delta=values.get(f"{prefix}.router"),
+            )
             names = [name for name in layer.attention.projections if f"{prefix}.attention.{name}.A" in values]
-            on_attention = {name: on(f"{prefix}.attention.{name}", layer.lora_scale) for name in names}
-            layer.attention.put(on_attention, layer.lora_scale)
-            layer.router_delta = values.get(f"{prefix}.router")
+            layer.attention.put({name: on(f"{prefix}.attention.{name}", scale) for name in names}, scale)
         self.model.set_experts_implementation(IMPLEMENTATION)
 
     def clear(self) -> None:
@@ -205,7 +217,7 @@ class SparseModel:
     def counting(self) -> Iterator[None]:
         """Count routed tokens, padding left out, from zero."""
         for layer in self.layers:
-            layer.expert_tokens.zero_()
+            layer.observed = replace(layer.observed, expert_tokens=torch.zeros(layer.num_experts, dtype=torch.int64))
             layer.counting = True
         try:
             yield
@@ -213,28 +225,32 @@ class SparseModel:
             for layer in self.layers:
                 layer.counting = False
 
-    def expert_tokens(self) -> Tensor:
-        """[L, M] int64: tokens routed to each expert since counting began."""
-        return torch.stack([layer.expert_tokens for layer in self.layers])
+    def expert_tokens(self) -> Int[Tensor, "L M"]:
+        """Tokens routed to each expert since counting began."""
+        return torch.stack([layer.observed.expert_tokens for layer in self.layers])
 
-    def logits_at(self, input_ids: Tensor, attention_mask: Tensor, keep: Tensor) -> Tensor:
-        """Logits [N, V] at the positions of `keep` only, in row order.
+    def logits_at(
+        self, input_ids: Int[Tensor, "B S"], attention_mask: Shaped[Tensor, "B S"], keep: Bool[Tensor, "B kept"]
+    ) -> Float[Tensor, "N V"]:
+        """Logits at the positions of `keep` only, in row order.
 
         With the loss on short answers the output head would otherwise cost as much as the experts of a small budget.
 
         Args:
-            input_ids: [B, S].
-            attention_mask: [B, S], padding on the right.
-            keep: [B, S] or [B, S-1] bool, a leading part of each row's positions.
+            input_ids: of a batch.
+            attention_mask: 0 on padding, which is on the right.
+            keep: for a leading part of each row's positions.
         """
         keep = nn.functional.pad(keep, (0, input_ids.shape[1] - keep.shape[1]))
         with self.reading(keep):
-            logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            logits: Float[Tensor, "1 N V"] = self.model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            ).logits
         return logits[0]
 
     @contextmanager
-    def reading(self, keep: Tensor) -> Iterator[None]:
-        """Inside, the model's logits are [1, N, V]: those of the positions of `keep` [B, S] bool only, in row order.
+    def reading(self, keep: Bool[Tensor, "B S"]) -> Iterator[None]:
+        """Inside, the model's logits are [1, N, V]: those of the positions of `keep` only, in row order.
 
         Neither the output head nor the experts of the last layer compute anything for other positions. Routing does.
         """
@@ -258,40 +274,7 @@ class SparseModel:
             mask = mask[:, -inputs.shape[1] :]
         if mask is not None and mask.all():
             mask = None
+        # they stay beyond the forward pass, for layers that run again in the backward pass
         for layer in self.layers:
-            layer.attention_mask = mask
-        # beyond the forward pass, for a last layer that runs again in the backward pass
-        self.layers[-1].read = self._keep
-
-    def _check(self, tensors: Mapping[str, Tensor], side: Mapping[str, Tensor]) -> None:
-        needs: dict[str, tuple[int, ...]] = {}
-        optional: dict[str, tuple[int, ...]] = {}
-        for layer in self.layers:
-            prefix = f"layers.{layer.index}"
-            rank = _rank(tensors, f"{prefix}.up.A")  # one for both matrices, since alpha / rank is one factor
-            for name, (experts, out_features, in_features) in layer.matrices(bool(layer.attention.projections)).items():
-                key = f"{prefix}.{name}"
-                if layer_of_experts(key) is None and not any(f"{key}.{factor}" in tensors for factor in "ABR"):
-                    continue  # no adapter has to sit on an attention projection
-                needs |= {f"{key}.A": (experts, rank, in_features), f"{key}.B": (experts, out_features, rank)}
-                optional[f"{key}.R"] = (experts, rank, rank)
-                beside = _rank(side, f"side.{key}.A")
-                if side:
-                    needs[f"side.{key}.A"] = (experts, beside, in_features)
-                    needs[f"side.{key}.B"] = (experts, out_features, beside)
-            optional[f"{prefix}.router"] = (layer.num_experts, layer.shapes()["up"][1])
-        given = {**tensors, **side}
-        if missing := [key for key in needs if key not in given]:
-            raise ValueError(f"the adapter lacks {missing[0]}: it was made for another base")
-        if unknown := sorted(given.keys() - needs.keys() - optional.keys()):
-            raise ValueError(f"the adapter has tensors this base does not know: {', '.join(unknown[:3])}")
-        for key, tensor in given.items():
-            need = needs.get(key) or optional[key]
-            if tuple(tensor.shape) != need:
-                raise ValueError(f"{key} has shape {tuple(tensor.shape)}, this base needs {need}")
-
-
-def _rank(tensors: Mapping[str, Tensor], name: str) -> int:
-    """The rank that a factor A has; 1 where it is missing or no such thing, which the check then says."""
-    a = tensors.get(name)
-    return a.shape[1] if a is not None and a.dim() == 3 else 1
+            last = layer is self.layers[-1]
+            layer.observed = replace(layer.observed, attention_mask=mask, read=self._keep if last else None)

@@ -4,9 +4,6 @@
 
 One fixed batch of one client, the first of the lowest tier, meets the state after each kept round as a client of each tier
 would, at that tier's K. A signal is compared with g_i^miss over all trained numbers of an expert together, expert by expert.
-`server` takes for G_i what the method sends, or else what the adapter has changed by since the state before; of the first
-state it is left out. `default_vector` gives experts nothing, so it has no direction to compare.
-
 Controls: a random direction, and another expert's plain gradient.
 
 Source: UB-SMoE (arXiv 2605.16690), section 6.3.4; the batch, the controls and the two groups of experts are ours.
@@ -25,7 +22,7 @@ from ubsmoe.client.train import language_loss
 from ubsmoe.config import ConfigError
 from ubsmoe.data.tokens import batches, collate, pad_id
 from ubsmoe.finished.run import settings_of_run
-from ubsmoe.maths.pseudo_gradient import Mode, PseudoGradient, parameter_signal, unit_rows
+from ubsmoe.maths.pseudo_gradient import Mode, PseudoGradient, parameter_signal
 from ubsmoe.messages import Profile
 from ubsmoe.methods.state import unpack
 from ubsmoe.model.adapter import layer_of_experts
@@ -34,7 +31,7 @@ from ubsmoe.seeds import generator_for
 from ubsmoe.server.federation import Federation, build_federation
 from ubsmoe.storage.runfolder import read_run, read_states
 
-RESCALED: tuple[Mode, ...] = ("client_mean", "self_ipw", "server")
+RESCALED: tuple[Mode, ...] = ("client_mean", "self_ipw")
 FRACTIONS = (0.1, 0.5)
 SIGNALS = (*RESCALED, *(f"sampled {fraction}" for fraction in FRACTIONS), "random", "another expert")
 
@@ -71,32 +68,25 @@ def probe_run(path: Path) -> Iterator[Rows]:
     federation = build_federation(settings_of_run(path, {}))
     if record.summary and record.summary["base_sha256"] != federation.base_sha256:
         raise ConfigError(f"model.base: {path} was trained on another base than {federation.settings.model.base}")
-    before: dict[int, dict[str, Tensor]] = {}
     for checkpoint in states:
         state, rows = unpack(checkpoint.tensors, federation.method.keeps), []
         for profile in federation.tiers:
-            payload = federation.method.dispatch(state, profile)
-            earlier = before.get(profile.tier, {})
-            before[profile.tier] = payload
             if profile.top_k < federation.shape.num_experts:
-                rows += _probe_tier(federation, payload, earlier, profile, checkpoint.round)
+                rows += _probe_tier(federation, federation.method.dispatch(state, profile), profile, checkpoint.round)
         yield rows
 
 
-def _probe_tier(
-    federation: Federation, payload: dict[str, Tensor], earlier: dict[str, Tensor], profile: Profile, number: int
-) -> Rows:
+def _probe_tier(federation: Federation, payload: dict[str, Tensor], profile: Profile, number: int) -> Rows:
     model, seed = federation.model, federation.settings.seed
     batch = fixed_batch(federation)
     try:
         federation.method.install(model, payload, profile, generator_for(seed, "alignment"))
-        if any(layer.trainable_rule for layer in model.layers):
+        if any(layer.routing.trainable_rule for layer in model.layers):
             raise ConfigError(
                 f"method {federation.method.name} picks who learns from a batch: top-K is not what it lacks"
             )
-        update = {name: payload.get(f"update.{name}", _change(payload, earlier, name)) for name in model.adapter}
         draw = generator_for(seed, number, profile.tier, "alignment")
-        layers = layer_signals(model, lambda: language_loss(model, batch).backward(), update, draw)
+        layers = layer_signals(model, lambda: language_loss(model, batch).backward(), draw)
     finally:
         model.clear()
     rows = []
@@ -129,24 +119,22 @@ def fixed_batch(federation: Federation) -> dict[str, Tensor]:
     return collate([examples[i] for i in next(order)], pad_id(federation.tokenizer), settings.data.loss_on_prompt)
 
 
-def layer_signals(
-    model: SparseModel, backward: Callable[[], object], update: Mapping[str, Tensor | None], draw: torch.Generator
-) -> list[LayerSignals]:
+def layer_signals(model: SparseModel, backward: Callable[[], object], draw: torch.Generator) -> list[LayerSignals]:
     """Every signal at strength 1, for one batch.
 
     Args:
         model: with an adapter and a budget in place.
         backward: runs the batch forward and backward.
-        update: per trained tensor the other clients' change of it, for `server`; None where there is none.
         draw: for the sampled pairs and the random direction.
     """
-    plain = _gradients(model, backward, PseudoGradient("client_mean"), draw)  # the experts' signal is added later
-    masses = [layer.mass for layer in model.layers]
-    oracle = _gradients(model, backward, PseudoGradient("oracle"), draw)
-    sampled = {
-        f"sampled {fraction}": _gradients(model, backward, PseudoGradient("sampled", fraction=fraction), draw)
-        for fraction in FRACTIONS
-    }
+
+    def under(mode: Mode, fraction: float = 1.0) -> list[dict[str, Tensor]]:
+        return _gradients(model, backward, PseudoGradient(mode, strength=1.0, fraction=fraction), draw)
+
+    plain = under("client_mean")  # the experts' signal is added later
+    masses = [layer.observed.mass for layer in model.layers]
+    oracle = under("oracle")
+    sampled = {f"sampled {fraction}": under("sampled", fraction) for fraction in FRACTIONS}
     found = []
     for index, (grads, mass) in enumerate(zip(plain, masses, strict=True)):
         assert mass is not None, "K = M leaves nothing out"
@@ -154,11 +142,8 @@ def layer_signals(
         missing = _flat(oracle[index]) - own
         offered: dict[str, Tensor] = {}
         for mode in RESCALED:
-            settings = PseudoGradient(mode)
-            others = {name: update.get(name) if mode == "server" else None for name in grads}
-            if mode != "server" or all(change is not None for change in others.values()):
-                towards = {n: None if change is None else unit_rows(change) for n, change in others.items()}
-                offered[mode] = _flat({n: parameter_signal(settings, g, mass, towards[n]) for n, g in grads.items()})
+            signal = PseudoGradient(mode, strength=1.0)
+            offered[mode] = _flat({name: parameter_signal(signal, grad, mass) for name, grad in grads.items()})
         offered |= {name: _flat(layers[index]) - own for name, layers in sampled.items()}
         offered["random"] = torch.randn(missing.shape, generator=draw).to(missing) * (missing != 0)
         offered["another expert"] = own[_others(used)]
@@ -192,9 +177,3 @@ def _others(used: Tensor) -> list[int]:
     """For each expert another one that was used, as far as there is one."""
     live = used.nonzero().flatten().tolist()
     return [next((j for j in live[n % len(live) :] + live if j != n), n) for n in range(len(used))]
-
-
-def _change(payload: Mapping[str, Tensor], earlier: Mapping[str, Tensor], name: str) -> Tensor | None:
-    """What a tensor has changed by; None if that is not known, or its shape has changed."""
-    now, then = payload.get(name), earlier.get(name)
-    return now - then if now is not None and then is not None and now.shape == then.shape else None

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ubsmoe.maths import balance
-from ubsmoe.maths.pseudo_gradient import PseudoGradient, parameter_signal, routing_mass, unit_rows
+from ubsmoe.maths.pseudo_gradient import PseudoGradient, parameter_signal, routing_mass
 from ubsmoe.seeds import generator_for
 from ubsmoe.study import bounds
 
@@ -30,13 +30,12 @@ Forward = Literal["dense", "sparse"]
 
 SIGNALS = {
     "off": PseudoGradient("off"),
-    "client_mean": PseudoGradient("client_mean"),
-    "self_ipw": PseudoGradient("self_ipw"),
-    "server": PseudoGradient("server"),
-    "sampled": PseudoGradient("sampled", fraction=0.1),
-    "oracle": PseudoGradient("oracle"),
+    "client_mean": PseudoGradient("client_mean", strength=1.0),
+    "self_ipw": PseudoGradient("self_ipw", strength=1.0),
+    "sampled": PseudoGradient("sampled", strength=1.0, fraction=0.1),
+    "oracle": PseudoGradient("oracle", strength=1.0),
 }
-BATCH, STEPS, ROUND = 256, 1000, 50
+BATCH, STEPS = 256, 1000
 
 
 @dataclass(frozen=True)
@@ -121,13 +120,11 @@ def settle(
 ) -> float:
     """Run SGD with a step that falls to zero; the loss of its last tenth's mean, above the optimum."""
     theta, tail, steps = optimum(problem), [], steps or STEPS
-    draw, chosen, features = generator_for(seed, top_k, signal.mode), problem.chosen(top_k), problem.features()
+    draw, chosen = generator_for(seed, top_k, signal.mode), problem.chosen(top_k)
     largest = float(torch.linalg.matrix_norm(_field(problem, problem.num_experts, "dense")[0], 2))
     for step in range(steps):
-        if step % ROUND == 0:  # a round begins: a client that runs every expert has sent what it learnt
-            update = -_gradient(features, problem.t, torch.ones_like(chosen), theta, forward)
         rows = torch.randint(len(problem.t), (BATCH,), generator=draw)
-        gradient = _client_gradient(problem, rows, chosen[rows], theta, signal, forward, update, draw)
+        gradient = _client_gradient(problem, rows, chosen[rows], theta, signal, forward, draw)
         theta = theta - (1 - step / steps) / (2 * largest) * (gradient + problem.ridge * theta)
         if step >= 0.9 * steps:
             tail.append(theta)
@@ -187,13 +184,6 @@ def _mean(rows: Sequence[dict[str, Any]], top_k: int, signal: str, key: str) -> 
     return statistics.fmean(row[key] for row in rows if row["top_k"] == top_k and row["signal"] == signal)
 
 
-def _gradient(features: Tensor, t: Tensor, chosen: Tensor, theta: Tensor, forward: Forward) -> Float[Tensor, "M d"]:
-    """The mean gradient of the squared error over the pairs in `chosen`."""
-    seen = features * chosen[:, :, None] if forward == "sparse" else features
-    error = torch.einsum("nmd,md->n", seen, theta) - t
-    return torch.einsum("nmd,n->md", features * chosen[:, :, None], error) / len(t)
-
-
 def _client_gradient(
     problem: Problem,
     rows: Tensor,
@@ -201,7 +191,6 @@ def _client_gradient(
     theta: Tensor,
     signal: PseudoGradient,
     forward: Forward,
-    update: Tensor,
     draw: torch.Generator,
 ) -> Float[Tensor, "M d"]:
     """What a client of this budget adds up in one step: its experts' gradient and the pseudo-gradient."""
@@ -214,8 +203,8 @@ def _client_gradient(
     if signal.is_exact:
         kept = torch.rand(chosen.shape, generator=draw) < signal.pair_fraction
         return own + (pairs * (~chosen & kept)[:, :, None]).sum(0) / signal.pair_fraction
-    rho = signal.rho(int(chosen[0].sum()), problem.num_experts, problem.num_experts)
-    return own + parameter_signal(signal, own, routing_mass(problem.p[rows], chosen, rho=rho), unit_rows(update))
+    rho = signal.rho(int(chosen[0].sum()), problem.num_experts)
+    return own + parameter_signal(signal, own, routing_mass(problem.p[rows], chosen, rho=rho))
 
 
 def _field(problem: Problem, top_k: int, forward: Forward) -> tuple[Tensor, Tensor]:

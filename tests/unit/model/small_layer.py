@@ -1,5 +1,6 @@
 """One real SparseLayer in float64 with frozen experts of any layout, small enough for the oracles."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(normal(EXPERTS, HIDDEN, seed=11))
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = hidden @ self.weight.T
+        logits = nn.functional.linear(hidden, self.weight)
         weights, index = logits.softmax(-1).topk(self.top_k, dim=-1)
         return logits, weights / weights.sum(-1, keepdim=True) if self.renormalise else weights, index
 
@@ -35,11 +36,10 @@ class SmallLayer:
         self.experts = oracles.experts_module(layout, EXPERTS, HIDDEN, WIDTH)
         self.router = Router(k_max, renormalise)
         self.layer = SparseLayer(0, self.router, self.experts)
-        self.router.top_k = top_k
         self.factors = random_factors(self.experts, seed)
         up = MatrixAdapter(self.factors.up_a, self.factors.up_b)
-        self.layer.adapter = up, MatrixAdapter(self.factors.down_a, self.factors.down_b)
-        self.layer.lora_scale = self.factors.scale
+        down = MatrixAdapter(self.factors.down_a, self.factors.down_b)
+        self.layer.routing = replace(self.layer.routing, top_k=top_k, adapter=(up, down), lora_scale=self.factors.scale)
         object.__setattr__(self.experts, "sparse", self.layer)
         # what the router reads and what the experts read are kept apart, to see which path a gradient takes
         self.seen_by_router = normal(TOKENS, HIDDEN, seed=seed + 20).requires_grad_()
@@ -53,7 +53,8 @@ class SmallLayer:
 
     def output(self, settings: PseudoGradient | None, generator: torch.Generator | None = None) -> Tensor:
         """The layer as it runs in a model."""
-        self.layer.pseudo, self.layer.generator, self.layer.mass = settings, generator, None
+        self.layer.routing = replace(self.layer.routing, pseudo_gradient=settings, generator=generator)
+        self.layer.take_mass()
         logits, weights, index = self.router(self.seen_by_router)
         weights = self.layer.observe(logits, weights, index)
         return routed_experts(self.experts, self.seen_by_experts, index, weights)
@@ -62,9 +63,9 @@ class SmallLayer:
         """dL/d(leaves) with dL/dy = delta, and with what a client adds before its step."""
         y = self.output(settings, generator)
         grads = list(torch.autograd.grad(y, self.leaves, self.delta))
-        if self.layer.mass is not None:
+        if (mass := self.layer.take_mass()) is not None:
             assert settings is not None
-            grads[:4] = [g + parameter_signal(settings, g, self.layer.mass) for g in grads[:4]]
+            grads[:4] = [g + parameter_signal(settings, g, mass) for g in grads[:4]]
         return grads
 
     def scores(self) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The routed expert kernel against loops and autograd, in float64, for every layout of weights."""
+"""The routed expert kernel against its slow reference, and that against experts written out per layout, in float64."""
 
 from typing import Any
 
@@ -8,28 +8,29 @@ from torch import Tensor
 
 import oracles
 from ubsmoe.model.expert_weights import ExpertWeights, Lora
-from ubsmoe.model.kernel import _in_buckets, run_pairs
+from ubsmoe.model.kernel import _in_buckets, run_assignments
+from ubsmoe.model.kernel_reference import run_assignments_slowly
 from unit.model.small_layer import HIDDEN, WIDTH, normal, random_factors
 
 every_layout = pytest.mark.parametrize("layout", oracles.LAYOUTS)
 EXPERTS = 4
-PAIRS = {  # token and expert of each pair, over 4 experts
+ASSIGNMENTS = {  # tokens and their experts, over 4 experts
     "two experts each": ([0, 0, 1, 1, 2, 2], [3, 1, 0, 3, 1, 0]),  # expert 2 gets nothing
     "one token": ([0, 0], [2, 1]),
     "every expert": ([0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 2, 3, 3, 2, 1, 0]),
     "one expert does it all": ([0, 1, 2], [3, 3, 3]),
-    "a token without a pair": ([2, 2], [0, 1]),
-    "the same pair twice": ([1, 1], [2, 2]),
-    "no pair at all": ([], []),
+    "a token without an assignment": ([2, 2], [0, 1]),
+    "the same assignment twice": ([1, 1], [2, 2]),
+    "no assignment at all": ([], []),
 }
-every_case = pytest.mark.parametrize("case", PAIRS)
+every_case = pytest.mark.parametrize("case", ASSIGNMENTS)
 
 
 class Problem:
-    """Inputs of one call, and the same call by the oracle."""
+    """Inputs of one call, by the kernel, by the reference, and by one expert at a time."""
 
     def __init__(self, layout: str, case: str) -> None:
-        token, expert = PAIRS[case]
+        token, expert = ASSIGNMENTS[case]
         self.token, self.expert = torch.tensor(token, dtype=torch.int64), torch.tensor(expert, dtype=torch.int64)
         self.module = oracles.experts_module(layout, EXPERTS, HIDDEN, WIDTH)
         self.factors = random_factors(self.module)
@@ -40,11 +41,14 @@ class Problem:
     def inputs(self) -> list[Tensor]:
         return [self.hidden, self.weight, *self.factors.leaves()]
 
-    def ours(self, hidden: Tensor, weight: Tensor, *factors: Tensor) -> Tensor:
+    def ours(self, hidden: Tensor, weight: Tensor, *factors: Tensor, run: Any = run_assignments) -> Tensor:
         lora = Lora(*factors, scale=self.factors.scale)
-        return run_pairs(hidden, self.token, self.expert, weight, ExpertWeights.of(self.module), lora)
+        return run(hidden, self.token, self.expert, weight, ExpertWeights.of(self.module), lora)
 
     def theirs(self) -> Tensor:
+        return self.ours(*self.inputs, run=run_assignments_slowly)
+
+    def one_by_one(self) -> Tensor:
         y = torch.zeros(3, HIDDEN, dtype=torch.float64)
         for n, (t, i) in enumerate(zip(self.token.tolist(), self.expert.tolist(), strict=True)):
             one = self.weight[n] * oracles.one_expert(self.module, self.factors, i, self.hidden[t])
@@ -53,12 +57,18 @@ class Problem:
 
 
 @every_layout
+def test_the_reference_is_each_layouts_experts_written_out(layout: str) -> None:
+    problem = Problem(layout, "two experts each")
+    torch.testing.assert_close(problem.theirs(), problem.one_by_one(), rtol=1e-12, atol=1e-12)
+
+
+@every_layout
 @every_case
-def test_outputs_and_all_gradients_equal_the_oracles(layout: str, case: str) -> None:
+def test_outputs_and_all_gradients_equal_the_references(layout: str, case: str) -> None:
     problem, delta = Problem(layout, case), normal(3, HIDDEN, seed=9)
     ours = problem.ours(*problem.inputs)
     grads = torch.autograd.grad(ours, problem.inputs, delta)
-    if case == "no pair at all":
+    if case == "no assignment at all":
         assert not ours.any() and not any(grad.any() for grad in grads)
         return
     theirs = problem.theirs()
@@ -75,7 +85,7 @@ def test_gradcheck_passes_in_float64(layout: str, case: str) -> None:
 
 
 @every_layout
-def test_experts_without_a_pair_get_exact_zeros(layout: str) -> None:
+def test_experts_without_an_assignment_get_exact_zeros(layout: str) -> None:
     problem = Problem(layout, "two experts each")
     grads = torch.autograd.grad(problem.ours(*problem.inputs).sum(), problem.inputs)
     for grad in grads[2:]:
@@ -107,7 +117,7 @@ def test_frozen_weights_never_get_a_gradient_and_inputs_are_not_written() -> Non
         assert torch.equal(x, old)
 
 
-def test_the_order_of_pairs_does_not_matter() -> None:
+def test_the_order_of_assignments_does_not_matter() -> None:
     problem = Problem("gated", "every expert")
     first = problem.ours(*problem.inputs)
     order = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
@@ -130,7 +140,7 @@ def test_a_half_precision_base_keeps_its_dtype_and_the_adapter_its_own(weight_dt
         assert (x.grad.double() - want).norm() <= 0.05 * want.norm()
 
 
-def test_bfloat16_groups_are_filled_up_with_pairs_that_change_nothing() -> None:
+def test_bfloat16_groups_are_filled_up_with_assignments_that_change_nothing() -> None:
     expert = torch.tensor([2] * 70 + [0] * 3)
     weight = torch.full((73,), 0.5).requires_grad_()
     token, filled, weights = _in_buckets(torch.arange(73), expert, weight, 4)
@@ -139,7 +149,7 @@ def test_bfloat16_groups_are_filled_up_with_pairs_that_change_nothing() -> None:
     assert torch.equal(weights[:73], weight) and not weights[73:].any()
 
 
-def test_one_pair_worked_by_hand() -> None:
+def test_one_assignment_worked_by_hand() -> None:
     # one token, expert 1 of 2; h = 1, f = 1, rank 1, gate and up side by side, silu(1) = 0.7311
     module = oracles.experts_module("gated", 2, 1, 1)
     module.gate_up_proj.copy_(torch.tensor([[[9.0], [9.0]], [[0.5], [2.0]]]))
@@ -151,6 +161,6 @@ def test_one_pair_worked_by_hand() -> None:
     up_b = torch.tensor([[[9.0], [9.0]], [[0.5], [0.0]]]).double()
     lora = Lora(up_a=both(0.5), up_b=up_b, down_a=both(0.0), down_b=both(1.0), scale=2.0)
     hidden, weight = torch.tensor([[1.0]]).double(), torch.tensor([0.25]).double()
-    y = run_pairs(hidden, torch.tensor([0]), torch.tensor([1]), weight, ExpertWeights.of(module), lora)
+    y = run_assignments(hidden, torch.tensor([0]), torch.tensor([1]), weight, ExpertWeights.of(module), lora)
     # gate = 0.5 + 2 * 0.5 * 0.5 = 1, up = 2, inner = silu(1) * 2 = 1.4621, down 3: 0.25 * 3 * 1.4621
     assert y.item() == pytest.approx(0.25 * 3 * 2 * 0.7310585786)

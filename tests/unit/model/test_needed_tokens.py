@@ -52,10 +52,8 @@ def measured(sparse: SparseModel) -> dict[str, Tensor]:
     found = {"loss": loss.detach(), "counts": sparse.expert_tokens()}
     found |= {name: value.grad for name, value in sparse.adapter.items() if value.grad is not None}
     for layer in sparse.layers:
-        if layer.mass is not None:
-            found |= {f"mass.{layer.index}.{name}": value for name, value in vars(layer.mass).items()}
-        if layer.expert_means is not None:
-            found[f"means.{layer.index}"] = layer.expert_means.vectors()
+        if layer.observed.mass is not None:
+            found |= {f"mass.{layer.index}.{name}": value for name, value in vars(layer.observed.mass).items()}
     return found
 
 
@@ -79,7 +77,6 @@ SETTINGS: dict[str, Callable[[SparseModel], None]] = {
     "self_ipw, hidden too": pseudo("self_ipw", scope=("experts", "router", "hidden")),
     "sampled": pseudo("sampled", fraction=0.5, scope=("experts", "router", "hidden")),
     "oracle": pseudo("oracle"),
-    "default_vector": pseudo("default_vector", scope=("router",)),
     "partly learning": lambda sparse: sparse.set_trainable_experts([every_other_expert] * len(sparse.layers)),
     "output scale": lambda sparse: sparse.set_output_scale(torch.linspace(0.5, 1.5, len(sparse.layers))),
     "recording": record,
@@ -130,8 +127,8 @@ def test_experts_see_real_tokens_alone_and_the_last_ones_labelled_positions(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    run = experts.run_pairs
-    monkeypatch.setattr(experts, "run_pairs", lambda *args: seen.append(len(args[1])) or run(*args))
+    run = experts.run_assignments
+    monkeypatch.setattr(experts, "run_assignments", lambda *args: seen.append(len(args[1])) or run(*args))
     sparse = operated(family)
     language_loss(sparse, batch())
     assert seen == [TOP_K * sum(REAL), TOP_K * sum(LABELLED)]

@@ -50,4 +50,4 @@ def test_the_exact_floor_lies_below_the_papers_and_vanishes_at_full_budget(probl
 
 def test_the_oracle_removes_the_floor_of_the_dense_forward(problem: lab.Problem) -> None:
     plain = lab.settle(problem, 1, PseudoGradient("off"), "dense", seed=0, steps=400)
-    assert lab.settle(problem, 1, PseudoGradient("oracle"), "dense", seed=0, steps=400) < plain / 10
+    assert lab.settle(problem, 1, PseudoGradient("oracle", strength=1.0), "dense", seed=0, steps=400) < plain / 10
