@@ -27,7 +27,7 @@ from ubsmoe.config import load_run
 from ubsmoe.data.tokens import Tokens
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.maths.robust import squared_norm
-from ubsmoe.messages import Engine, Reply, Task, Update
+from ubsmoe.messages import Engine, Profile, Reply, Task, Update
 from ubsmoe.methods.chosen import build_method
 from ubsmoe.methods.method import State
 from ubsmoe.seeds import generator_for
@@ -112,6 +112,10 @@ class LyingEngine:
     lie: Lie
     known: list[Reply] | None = None
 
+    def clients(self) -> list[Profile]:
+        """Those of the inner engine."""
+        return self.inner.clients()
+
     def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
         """Honest replies, and the lies in their places."""
         asked = list(tasks)
@@ -152,7 +156,7 @@ class Testbed:
 
 def prepared(seed: int, honest_rounds: int) -> Testbed:
     federation = build_federation(load_run(TESTBED, {**CHANGES, "seed": seed}))
-    engine, state = LocalEngine(federation.trainer, federation.examples), start_state(federation)
+    engine, state = LocalEngine(federation.trainer, federation.examples, federation.clients), start_state(federation)
     for number in range(1, honest_rounds + 1):
         state = one_round(federation, engine, state, number, lambda *_, **__: None)
     recorded: list[Reply] = []
@@ -163,7 +167,7 @@ def prepared(seed: int, honest_rounds: int) -> Testbed:
                 recorded.append(reply)
                 yield reply
 
-    recording = Recording(federation.trainer, federation.examples)
+    recording = Recording(federation.trainer, federation.examples, federation.clients)
     one_round(federation, recording, state, honest_rounds + 1, lambda *_, **__: None)
     return Testbed(federation, federation.examples, state, recorded)
 
@@ -177,7 +181,7 @@ def cell(testbed: Testbed, rule: str, attack: str, seed: int, rounds: int) -> di
         dropped += event == "dropped"
 
     for number in range(rounds):
-        inner = LocalEngine(federation.trainer, testbed.examples)
+        inner = LocalEngine(federation.trainer, testbed.examples, federation.clients)
         engine = LyingEngine(inner, state, LIES[attack], None if number else testbed.replies)
         state = one_round(federation, engine, state, testbed.replies[0].round + number, note)
     scores = [evaluate_tier(federation, state, tier)["macro"] for tier in federation.tiers]

@@ -1,7 +1,7 @@
-"""What Flower adds to a round on loopback, and whether 100 MB pass.
+"""What Flower adds to a round on localhost, and whether 100 MB pass.
 
     overhead   seconds of a round beyond its slowest client's training, SuperLink + 2 SuperNodes with TLS: with the resident
-               worker, without it, and Flower's own minimum, an app whose messages are empty and whose nodes do nothing
+               process, without it, and Flower's own minimum, an app whose messages are empty and whose nodes do nothing
                (Grid.send_and_receive, which looks for answers every 3 s)
     large      one round whose task and update are 100 MB each
 
@@ -79,12 +79,12 @@ def overhead(folder: Path, rounds: int) -> dict[str, Any]:
     (empty / "pyproject.toml").write_text(PYPROJECT.format(name='"empty"', version="0.1.0", config=config))
     for name, text in {"server.py": EMPTY_SERVER, "client.py": EMPTY_CLIENT, "LICENSE": "none"}.items():
         (empty / name).write_text(text)
-    with local_federation(empty, 2, simulated=False, say=note) as federation:
+    with local_federation(empty, 2, simulated=False, log=note) as federation:
         federation.run()
     found["flower_minimum"] = {"round_seconds": json.loads((folder / "empty.json").read_text())}
     run_file = folder / "run.toml"
     run_file.write_text(RUN.format(rank=8, rounds=rounds))
-    for name, config in {"with_worker": {"resident-seconds": 600}, "without_worker": {}}.items():
+    for name, config in {"with_resident": {"resident-seconds": 600}, "without_resident": {}}.items():
         found[name] = one_run(folder / name.replace("_", "-"), run_file, config)
     for row in found.values():
         if isinstance(row, dict):
@@ -96,7 +96,7 @@ def overhead(folder: Path, rounds: int) -> dict[str, Any]:
 
 def one_run(app: Path, run_file: Path, config: dict[str, Any]) -> dict[str, Any]:
     write_app(run_file, app, {})
-    with local_federation(app, 2, simulated=False, say=note, node_config=lambda node: config) as federation:
+    with local_federation(app, 2, simulated=False, log=note, node_config=lambda node: config) as federation:
         federation.run()
     events = [json.loads(line) for line in (app / "out" / "events.jsonl").read_text().splitlines()]
     rounds = [event for event in events if event["event"] == "round"]

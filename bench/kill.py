@@ -35,7 +35,12 @@ FEWER = {"clients.count": 2, "tiers.budgets": [0.5], "tiers.ranks": [2]}  # what
 
 def carry_out(federation: Federation, folder: Path) -> None:
     with RunFolder.open_or_create(folder, to_json(federation.settings)) as opened:
-        run(federation, opened, LocalEngine(federation.trainer, federation.examples), lambda *_: None)
+        run(
+            federation,
+            opened,
+            LocalEngine(federation.trainer, federation.examples, federation.clients),
+            lambda *_: None,
+        )
 
 
 def forked(work: Callable[[], None]) -> int:

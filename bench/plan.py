@@ -170,10 +170,13 @@ def run_events(settings: Any, folder: Path) -> tuple[list[dict[str, Any]], dict[
     from ubsmoe.storage.runfolder import RunFolder
 
     federation = build_federation(settings)
-    clients = LocalEngine(federation.trainer, federation.examples)
+    clients = LocalEngine(federation.trainer, federation.examples, federation.clients)
     kept: dict[str, int] = {}
 
     class Watched:
+        def clients(self) -> Any:
+            return clients.clients()
+
         def exchange(self, tasks: Any) -> Any:
             for task in tasks:
                 for update in clients.exchange([task]):

@@ -50,7 +50,7 @@ def usual_length(federation: Federation) -> float:
         Task(1, client, federation.method.dispatch(state, client), federation.run_id, federation.base_sha256)
         for client in federation.clients[:LOOKED_AT]
     )
-    replies = LocalEngine(federation.trainer, federation.examples).exchange(tasks)
+    replies = LocalEngine(federation.trainer, federation.examples, federation.clients).exchange(tasks)
     return round(median(squared_norm(delta_of(one, state)) ** 0.5 for one in replies if isinstance(one, Update)), 2)
 
 
@@ -61,7 +61,7 @@ def point(changes: dict[str, Any], noise: float) -> dict[str, Any]:
         private = {"privacy.noise_multiplier": noise, "privacy.clip_norm": usual_length(federation), "privacy.seed": 0}
         federation = build_federation(load_run(TESTBED, changes | private))
     settings, state = federation.settings, start_state(federation)
-    engine = LocalEngine(federation.trainer, federation.examples)
+    engine = LocalEngine(federation.trainer, federation.examples, federation.clients)
     for number in range(1, settings.train.rounds + 1):
         state = one_round(federation, engine, state, number, lambda *_, **__: None, noise_key(settings))
     scores = [evaluate_tier(federation, state, tier)["macro"] for tier in federation.tiers]

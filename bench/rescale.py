@@ -52,7 +52,7 @@ def trained_losses(mode: str, seed: int) -> dict[str, float]:
     """Nats per answer token of each tier after a short naive run on a new world, and accuracy."""
     changes = {**CHANGES, "tiers.rescale": mode, "seed": seed}
     federation = build_federation(load_run(ROOT / "runs" / "quickstart.toml", changes))
-    state, engine = start_state(federation), LocalEngine(federation.trainer, federation.examples)
+    state, engine = start_state(federation), LocalEngine(federation.trainer, federation.examples, federation.clients)
     for number in range(1, federation.settings.train.rounds + 1):
         state = one_round(federation, engine, state, number, lambda *_, **__: None)
     scores = [evaluate_tier(federation, state, profile)["macro"] for profile in federation.tiers]

@@ -21,7 +21,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,7 +37,7 @@ def one_round_of(clients: int, workers: int, steps: int, batch_size: int, exampl
 
     from ubsmoe.client.allocator import keep_freed_memory
     from ubsmoe.config import parse_run
-    from ubsmoe.engines.local import LocalEngine, federation_workers
+    from ubsmoe.engines.local import LocalEngine, process_pool
     from ubsmoe.server.federation import build_federation
     from ubsmoe.server.rounds import one_round
     from ubsmoe.server.start import start_state
@@ -53,7 +52,6 @@ def one_round_of(clients: int, workers: int, steps: int, batch_size: int, exampl
         "train": {"local_steps": steps, "batch_size": batch_size},
     }
     federation = build_federation(parse_run(settings))
-    few = replace(federation, clients=federation.clients[:8])
     state, took, round_seconds = start_state(federation), [], 0.0
 
     def note(event: str, number: int, **fields: Any) -> None:
@@ -63,9 +61,10 @@ def one_round_of(clients: int, workers: int, steps: int, batch_size: int, exampl
         if event == "round":
             round_seconds = fields["seconds"]
 
-    with federation_workers(federation, workers) as crew:
-        engine = LocalEngine(federation.trainer, federation.examples, workers=crew)
-        state = one_round(few, engine, state, 1, note)
+    with process_pool(federation, workers) as pool:
+        engine = LocalEngine(federation.trainer, federation.examples, federation.clients, pool=pool)
+        few = LocalEngine(federation.trainer, federation.examples, federation.clients[:8], pool=pool)
+        state = one_round(federation, few, state, 1, note)
         cpu = time.process_time()
         one_round(federation, engine, state, 2, note)
         cpu = time.process_time() - cpu

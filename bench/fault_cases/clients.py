@@ -11,8 +11,8 @@ import torch
 from fault_cases.matrix import BOUNDED, DROPPED, STOPPED, Row, judge
 from fault_cases.round_of_five import Honest, Round, field, within
 from ubsmoe.config import parse_run
-from ubsmoe.engines.local import LocalEngine
-from ubsmoe.engines.processes import Workers
+from ubsmoe.engines.local import UPDATE, LocalEngine
+from ubsmoe.engines.processes import ProcessPool
 from ubsmoe.engines.simulated import SimulatedEngine
 from ubsmoe.errors import RoundError
 from ubsmoe.maths.robust import TrimmedMean, capped_counts
@@ -35,15 +35,15 @@ def deaths(world: Round) -> Iterator[Row]:
             packed = encode_update(world.honest[int(task.profile.client[7:])], task.payload)
             if dies and stage == "after training":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if dies:  # the pipe is the one file that a worker has: announce three parts, send half of the second
+            if dies:  # the pipe is the one file that a worker has: announce five parts, send half of one
                 (pipe,) = (int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2 and is_open(int(name)))
-                os.write(pipe, b"\0\0\0\4" + (3).to_bytes(4, "little") + len(packed.tensors).to_bytes(4, "big"))
+                os.write(pipe, b"\0\0\0\4" + (5).to_bytes(4, "little") + len(packed.tensors).to_bytes(4, "big"))
                 os.write(pipe, packed.tensors[: len(packed.tensors) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
-            return [packed.header, packed.tensors]
+            return [UPDATE, packed.header, packed.tensors]
 
-        with Workers(2, work) as workers:
-            state, dropped = world.through(LocalEngine(None, {}, workers=workers))  # type: ignore[arg-type]
+        with ProcessPool(2, work) as pool:
+            state, dropped = world.through(LocalEngine(None, {}, [], pool=pool))  # type: ignore[arg-type]
         yield judge("A", f"dies {stage}", DROPPED, world.is_mean_of_others(state), dropped[0].reason if dropped else "")
 
 
@@ -106,7 +106,7 @@ def lies(world: Round) -> Iterator[Row]:
     for name, adapters in tensors.items():
         yield judge("F", name, BOUNDED, holds_the_median(world, replace(liar, adapters=adapters)))
     hundredfold = {name: sent[name] + 100 * change[name] for name in sent}
-    bad = encode_update(replace(liar, adapters=hundredfold))
+    bad = world.encode(replace(liar, adapters=hundredfold))
     state, dropped = world.receive([*world.packed[:-1], ("client-4", bad)])
     yield judge("F", "x100", DROPPED, world.is_mean_of_others(state), dropped[0].reason if dropped else "")
     bad = field("num_examples", 10**9)(world.packed[-1][1])
@@ -117,14 +117,14 @@ def lies(world: Round) -> Iterator[Row]:
         lie = torch.tensor([row, row])
         counted = capped_counts(torch.cat([shares, lie[None]]), torch.full((5,), 20), 1.5)[-1]
         bounded = bool((counted <= 1.5 * shares.amax(0) + 1).all() and (counted >= shares.amin(0) / 1.5 - 1).all())
-        passes, _ = world.receive([*world.packed[:-1], ("client-4", encode_update(replace(liar, expert_tokens=lie)))])
+        passes, _ = world.receive([*world.packed[:-1], ("client-4", world.encode(replace(liar, expert_tokens=lie)))])
         reason = "passes the gate" if not world.is_mean_of_others(passes) else "does not pass the gate"
         yield judge("F", f"utilization lie that {name}", BOUNDED, bounded and reason == "passes the gate", reason)
 
 
 def holds_the_median(world: Round, liar: Update) -> bool:
     """It passes the gate, moves the plain mean, and leaves the median among the honest."""
-    replies = [*world.packed[:-1], ("client-4", encode_update(liar))]
+    replies = [*world.packed[:-1], ("client-4", world.encode(liar))]
     plain, dropped = world.receive(replies)
     held, _ = world.receive(replies, lambda: TrimmedMean(0, median=True))
     return not dropped and not world.is_mean_of_others(plain) and within(held, world.honest[:-1])

@@ -1,4 +1,4 @@
-"""G: a SuperLink and SuperNodes as they are deployed, on loopback: who must not get in, what is replayed, who dies.
+"""G: a SuperLink and SuperNodes as they are deployed, on localhost: who must not get in, what is replayed, who dies.
 
 Real processes of Flower's with TLS and registered keys, so this takes minutes.
 """

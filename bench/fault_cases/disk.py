@@ -80,7 +80,7 @@ class DyingEngine(LocalEngine):
 
 
 def carry_out(federation: Federation, folder: Path, reply: int = -1) -> None:
-    engine = DyingEngine(federation.trainer, federation.examples)
+    engine = DyingEngine(federation.trainer, federation.examples, federation.clients)
     engine.reply = reply
     with RunFolder.open_or_create(folder, to_json(federation.settings)) as opened:
         run(federation, opened, engine, lambda *_: None)

@@ -43,7 +43,7 @@ def environment(world: Round, federation: Federation, base: Path, root: Path) ->
     lost: list[dict[str, Any]] = []
     examples = federation.examples | {"client-1": Hungry(federation.examples["client-1"])}
     one_round(
-        federation, LocalEngine(federation.trainer, examples), start_state(federation), 1,
+        federation, LocalEngine(federation.trainer, examples, federation.clients), start_state(federation), 1,
         lambda event, _, **fields: lost.append(fields) if event == "dropped" else None,
     )  # fmt: skip
     yield judge(

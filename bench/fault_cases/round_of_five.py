@@ -13,7 +13,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from ubsmoe.config import RoundSettings, parse_run
 from ubsmoe.engines.simulated import SimulatedEngine
 from ubsmoe.maths.means import Mean, WeightedMean
-from ubsmoe.messages import Dropped, Engine, Reply, Task, Update
+from ubsmoe.messages import Dropped, Engine, Profile, Reply, Task, Update
 from ubsmoe.methods import build
 from ubsmoe.methods.method import Base, State
 from ubsmoe.model.surgery import SparseModel
@@ -43,7 +43,7 @@ class Round:
         self.tasks = [Task(1, p, self.method.dispatch(self.state, p), "run", "base") for p in profiles]
         self.honest = [self._answer(task) for task in self.tasks]
         self.others = self.method.aggregate(self.state, iter(self.honest[:-1]))
-        self.packed = [(update.client, encode_update(update)) for update in self.honest]
+        self.packed = [(update.client, self.encode(update)) for update in self.honest]
 
     def _answer(self, task: Task) -> Update:
         draw, profile = generator_for(task.profile.client), task.profile
@@ -52,6 +52,18 @@ class Round:
         return Update(
             profile.client, 1, profile.num_examples, moved, counts, 10, 20, 1.0, 1.0, {}, profile.tier, "run", "base"
         )
+
+    def encode(self, update: Update) -> Packed:
+        """An update's bytes; all five were sent the same payload."""
+        return encode_update(update, self.tasks[0].payload)
+
+    def decode(self, client: str, packed: Packed | None) -> Reply:
+        """What the server makes of an answer, or of none."""
+        try:
+            answer = packed and decode_update(packed, ROOM, self.tasks[0].payload)
+            return answer or Dropped(client, 1, "training", "no answer")
+        except WireError as error:
+            return Dropped(client, 1, "wire", str(error))
 
     def form(self, task: Task) -> UpdateSpec:
         """What an answer to this task looks like."""
@@ -76,7 +88,7 @@ class Round:
         dropped: list[Dropped] = []
         gate = self.gate(dropped.append)
         list(gate.ask(self.tasks))
-        return self.aggregate(gate.passed(_decoded(replies)), mean), dropped
+        return self.aggregate(gate.passed(self.decode(*reply) for reply in replies), mean), dropped
 
     def through(self, engine: Engine) -> tuple[State, list[Dropped]]:
         """The same by way of an engine."""
@@ -95,7 +107,11 @@ class Honest:
     """An engine whose clients all answer honestly, each as one of the five."""
 
     def __init__(self, world: Round) -> None:
-        self._answers = world.honest
+        self._answers, self._profiles = world.honest, [task.profile for task in world.tasks]
+
+    def clients(self) -> list[Profile]:
+        """The five."""
+        return self._profiles
 
     def exchange(self, tasks: Iterable[Task]) -> Iterator[Update]:
         """One honest update per task."""
@@ -112,14 +128,6 @@ def within(state: State, honest: Iterable[Update]) -> bool:
         and bool((value <= torch.stack([one.adapters[name] for one in sent]).amax(0)).all())
         for name, value in state.adapters.items()
     )
-
-
-def _decoded(replies: Iterable[tuple[str, Packed | None]]) -> Iterator[Reply]:
-    for client, packed in replies:
-        try:
-            yield Dropped(client, 1, "training", "no answer") if packed is None else decode_update(packed, ROOM)
-        except WireError as error:
-            yield Dropped(client, 1, "wire", str(error))
 
 
 def opened(packed: Packed) -> tuple[Fields, Tensors]:

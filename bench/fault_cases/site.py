@@ -1,4 +1,4 @@
-"""A SuperLink and SuperNodes as they are deployed, on loopback: started, asked, killed."""
+"""A SuperLink and SuperNodes as they are deployed, on localhost: started, asked, killed."""
 
 import datetime
 import json
@@ -43,13 +43,13 @@ class Site:
 
     def __init__(self, root: Path, run_file: Path, stack: ExitStack) -> None:
         self.home, self.app, self.stack, self.port = root / "home", root / "app", stack, free_port()
-        self.workers = Path(stack.enter_context(TemporaryDirectory(prefix="ubsmoe-")))
-        stack.callback(stop_residents, self.workers)
+        self.residents = Path(stack.enter_context(TemporaryDirectory(prefix="ubsmoe-")))
+        stack.callback(stop_residents, self.residents)
         keys.make_keys(self.home, ["127.0.0.1"], [*NODES, *OTHERS])
         write_app(run_file, self.app, {"train.rounds": 4, "rounds.quorum": 0.5, "rounds.deadline_seconds": 600})
         trust = f'address = "127.0.0.1:{self.port}"\nroot-certificates = "{self.home / keys.CA}"\n'
-        (self.home / "config.toml").write_text(f"[superlink.loopback]\n{trust}")
-        self.flower = LocalFederation("loopback", self.home, self.app, len(NODES), simulated=False)
+        (self.home / "config.toml").write_text(f"[superlink.localhost]\n{trust}")
+        self.flower = LocalFederation("localhost", self.home, self.app, len(NODES), simulated=False)
         self.superlink = self.start_superlink()
         named = (*NODES, *OTHERS)
         self.numbers = {
@@ -62,7 +62,7 @@ class Site:
 
     def start(self, name: str, program: str, options: list[str]) -> "subprocess.Popen[bytes]":
         """A process in a session of its own, so that it can be killed with all that it has started."""
-        environment = {**flower_environment(self.home, self.workers), "HF_TOKEN": SECRET}
+        environment = {**flower_environment(self.home, self.residents), "HF_TOKEN": SECRET}
         with (self.home / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 flower_command(program, *options), env=environment, cwd=self.app, stdin=subprocess.DEVNULL,
@@ -94,7 +94,7 @@ class Site:
         """`flwr run` of the app, its run folder at `out`."""
         config = {"out": str(out), "join-seconds": 120, **changes}
         words = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
-        return self.start("run", "flwr", ["run", str(self.app), "loopback", "--stream", "--run-config", words])
+        return self.start("run", "flwr", ["run", str(self.app), "localhost", "--stream", "--run-config", words])
 
     def said(self, name: str) -> list[str]:
         """The lines of a process's log."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from fault_cases.replies import FIFTEEN
 from fault_cases.round_of_five import Round, opened
-from ubsmoe.wire.codec import Packed, encode_update
+from ubsmoe.wire.codec import Packed
 
 
 def in_flower(world: Round) -> dict[str, str] | None:
@@ -31,7 +31,7 @@ def in_flower(world: Round) -> dict[str, str] | None:
         arrays, _ = FedAvg().aggregate_train(1, [reply(one) for one in packed])
         return None if arrays is None else {name: array.numpy() for name, array in arrays.items()}
 
-    good = [encode_update(update) for update in world.honest]
+    good = [world.encode(update) for update in world.honest]
     four = mean(good[:-1])
     assert four is not None
     outcomes = {}

@@ -95,12 +95,12 @@ Reply = Update | Dropped
 
 
 class Engine(Protocol):
-    """How tasks reach clients and replies come back, in the order of the tasks."""
+    """How tasks reach clients and replies come back."""
 
     def clients(self) -> list[Profile]:
-        """Who can be asked in the next round, in client order."""
+        """The clients that a round beginning now can draw from, in client order."""
         ...
 
     def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
-        """Yield each task's update, or why there is none."""
+        """Yield each task's update, or why there is none, in the order of the tasks."""
         ...

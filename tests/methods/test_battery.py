@@ -290,7 +290,7 @@ def test_what_a_client_trains_passes_the_gate_and_the_wire_bit_for_bit(lab, meth
         equal(task.payload, sent.payload)
         assert (task.round, task.profile, task.run, task.base) == (1, profile, "run", "base")
         update = train(trainer, task, examples)
-        back = decode_update(encode_update(update), 1 << 20)
+        back = decode_update(encode_update(update, sent.payload), 1 << 20, sent.payload)
         for part in ("adapters", "extras"):
             equal(getattr(back, part), getattr(update, part))
         check_update(back, sent, update_spec(lab.model, method, sent), max_change=1.0, elastic=False)

@@ -60,7 +60,7 @@ def run_command(
 
     from ubsmoe.client.allocator import keep_freed_memory
     from ubsmoe.config import to_json
-    from ubsmoe.engines.local import LocalEngine, check_workers, federation_workers, score_in
+    from ubsmoe.engines.local import LocalEngine, check_workers, process_pool, score_in
     from ubsmoe.engines.simulated import as_simulated
     from ubsmoe.report.console import RunConsole, result_table, show
     from ubsmoe.report.tracking import Tracking
@@ -81,14 +81,14 @@ def run_command(
 
     with (
         _resumable(place, settings.train.rounds),
-        federation_workers(federation, workers) as crew,
+        process_pool(federation, workers) as pool,
         RunFolder.open_or_create(place, to_json(settings)) as folder,
         RunConsole(console) as shown,
         tracking,
     ):
         shown.plan(settings.train.rounds, settings.clients_per_round)
-        clients = LocalEngine(federation.trainer, federation.examples, federation.clients, shown.on_step, crew)
-        score_all = partial(score_in, crew) if crew else None
+        clients = LocalEngine(federation.trainer, federation.examples, federation.clients, shown.on_step, pool)
+        score_all = partial(score_in, pool) if pool else None
         summary = run(federation, folder, as_simulated(clients, federation), on_event, score_all)
     show(console, result_table(summary, _known_costs(settings)))
     console.print(f"adapter {place / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}", soft_wrap=True)

@@ -1,24 +1,16 @@
 """One machine of a federation: the clients it is, their data, and the base, which the first task loads.
 
-A machine is told by its node configuration who it is, in one of two ways:
-
-    partition-id, num-partitions   every num-partitions-th client of the run file, from partition-id on, with the
-                                   examples that the run file deals them: several machines share one data set
-    client, budget                 one client of that name that affords that budget (1 when left out); all of
-                                   data.train on this machine is its own, and no other machine sees it
-
-It may also say where things lie on it: model.base, model.device, data.train, threads. Nothing else of a run file is a
-machine's to change.
+The configuration of a node (`client.node_config`) says which clients it is and where things lie on its machine.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
+from ubsmoe.client.node_config import NodeConfig
 from ubsmoe.client.train import ClientFailure, Trainer, make_trainer, train
-from ubsmoe.config import ConfigError, RunSettings, parse_run, to_json, with_overrides
+from ubsmoe.config import ConfigError, RunSettings
 from ubsmoe.data.partition import client_names, partition_clients
 from ubsmoe.data.sources import load_examples, load_training
 from ubsmoe.data.tokens import Tokens, tokenize
@@ -28,101 +20,105 @@ from ubsmoe.model.load import load_base, load_tokenizer, weights_sha256
 from ubsmoe.wire.codec import decode_task, encode_announcements, encode_update
 from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed
 
-NodeConfig = Mapping[str, str | int | float | bool]
 
-IDENTITY_KEYS = ("partition-id", "num-partitions", "client", "budget")
-LOCATION_KEYS = ("model.base", "model.device", "data.train", "threads")
+class Machine:
+    """One process's base, loaded once, and the nodes that share it.
+
+    Args:
+        settings: the run file as this machine carries it out.
+    """
+
+    def __init__(self, settings: RunSettings) -> None:
+        self.settings = settings
+        self._nodes: dict[frozenset[tuple[str, object]], Node] = {}
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+
+    def node(self, identity: NodeConfig) -> "Node":
+        """The node with this identity; it keeps its data from one message to the next."""
+        return self._nodes.setdefault(frozenset(identity.items()), Node(self, identity))
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """The base and the method; loaded by the first task, since announcing needs neither."""
+        settings = self.settings
+        model, tokenizer = load_base(settings.model, settings.tiers.rescale, settings.tiers.k_max)
+        method = chosen_method(settings, shape_of_model(settings, model))
+        return make_trainer(settings, model, method, tokenizer, weights_sha256(model.model))
 
 
 class Node:
-    """What one machine does in a federation: say who it is, and train.
+    """Announces the clients of one machine, and trains them.
 
     Args:
-        settings: the run file.
-        config: the node configuration.
-
-    Raises:
-        ConfigError: if it cannot be made sense of.
+        machine: where it runs.
+        identity: the part of the node configuration that says which clients it is.
     """
 
-    def __init__(self, settings: RunSettings, config: NodeConfig) -> None:
-        if unknown := [key for key in config if key not in IDENTITY_KEYS + LOCATION_KEYS]:
-            raise ConfigError(
-                f"node configuration: unknown key {unknown[0]!r}; known are {', '.join(IDENTITY_KEYS + LOCATION_KEYS)}"
-            )
-        where = {key: value for key, value in config.items() if key in LOCATION_KEYS}
-        self._settings = parse_run(with_overrides(settings.model_dump(mode="json"), where))
-        self._config = config
-        if self._settings.threads:
-            torch.set_num_threads(self._settings.threads)
+    def __init__(self, machine: Machine, identity: NodeConfig) -> None:
+        self._machine, self._settings, self._identity = machine, machine.settings, identity
 
     def answer(self, kind: str, packed: Packed) -> Packed:
-        """Bytes in, bytes out: "announce" or "train". Raises WireError too, for bytes that are no task."""
+        """Answer a message, bytes in and bytes out.
+
+        Args:
+            kind: "announce" or "train".
+            packed: a task, if it is "train".
+
+        Raises:
+            WireError: if the bytes are no task.
+            UserError: as `announce` and `train`.
+        """
         if kind == "announce":
             return encode_announcements(self.announce())
         task = decode_task(packed, MAX_MESSAGE_BYTES)
         return encode_update(self.train(task), task.payload, self._settings.wire.dtype)
 
     def announce(self) -> list[Announcement]:
-        """The clients of this machine; reads its data, not the base."""
+        """The clients of this node; reads its data, not the base.
+
+        Raises:
+            ConfigError: if the configuration names no client of the run file, or its data cannot be read.
+        """
         budget = None
-        if "client" in self._config:
-            budget = _number(self._config, "budget") if "budget" in self._config else 1.0
+        if "client" in self._identity:
+            budget = _number(self._identity, "budget") if "budget" in self._identity else 1.0
         return [Announcement(name, len(examples), budget) for name, examples in self._examples.items()]
 
     def train(self, task: Task) -> Update:
         """One client's work in one round.
 
         Raises:
-            ConfigError: if the client is not one of this machine's.
+            ConfigError: if the client is not one of this node's.
             ClientFailure: if training fails.
         """
         client = task.profile.client
         if client not in self._examples:
             raise ConfigError(f"client {client!r} is not on this machine, which has {', '.join(self._examples)}")
         try:
-            return train(_trainer(to_json(self._settings)), task, self._examples[client])
+            return train(self._machine.trainer, task, self._examples[client])
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ClientFailure(str(error) or "out of memory") from error
 
     @cached_property
     def _examples(self) -> dict[str, Sequence[Tokens]]:
         settings, tokenizer = self._settings, load_tokenizer(self._settings.model)
-        if "client" in self._config:
+        if "client" in self._identity:
             own = load_training(settings.data, tokenizer, settings.seed)
-            return {str(self._config["client"]): tokenize(own, tokenizer, settings.data, "train")}
-        names = _share(client_names(settings), self._config)
+            return {str(self._identity["client"]): tokenize(own, tokenizer, settings.data, "train")}
+        names = _share(client_names(settings), self._identity)
         pool = load_examples(settings.data, tokenizer, settings.seed).train
         parts = partition_clients(settings, pool)
         return {name: tokenize([pool[i] for i in parts[name]], tokenizer, settings.data, "train") for name in names}
 
 
-@lru_cache(maxsize=64)
-def _node(settings: str, config: str) -> Node:
-    return Node(parse_run(json.loads(settings)), json.loads(config))
-
-
-def node_of(settings: RunSettings, config: NodeConfig) -> Node:
-    """The node of this configuration; in one process what one message has loaded the next one finds. Errors as `Node`."""
-    return _node(to_json(settings), json.dumps(config, sort_keys=True))
-
-
-@lru_cache(maxsize=1)
-def _trainer(settings: str) -> Trainer:
-    """The base, shared by the nodes of one process that train the same way on the same device."""
-    run = parse_run(json.loads(settings))
-    model, tokenizer = load_base(run.model, run.tiers.rescale, run.tiers.k_max)
-    method = chosen_method(run, shape_of_model(run, model))
-    return make_trainer(run, model, method, tokenizer, weights_sha256(model.model))
-
-
-def _share(names: Sequence[str], config: NodeConfig) -> Sequence[str]:
+def _share(names: Sequence[str], identity: NodeConfig) -> Sequence[str]:
     """The run file's clients that fall to one machine of several."""
     try:
-        first, step = int(config["partition-id"]), int(config["num-partitions"])
+        first, step = int(identity["partition-id"]), int(identity["num-partitions"])
     except (KeyError, ValueError):
         raise ConfigError(
-            f"node configuration: expected client, or whole numbers partition-id and num-partitions, got {dict(config)}"
+            f"node configuration: expected client, or whole numbers partition-id and num-partitions, got {dict(identity)}"
         ) from None
     if not 0 <= first < step or first >= len(names):
         raise ConfigError(
@@ -131,8 +127,8 @@ def _share(names: Sequence[str], config: NodeConfig) -> Sequence[str]:
     return names[first::step]
 
 
-def _number(config: NodeConfig, key: str) -> float:
+def _number(identity: NodeConfig, key: str) -> float:
     try:
-        return float(config[key])
+        return float(identity[key])
     except ValueError:
-        raise ConfigError(f"node configuration: {key} is {config[key]!r}, expected a number") from None
+        raise ConfigError(f"node configuration: {key} is {identity[key]!r}, expected a number") from None

@@ -1,4 +1,4 @@
-"""The local engine: every client on this machine, one after another or in worker processes that share one base."""
+"""The local engine: every client on this machine, one after another or in a pool of processes that share one base."""
 
 import json
 import sys
@@ -6,13 +6,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 
 import torch
 
 from ubsmoe.client.train import ClientFailure, Trainer, train
 from ubsmoe.config import ConfigError, RunSettings
 from ubsmoe.data.tokens import Tokens
-from ubsmoe.engines.processes import Died, Parts, Workers
+from ubsmoe.engines.processes import Died, Parts, ProcessPool
 from ubsmoe.messages import Dropped, Profile, Reply, Task, Update
 from ubsmoe.server.evaluate import Score
 from ubsmoe.server.federation import Federation
@@ -21,58 +22,55 @@ from ubsmoe.wire.codec import decode_task, decode_update, encode_task, encode_up
 from ubsmoe.wire.packed import Packed
 
 Progress = Callable[[Task, int, int, float], None]
+TRAIN, SCORE = b"train", b"score"  # kinds of a job
+UPDATE, DROPPED, SCORES = b"update", b"dropped", b"scores"  # kinds of an answer
 
 
 class LocalEngine:
-    """Runs tasks where they are asked for. Replies come back in the order of the tasks, few in memory at a time.
+    """Trains clients on this machine. Replies come back in the order of the tasks, few in memory at a time.
 
-    An update passes through the wire's codec wherever that could change it, so that a run is the same run on a network.
+    An update passes through the wire's codec wherever that could change it, so that a run gives the same result on a network.
 
     Args:
         trainer: what the clients share.
         examples: each client's data.
-        progress: hears of every step of a client; not of those in worker processes.
-        workers: what `federation_workers` made; without, clients train in this process, one update in memory at a time.
+        clients: their profiles, in client order.
+        progress: called with (task, step, number of steps, loss) after every step, but not in a process pool.
+        pool: a `process_pool`; without one, clients train in this process, one update in memory at a time.
     """
 
     def __init__(
         self,
         trainer: Trainer,
         examples: Mapping[str, Sequence[Tokens]],
-        clients: Sequence[Profile] = (),
+        clients: Sequence[Profile],
         progress: Progress | None = None,
-        workers: Workers | None = None,
+        pool: ProcessPool | None = None,
     ) -> None:
-        self._trainer, self._examples, self._progress, self._workers = trainer, examples, progress, workers
-        self._clients = list(clients)
+        self._trainer, self._examples, self._clients = trainer, examples, clients
+        self._progress, self._pool = progress, pool
 
     def clients(self) -> list[Profile]:
-        """All clients of the run."""
-        return self._clients
+        """All clients, in every round."""
+        return list(self._clients)
 
     def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
-        """Train every task's client; lazily, so that the server can forget an update before the next one exists."""
-        if self._workers:
-            yield from _exchange(self._workers, tasks)
-            return
-        for task in tasks:
-            reply = reply_of(self._trainer, task, self._examples[task.profile.client], self._report(task.profile, task))
-            if isinstance(reply, Update) and self._trainer.wire_dtype != "float32":
-                packed = encode_update(reply, task.payload, self._trainer.wire_dtype)
-                reply = decode_update(packed, sys.maxsize, task.payload)
-            yield reply
+        """Train every task's client; lazily, so that the server can drop an update before the next one exists."""
+        return _in_pool(self._pool, tasks) if self._pool else map(self._reply, tasks)
 
-    def _report(self, profile: Profile, task: Task) -> Callable[[int, int, float], None] | None:
-        progress = self._progress
-        if progress is None:
-            return None
-        return lambda step, num_steps, loss: progress(task, step, num_steps, loss)
+    def _reply(self, task: Task) -> Reply:
+        on_step = partial(self._progress, task) if self._progress else None
+        reply = reply_of(self._trainer, task, self._examples[task.profile.client], on_step)
+        if isinstance(reply, Update) and self._trainer.wire_dtype != "float32":  # float32 comes back as it went
+            packed = encode_update(reply, task.payload, self._trainer.wire_dtype)
+            return decode_update(packed, sys.maxsize, task.payload)
+        return reply
 
 
 def reply_of(
     trainer: Trainer, task: Task, examples: Sequence[Tokens], on_step: Callable[[int, int, float], None] | None = None
 ) -> Reply:
-    """The client's update, or why there is none: a loss that is not finite, or too little memory."""
+    """The client's update, or a Dropped if its loss is not finite or its memory does not suffice."""
     try:
         return train(trainer, task, examples, on_step)
     except (ClientFailure, MemoryError, torch.OutOfMemoryError) as failure:
@@ -80,7 +78,7 @@ def reply_of(
 
 
 def check_workers(workers: int, settings: RunSettings) -> None:
-    """Whether a run can have so many worker processes.
+    """Check that a run can have so many worker processes (option --workers).
 
     Raises:
         ConfigError: if it computes on anything but one CPU thread, or the system is not Linux.
@@ -96,66 +94,72 @@ def check_workers(workers: int, settings: RunSettings) -> None:
         )
     if settings.threads != 1:
         raise ConfigError(
-            f"--workers is {workers}, but threads is {settings.threads}: each worker computes on one thread, and a run's "
-            "bits depend on their number; set threads = 1"
+            f"--workers is {workers}, but threads is {settings.threads}: each worker computes on one thread, and the "
+            "number of threads changes a run's results; set threads = 1"
         )
 
 
 @contextmanager
-def federation_workers(federation: Federation, count: int) -> Iterator[Workers | None]:
-    """Processes that train clients and score tiers on one base, the same bits as without; None if `count` is 1.
+def process_pool(federation: Federation, count: int) -> Iterator[ProcessPool | None]:
+    """Processes that train clients and score tiers on one base, with bit-identical results; None if `count` is 1.
 
     Raises:
         ConfigError: as `check_workers`.
     """
     check_workers(count, federation.settings)
-
-    def work(job: Parts) -> Parts:
-        kind, *parts = job
-        task = decode_task(Packed(*parts), sys.maxsize)
-        if kind == b"score":
-            return [json.dumps({name: asdict(one) for name, one in score(federation, task).items()}).encode()]
-        reply = reply_of(federation.trainer, task, federation.examples[task.profile.client])
-        if isinstance(reply, Dropped):
-            return [reply.reason.encode()]
-        packed = encode_update(reply, task.payload, federation.trainer.wire_dtype)
-        return [packed.header, packed.tensors]
-
     if count == 1:
         yield None
     else:
-        with Workers(count, work) as workers:
-            yield workers
+        with ProcessPool(count, partial(_work, federation)) as pool:
+            yield pool
 
 
-def score_in(workers: Workers, tasks: Iterable[Task]) -> Iterator[dict[str, Score]]:
+def _work(federation: Federation, job: Parts) -> Parts:
+    """One job, in a process of the pool."""
+    kind, *parts = job
+    task = decode_task(Packed(*parts), sys.maxsize)
+    if kind == SCORE:
+        scores = {name: asdict(one) for name, one in score(federation, task).items()}
+        return [SCORES, json.dumps(scores).encode()]
+    reply = reply_of(federation.trainer, task, federation.examples[task.profile.client])
+    if isinstance(reply, Dropped):
+        return [DROPPED, reply.reason.encode()]
+    packed = encode_update(reply, task.payload, federation.trainer.wire_dtype)
+    return [UPDATE, packed.header, packed.tensors]
+
+
+def score_in(pool: ProcessPool, tasks: Iterable[Task]) -> Iterator[dict[str, Score]]:
     """The scores of each task's tier, in order.
 
     Raises:
-        RuntimeError: if a worker dies of it.
+        RuntimeError: if a process dies while scoring.
     """
-    for answer in workers.map(_job(b"score", task) for task in tasks):
+    for answer in pool.map(_job(SCORE, task) for task in tasks):
         if isinstance(answer, Died):
             raise RuntimeError(f"a tier could not be scored: {answer.how}")
-        yield {name: Score(**one) for name, one in json.loads(answer[0]).items()}
+        yield {name: Score(**one) for name, one in json.loads(answer[1]).items()}
 
 
-def _exchange(workers: Workers, tasks: Iterable[Task]) -> Iterator[Reply]:
+def _in_pool(pool: ProcessPool, tasks: Iterable[Task]) -> Iterator[Reply]:
     asked: deque[Task] = deque()
 
     def jobs() -> Iterator[Parts]:
         for task in tasks:
             asked.append(task)
-            yield _job(b"train", task)
+            yield _job(TRAIN, task)
 
-    for answer in workers.map(jobs()):
-        task = asked.popleft()
-        if isinstance(answer, Died):
-            yield Dropped(task.profile.client, task.round, "training", answer.how)
-        elif len(answer) == 1:
-            yield Dropped(task.profile.client, task.round, "training", answer[0].decode())
-        else:
-            yield decode_update(Packed(*answer), sys.maxsize, task.payload)
+    for answer in pool.map(jobs()):
+        yield _read(answer, asked.popleft())
+
+
+def _read(answer: list[bytes] | Died, task: Task) -> Reply:
+    """The reply that a process of the pool gave to a task."""
+    if isinstance(answer, Died):
+        return Dropped(task.profile.client, task.round, "training", answer.how)
+    kind, *parts = answer
+    if kind == DROPPED:
+        return Dropped(task.profile.client, task.round, "training", parts[0].decode())
+    return decode_update(Packed(*parts), sys.maxsize, task.payload)
 
 
 def _job(kind: bytes, task: Task) -> Parts:

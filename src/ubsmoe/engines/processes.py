@@ -1,11 +1,12 @@
-"""Worker processes, forked from this one: all that it has loaded is theirs too, without a copy.
+"""A pool of processes forked from this one: they share everything that it has loaded, without a copy.
 
-A job and its answer are bytes in a pipe of the worker's own. Answers come in the order of the jobs, and a job is started
-no more than one ahead of the number of workers, so that at most `count` + 1 answers exist at any time. A worker that dies
-is replaced; its job is answered by how it died, and the others never notice.
+A job and its answer are bytes in a pipe that belongs to one process. Answers come in the order of the jobs, and at most
+`count` + 1 jobs are started and not yet answered, which bounds the memory that answers take. A process that dies is replaced;
+its job's answer says how it died, and the other jobs are unaffected.
 
-Forked rather than spawned: methods are closures, which no other process could be sent, and the base need not be loaded
-again. A worker computes on one thread, as torch's own data loaders do, because a thread pool does not survive a fork.
+The processes are forked rather than spawned because a method is made of closures, which cannot be sent to another process,
+and because the base need not be loaded again. Each computes on one thread, because a thread pool does not survive a fork.
+docs/decisions/0003-worker-processes.md compares concurrent.futures, loky and pebble.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ Work = Callable[[Parts], Parts]
 
 @dataclass(frozen=True)
 class Died:
-    """There is no answer: the worker's process ended, and how."""
+    """The answer to a job whose process died; `how` says of what."""
 
     how: str
 
@@ -40,12 +41,12 @@ class _Worker:
     pipe: Connection
 
 
-class Workers:
+class ProcessPool:
     """`count` processes that do `work`.
 
     Args:
         count: how many.
-        work: from a job's parts to its answer's; runs in a worker, which remembers what it did there.
+        work: maps a job's parts to its answer's; runs in a process of the pool, which keeps its memory between jobs.
 
     Raises:
         RuntimeError: where a process cannot be forked.
@@ -61,7 +62,7 @@ class Workers:
         """The answer to each job, in order.
 
         Raises:
-            RuntimeError: if `work` raised, with the worker's traceback; the other jobs under way are given up.
+            RuntimeError: if `work` raised, with its traceback; the other jobs that have been started are given up.
         """
         waiting, ahead = iter(jobs), len(self._workers) + 1
         idle, busy = list(self._workers), dict[_Worker, int]()
@@ -71,7 +72,7 @@ class Workers:
             while True:
                 while idle and started < turn + ahead and (job := next(waiting, None)) is not None:
                     busy[idle[-1]] = started
-                    with contextlib.suppress(ConnectionError):  # it died idle: `_answer` finds out
+                    with contextlib.suppress(ConnectionError):  # it died while idle; `_answer` will notice
                         _send(idle.pop().pipe, job)
                     started += 1
                 if turn in answers:
@@ -100,10 +101,10 @@ class Workers:
         self.close()
 
     def _answer(self, worker: _Worker) -> tuple[list[bytes] | Died, _Worker]:
-        """What a worker says, and who takes the next job."""
+        """A worker's answer, and the worker that takes its next job."""
         try:
             state, *parts = _receive(worker.pipe)
-        except (EOFError, OSError):  # in mid-answer too
+        except (EOFError, OSError):  # it died, perhaps in the middle of its answer
             worker.process.join()
             return Died(_how(worker.process.exitcode)), self._replace(worker)
         if state != b"done":
@@ -113,11 +114,11 @@ class Workers:
     def _start(self) -> _Worker:
         ours, theirs = multiprocessing.Pipe()
         with warnings.catch_warnings():
-            # Python >= 3.12 warns when there are other threads: none of them is needed in the child
+            # Python >= 3.12 warns of forking beside other threads; the child needs none of them
             warnings.simplefilter("ignore", DeprecationWarning)
             process = ForkProcess(target=_serve, args=(theirs, self._work), daemon=True)
             process.start()
-        theirs.close()  # the worker's end is the worker's alone, so that its death closes the pipe
+        theirs.close()  # only the worker holds its end, so that its death closes the pipe
         return _Worker(process, ours)
 
     def _replace(self, worker: _Worker) -> _Worker:
@@ -128,9 +129,9 @@ class Workers:
 
 
 def _serve(pipe: Connection, work: Work) -> None:
-    """A worker's life: until its pipe closes, which is also what happens when the server dies."""
+    """Do jobs until the pipe closes, which also happens when the server dies."""
     _close_all_but(pipe.fileno())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the server, which then ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, ConnectionError):
@@ -144,7 +145,7 @@ def _serve(pipe: Connection, work: Work) -> None:
 
 
 def _close_all_but(kept: int) -> None:
-    """A worker holds no file of the server's: not its lock on the run folder, not another worker's pipe."""
+    """Close the server's other files, above all its lock on the run folder and the other workers' pipes."""
     os.closerange(3, kept)
     os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
 

@@ -1,4 +1,4 @@
-"""Unequal clients on a virtual clock: who answers, and when, is settled before anybody trains, so waiting costs no time.
+"""Unequal clients on a virtual clock: when each answers is computed before anybody trains, so waiting takes no real time.
 
     seconds_c = FLOPs of its first round / (flops_per_second beta_c speed_c),    ln speed_c ~ N(0, speed_spread^2)
 
@@ -40,7 +40,7 @@ def as_simulated(engine: Engine, federation: Federation) -> Engine:
 
 
 def client_seconds(federation: Federation) -> Seconds:
-    """Virtual seconds of a client's round, from the FLOPs that `ubsmoe plan` foresees, its budget and its own speed."""
+    """Virtual seconds of a client's round, from the FLOPs that `ubsmoe plan` estimates, its budget and its own speed."""
     settings, flops_of = federation.settings, flops_by_client(federation.settings)
     simulation = settings.simulation
     assert simulation is not None
@@ -57,72 +57,62 @@ def client_seconds(federation: Federation) -> Seconds:
     return seconds
 
 
-def losses(answers: Mapping[str, float | None], wanted: int, deadline: float | None) -> dict[str, tuple[Stage, str]]:
+def lost(answers: Mapping[str, float], wanted: int, deadline: float) -> dict[str, tuple[Stage, str]]:
     """Which clients do not count, with stage and reason.
 
     Args:
-        answers: seconds after which each client answers, None for never; earlier clients win a tie.
+        answers: seconds after which each client answers, infinite for never; earlier clients win a tie.
         wanted: how many answers the round is for.
         deadline: seconds it waits at most.
 
-    >>> losses({"a": 3.0, "b": None, "c": 1.0, "d": 2.0, "e": 9.0}, wanted=2, deadline=5.0)["a"]
+    >>> lost({"a": 3.0, "b": math.inf, "c": 1.0, "d": 2.0, "e": 9.0}, wanted=2, deadline=5.0)["a"]
     ('deadline', 'answered after 3 s, when the round had its 2 updates')
     """
-    lost: dict[str, tuple[Stage, str]] = {}
-    count = 0
-    for client in sorted(answers, key=lambda name: _or_never(answers[name])):
-        seconds = answers[client]
-        if seconds is None:
-            lost[client] = "training", "no answer"
-        elif deadline is not None and seconds > deadline:
-            lost[client] = (
-                "deadline",
-                f"would have answered after {seconds:.4g} s, past rounds.deadline_seconds = {deadline:g}",
-            )
-        elif count == wanted:
-            lost[client] = "deadline", f"answered after {seconds:.4g} s, when the round had its {wanted} updates"
-        else:
-            count += 1
-    return lost
+    in_time = sorted((client for client in answers if answers[client] <= deadline), key=answers.__getitem__)
+    counted = {client for client in in_time[:wanted] if answers[client] < math.inf}
+    return {client: _why_lost(answers[client], wanted, deadline) for client in answers if client not in counted}
 
 
-def _or_never(seconds: float | None) -> float:
-    return math.inf if seconds is None else seconds
+def _why_lost(seconds: float, wanted: int, deadline: float) -> tuple[Stage, str]:
+    if seconds == math.inf:
+        return "training", "no answer"
+    if seconds > deadline:
+        return "deadline", f"would have answered after {seconds:.4g} s, past rounds.deadline_seconds = {deadline:g}"
+    return "deadline", f"answered after {seconds:.4g} s, when the round had its {wanted} updates"
 
 
 class SimulatedEngine:
-    """An engine inside another: some of its clients are silent, some late; the inner one never hears of them.
+    """An engine inside another: some of its clients are silent, some late; the inner one is never asked for these.
 
     Holds a round's tasks at once; most methods give all clients the same tensors.
     """
 
     def __init__(self, inner: Engine, settings: RunSettings, seconds: Seconds) -> None:
         assert settings.simulation is not None
-        self._inner, self._seconds = inner, seconds
-        self._dropout, self._seed = settings.simulation.dropout, settings.seed
-        self._wanted = None if settings.clients.sampling == "poisson" else settings.clients_per_round
-        self._deadline = settings.rounds.deadline_seconds
+        self._inner, self._seconds, self._settings = inner, seconds, settings
+        self._dropout = settings.simulation.dropout
 
     def clients(self) -> list[Profile]:
-        """Those of the engine inside: who is silent or late was asked all the same."""
+        """Those of the inner engine."""
         return self._inner.clients()
 
     def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
-        """Train those who count; an update's `seconds` are virtual."""
-        asked = list(tasks)
+        """Train the clients that count; an update's `seconds` are virtual."""
+        asked, settings = list(tasks), self._settings
         answers = {task.profile.client: self._answer(task) for task in asked}
-        lost = losses(answers, len(asked) if self._wanted is None else self._wanted, self._deadline)
-        replies = self._inner.exchange(task for task in asked if task.profile.client not in lost)
+        wanted = len(asked) if settings.clients.sampling == "poisson" else settings.clients_per_round
+        missing = lost(answers, wanted, settings.rounds.deadline_seconds or math.inf)
+        replies = self._inner.exchange(task for task in asked if task.profile.client not in missing)
         for task in asked:
-            client, seconds = task.profile.client, answers[task.profile.client]
-            if seconds is None or client in lost:
-                yield Dropped(client, task.round, *lost[client])
+            client = task.profile.client
+            if client in missing:
+                yield Dropped(client, task.round, *missing[client])
             else:
                 reply = next(replies)
-                yield replace(reply, seconds=seconds) if isinstance(reply, Update) else reply
+                yield replace(reply, seconds=answers[client]) if isinstance(reply, Update) else reply
 
-    def _answer(self, task: Task) -> float | None:
-        """When the client answers; never, if it drops out of this round."""
-        key = (self._seed, task.profile.client, task.round, "dropout")
+    def _answer(self, task: Task) -> float:
+        """Seconds after which the client answers; infinite if it is silent in this round."""
+        key = (self._settings.seed, task.profile.client, task.round, "dropout")
         silent = float(torch.rand((), generator=generator_for(*key))) < self._dropout
-        return None if silent else self._seconds(task.profile)
+        return math.inf if silent else self._seconds(task.profile)

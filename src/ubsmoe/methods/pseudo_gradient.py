@@ -58,10 +58,9 @@ def with_pseudo_gradient(method: Method, shape: RunShape, settings: PseudoGradie
 
 def _add_signal(model: SparseModel, settings: PseudoGradient) -> None:
     """Add the pseudo-gradient of this step to the experts' gradients, then start the next step's masses at zero."""
+    masses = [layer.take_mass() for layer in model.layers]
     for name, parameter in model.adapter.items():
         index = layer_of_experts(name)
-        mass = None if index is None else model.layers[index].mass
+        mass = None if index is None else masses[index]
         if mass is not None and parameter.grad is not None:
             parameter_signal(settings, parameter.grad, mass, into=parameter.grad)
-    for layer in model.layers:
-        layer.mass = None

@@ -1,1 +1,1 @@
-"""What crosses the wire as bytes, and the gate that trusts none of it."""
+"""What crosses the wire, as bytes."""

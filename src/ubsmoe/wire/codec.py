@@ -1,10 +1,9 @@
 """A message as bytes: a JSON header and one safetensors blob, and nothing else; never a type's name, never code.
 
-A task goes down whole, in float32. An update comes up whole too, or as the change of what the task sent (`wire.change`), in
-the run's [wire] dtype; counts are int64. Experts are fused, so an adapter is a handful of tensors per layer. Whoever reads
-has seen neither size nor content before: sizes and the number of tensors are checked against caps before anything is
-allocated, and whatever is wrong is one WireError. The hash in the header is for disks and networks that err; against people
-who lie there are TLS and the gate.
+A task goes down whole, in float32. An update comes up as the change of what the task sent (`wire.change`), in the run's [wire]
+dtype; counts are int64. Experts are fused, so an adapter is a handful of tensors per layer. The reader does not trust the
+bytes: sizes and the number of tensors are checked against caps before anything is allocated, and every fault is a WireError.
+The hash in the header finds damage by disks and networks; against malicious senders there are TLS and update validation.
 """
 
 import hashlib
@@ -59,7 +58,6 @@ class _TaskHeader(_Header):
 
 class _UpdateHeader(_Header):
     kind: Literal["update"] = "update"
-    form: Literal["whole", "change"]
     client: Text
     tier: Count
     round: Count
@@ -90,18 +88,18 @@ class _Entry(BaseModel):
     data_offsets: Annotated[list[Count], Field(min_length=2, max_length=2)]
 
 
-_NOT_IN_UPDATE = {"kind", "form", "sha256"}
-_PARTS = {"whole": {"adapters", "extras"}, "change": {"adapters", "scales", "experts", "extras"}}
+_NOT_IN_UPDATE = {"kind", "sha256"}
+_PARTS = {"adapters", "scales", "experts", "extras"}
 _ENTRIES = TypeAdapter(dict[Name, _Entry])
 
 
 def encode_announcements(announcements: Sequence[Announcement]) -> Packed:
-    """What one machine offers, as bytes."""
+    """The clients that one machine offers, as bytes."""
     return Packed(_ANNOUNCEMENTS.dump_json([_Announcement(**asdict(one)) for one in announcements]), b"")
 
 
 def decode_announcements(packed: Packed) -> list[Announcement]:
-    """What a machine offers; whether any of it is wanted is for the server to say. Raises WireError."""
+    """The clients that a machine offers; the server decides whether it wants them. Raises WireError."""
     if len(packed.header) > MAX_HEADER_BYTES:
         raise WireError(f"announcements of {len(packed.header)} bytes; at most {MAX_HEADER_BYTES} are taken")
     try:
@@ -123,53 +121,46 @@ def decode_task(packed: Packed, max_bytes: int) -> Task:
     return Task(header.round, Profile(**header.profile.model_dump()), tensors, header.run, header.base)
 
 
-def encode_update(update: Update, before: Tensors | None = None, dtype: WireDtype = "float32") -> Packed:
+def encode_update(update: Update, before: Tensors, dtype: WireDtype = "float32") -> Packed:
     """An update as bytes.
 
     Args:
         update: what a client returns.
-        before: the payload of the task it answers: only what changed travels then. Whole and in float32 when left out.
+        before: the payload of the task it answers.
         dtype: precision of the change; "float32" loses nothing.
     """
-    form: Literal["whole", "change"] = "whole" if before is None else "change"
     fields = {name: getattr(update, name) for name in _UpdateHeader.model_fields if name not in _NOT_IN_UPDATE}
-    whole = {f"adapters.{name}": value for name, value in update.adapters.items()}
     tensors = {
         "expert_tokens": update.expert_tokens,
-        **(whole if before is None else pack_change(update.adapters, before, dtype)),
+        **pack_change(update.adapters, before, dtype),
         **{f"extras.{name}": value for name, value in update.extras.items()},
     }
     blob = _blob(tensors)
-    return Packed(_UpdateHeader(sha256=_sha256(blob), form=form, **fields).model_dump_json().encode(), blob)
+    return Packed(_UpdateHeader(sha256=_sha256(blob), **fields).model_dump_json().encode(), blob)
 
 
-def decode_update(packed: Packed, max_bytes: int, before: Tensors | None = None) -> Update:
-    """An update from bytes; whether it answers any task is for `wire.gate` to say.
+def decode_update(packed: Packed, max_bytes: int, before: Tensors) -> Update:
+    """An update from bytes; `server.validator` judges whether it answers the task.
 
     Args:
         packed: the bytes.
         max_bytes: no more are taken.
-        before: the payload of the task it answers, as `encode_update` was given.
+        before: the payload of the task it answers.
 
     Raises:
         WireError: for anything that is not an update, is larger than `max_bytes`, or changes something else.
     """
     header, tensors = _read(packed, _UpdateHeader, max_bytes)
     expert_tokens = tensors.pop("expert_tokens", None)
-    if wrong := [name for name in tensors if name.partition(".")[0] not in _PARTS[header.form] or "." not in name]:
+    if wrong := [name for name in tensors if name.partition(".")[0] not in _PARTS or "." not in name]:
         raise WireError(f"an update has no tensor {wrong[0]!r}")
     if expert_tokens is None:
         raise WireError("an update needs the tensor 'expert_tokens'")
     extras = {name.partition(".")[2]: tensors.pop(name) for name in list(tensors) if name.startswith("extras.")}
-    if header.form == "whole":
-        adapters = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
-    elif before is None:
-        raise WireError("this update says what changed, and nothing was sent to this client")
-    else:
-        try:
-            adapters = unpack_change(tensors, before, max_bytes)
-        except ChangeError as error:
-            raise WireError(f"tensors: {error}") from None
+    try:
+        adapters = unpack_change(tensors, before, max_bytes)
+    except ChangeError as error:
+        raise WireError(f"tensors: {error}") from None
     fields = header.model_dump(exclude=_NOT_IN_UPDATE)
     return Update(**fields, adapters=adapters, expert_tokens=expert_tokens, extras=extras)
 
@@ -206,7 +197,7 @@ def _sha256(blob: bytes) -> str:
 
 
 def _check_blob(data: bytes) -> None:
-    """What safetensors does not look at: the caps, names said twice, names that are paths, dtypes we never send."""
+    """Check what safetensors does not: the caps, repeated names, names that are paths, dtypes that are never sent."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(len(data) - 8, MAX_HEADER_BYTES):
         raise WireError(f"tensors: a header of {length} bytes in a blob of {len(data)}, at most {MAX_HEADER_BYTES}")
@@ -230,5 +221,5 @@ def _first_fault(error: ValidationError) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name is said twice")
+        raise ValueError("a name is repeated")
     return found

@@ -16,7 +16,7 @@ import torch
 from ubsmoe.client.train import Trainer
 from ubsmoe.config import ConfigError, parse_run, to_json
 from ubsmoe.engines import local
-from ubsmoe.engines.local import LocalEngine, check_workers, federation_workers, score_in
+from ubsmoe.engines.local import LocalEngine, check_workers, process_pool, score_in
 from ubsmoe.errors import RoundError
 from ubsmoe.messages import Task, Update
 from ubsmoe.methods.chosen import build_method
@@ -53,11 +53,11 @@ def with_method(federation: Federation, table: dict[str, Any]) -> Federation:
 
 def carry_out(federation: Federation, folder: Path, workers: int) -> dict[str, Any]:
     with (
-        federation_workers(federation, workers) as crew,
+        process_pool(federation, workers) as pool,
         RunFolder.open_or_create(folder, to_json(federation.settings)) as opened,
     ):
-        engine = LocalEngine(federation.trainer, federation.examples, workers=crew)
-        return run(federation, opened, engine, lambda *_: None, partial(score_in, crew) if crew else None)
+        engine = LocalEngine(federation.trainer, federation.examples, federation.clients, pool=pool)
+        return run(federation, opened, engine, lambda *_: None, partial(score_in, pool) if pool else None)
 
 
 def events(folder: Path, name: str) -> list[dict[str, Any]]:

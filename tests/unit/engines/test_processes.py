@@ -1,4 +1,4 @@
-"""Worker processes: answers in order, a bound on what exists at once, and a death that is an answer like any other."""
+"""The process pool: answers in order, a bound on what exists at once, and a process that dies without stopping the others."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ubsmoe.engines.processes import Died, Parts, Workers
+from ubsmoe.engines.processes import Died, Parts, ProcessPool
 
 
 def number(value: int) -> list[bytes]:
@@ -38,10 +38,10 @@ def fragile(job: Parts) -> list[bytes]:
 
 
 def test_answers_come_in_the_order_of_the_jobs() -> None:
-    with Workers(3, square) as workers:
-        assert list(workers.map(number(i) for i in range(20))) == [number(i * i) for i in range(20)]
-        assert list(workers.map(iter([]))) == []
-        assert list(workers.map([number(5)])) == [number(25)]
+    with ProcessPool(3, square) as pool:
+        assert list(pool.map(number(i) for i in range(20))) == [number(i * i) for i in range(20)]
+        assert list(pool.map(iter([]))) == []
+        assert list(pool.map([number(5)])) == [number(25)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -54,22 +54,22 @@ def test_no_more_than_one_job_beyond_the_workers_is_ever_ahead(count: int) -> No
             taken += 1
             yield number(i)
 
-    with Workers(count, square) as workers:
-        for done, _ in enumerate(workers.map(jobs())):
+    with ProcessPool(count, square) as pool:
+        for done, _ in enumerate(pool.map(jobs())):
             assert taken <= done + count + 1
 
 
 def test_a_worker_that_dies_is_an_answer_and_is_replaced() -> None:
-    with Workers(2, fragile) as workers:
+    with ProcessPool(2, fragile) as pool:
         jobs = [[b"a"], [b"die"], [b"b"], [b"exit"], [b"half"], [b"c"]]
-        answers = list(workers.map(jobs))
+        answers = list(pool.map(jobs))
         assert [answers[i] for i in (1, 3, 4)] == [
             Died("its process was killed by SIGKILL"),
             Died("its process ended with exit code 7"),
             Died("its process was killed by SIGKILL"),
         ]
         assert [answers[i][0] for i in (0, 2, 5)] == [b"a", b"b", b"c"]
-        pids = {int(answer[1]) for answer in workers.map([[b"d"]] * 4)}
+        pids = {int(answer[1]) for answer in pool.map([[b"d"]] * 4)}
     assert len(pids) == 2
     for pid in pids:
         with pytest.raises(ProcessLookupError):
@@ -77,19 +77,19 @@ def test_a_worker_that_dies_is_an_answer_and_is_replaced() -> None:
 
 
 def test_a_worker_killed_between_two_rounds_is_found_out() -> None:
-    with Workers(1, fragile) as workers:
-        ((_, pid),) = workers.map([[b"a"]])
+    with ProcessPool(1, fragile) as pool:
+        ((_, pid),) = pool.map([[b"a"]])
         os.kill(int(pid), signal.SIGKILL)
         time.sleep(0.05)
-        first, second = workers.map([[b"b"], [b"c"]])
+        first, second = pool.map([[b"b"], [b"c"]])
         assert first == Died("its process was killed by SIGKILL") and second[0] == b"c"
 
 
 def test_a_bug_in_a_worker_is_raised_here_with_its_traceback() -> None:
-    with Workers(2, fragile) as workers:
+    with ProcessPool(2, fragile) as pool:
         with pytest.raises(RuntimeError, match=r"(?s)in a worker process:.*in fragile.*KeyError: 'no such thing'"):
-            list(workers.map([[b"a"], [b"raise"], [b"b"]]))
-        assert next(workers.map([[b"a"]]))[0] == b"a"
+            list(pool.map([[b"a"], [b"raise"], [b"b"]]))
+        assert next(pool.map([[b"a"]]))[0] == b"a"
 
 
 def test_workers_hold_no_file_of_the_server(tmp_path) -> None:
@@ -97,7 +97,7 @@ def test_workers_hold_no_file_of_the_server(tmp_path) -> None:
         numbers = [fd for fd in os.listdir("/proc/self/fd") if fd not in "012"]
         return [os.path.realpath(f"/proc/self/fd/{fd}").encode() for fd in numbers]
 
-    with (tmp_path / "lock").open("w") as held, Workers(2, open_files) as workers:
+    with (tmp_path / "lock").open("w") as held, ProcessPool(2, open_files) as pool:
         assert not held.closed
-        for answer in workers.map([[b""], [b""]]):
+        for answer in pool.map([[b""], [b""]]):
             assert len(answer) <= 2 and not any(b"lock" in name for name in answer)  # its pipe, and the listing itself

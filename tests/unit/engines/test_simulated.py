@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ubsmoe.config import ConfigError, RunSettings, parse_run, to_json, with_overrides
 from ubsmoe.engines.local import LocalEngine
-from ubsmoe.engines.simulated import SimulatedEngine, as_simulated, client_seconds, losses
+from ubsmoe.engines.simulated import SimulatedEngine, as_simulated, client_seconds, lost
 from ubsmoe.errors import RoundError
 from ubsmoe.messages import Dropped, Profile, Task, Update
 from ubsmoe.plan.forecast import forecast
@@ -31,6 +31,9 @@ class Echo:
     def __init__(self) -> None:
         self.trained: list[str] = []
 
+    def clients(self) -> list[Profile]:
+        return [Profile(client, 0, 1.0, 1, 1) for client in SECONDS]
+
     def exchange(self, tasks: Iterable[Task]) -> Iterator[Update]:
         for task in tasks:
             self.trained.append(task.profile.client)
@@ -42,7 +45,7 @@ def settings(**rounds: Any) -> RunSettings:
 
 
 def exchanged(engine: SimulatedEngine, number: int = 1) -> list[Any]:
-    return list(engine.exchange(Task(number, Profile(client, 0, 1.0, 1, 1), {}) for client in SECONDS))
+    return list(engine.exchange(Task(number, profile, {}) for profile in engine.clients()))
 
 
 def test_the_first_to_answer_before_the_deadline_count_and_only_they_train() -> None:
@@ -66,8 +69,9 @@ def test_the_first_to_answer_before_the_deadline_count_and_only_they_train() -> 
 )
 def test_nobody_counts_while_a_faster_one_does_not(answers: list[float | None], wanted: int, deadline: float) -> None:
     named = {f"client-{i}": seconds for i, seconds in enumerate(answers)}
-    lost = losses(named, wanted, deadline)
-    counted = [named[client] for client in named if client not in lost]
+    never_inf = {client: math.inf if seconds is None else seconds for client, seconds in named.items()}
+    missing = lost(never_inf, wanted, deadline or math.inf)
+    counted = [named[client] for client in named if client not in missing]
     in_time = sorted(s for s in answers if s is not None and (deadline is None or s <= deadline))
     assert sorted(s for s in counted if s is not None) == in_time[:wanted] and None not in counted
 
@@ -114,7 +118,7 @@ def test_seconds_are_those_of_the_plan_and_follow_each_clients_speed(quick: dict
 
 def carry_out(table: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     federation = build_federation(parse_run(table))
-    engine = as_simulated(LocalEngine(federation.trainer, federation.examples), federation)
+    engine = as_simulated(LocalEngine(federation.trainer, federation.examples, federation.clients), federation)
     with RunFolder.open_or_create(folder, to_json(federation.settings)) as opened:
         run(federation, opened, engine, lambda *_: None)
     return events(folder)

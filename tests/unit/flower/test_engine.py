@@ -53,7 +53,7 @@ class Site:
         state = start_state(self.server)
         tasks = (
             Task(1, profile, self.server.method.dispatch(state, profile), "run", self.server.base_sha256)
-            for profile in self.server.clients
+            for profile in self.engine.clients()
         )
         return list(self.engine.exchange(tasks))
 
@@ -83,8 +83,11 @@ def test_two_rounds_give_the_bits_of_the_local_engine(site: Callable[..., Site],
     here = site(clients__count=5, **changes)  # seed 3 draws 4 of them, then 3, where 3 is the mean
     local = build_federation(here.server.settings)
     here.engine.join(10)
-    assert here.server.clients == local.clients
-    engines = {"flower": (here.server, here.engine), "local": (local, LocalEngine(local.trainer, local.examples))}
+    assert here.engine.clients() == local.clients and here.server.clients == []  # who joined is the engine's to know
+    engines = {
+        "flower": (here.server, here.engine),
+        "local": (local, LocalEngine(local.trainer, local.examples, local.clients)),
+    }
     results, dropped = {}, dict[str, list[str]]()
     for name, (federation, engine) in engines.items():
         state, lost = start_state(federation), dropped.setdefault(name, [])
@@ -113,7 +116,7 @@ def test_nodes_are_asked_who_they_are_before_anything_is_sent(site: Callable[...
 def edited(answer: Message, message: Message, **changes: Any) -> Message:
     payload = decode_task(from_record(message.content), 1 << 20).payload
     update = replace(decode_update(from_record(answer.content), 1 << 20, payload), **changes)
-    return Message(to_record(encode_update(update)), reply_to=message)
+    return Message(to_record(encode_update(update, payload)), reply_to=message)
 
 
 def raw(message: Message, header: Any, blob: bytes) -> Message:
@@ -199,7 +202,7 @@ def test_a_name_belongs_to_the_node_that_has_it(site: Callable[..., Site]) -> No
     whole = {"partition-id": 0, "num-partitions": 1}
     here = site({5: whole, 6: {"client": "client-2"}})
     here.engine.join(1)
-    assert [profile.client for profile in here.server.clients] == [f"client-{i}" for i in range(4)]
+    assert [profile.client for profile in here.engine.clients()] == [f"client-{i}" for i in range(4)]
     refused = [line for line in here.said if "refused" in line]
     assert len(refused) == 1 and "is that client already" in refused[0]
 
@@ -265,7 +268,7 @@ def test_a_machine_with_data_of_its_own_says_what_it_affords(site: Callable[...,
     own = {"client": "ward-b", "budget": 0.6, "data.train": str(tmp_path / "mine.jsonl")}
     here = site({8: own, 9: {"client": "ward-a", "budget": 0.2}}, clients__count=2)
     here.engine.join(10)
-    (ward_b,) = here.server.clients
+    (ward_b,) = here.engine.clients()
     assert (ward_b.client, ward_b.tier, ward_b.budget, ward_b.num_examples) == ("ward-b", 1, 0.5, 3)
     assert any("ward-a affords a budget of 0.2, the smallest of tiers.budgets is 0.25" in line for line in here.said)
     (update,) = here.replies()

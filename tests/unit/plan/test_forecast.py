@@ -76,7 +76,12 @@ def test_bytes_are_those_of_the_events(tiny_run: dict[str, Any], tmp_path: Path,
     settings = settings_of(tiny_run, **changes)
     federation, plan = build_federation(settings), forecast(settings, flops_per_second=1e9)
     with RunFolder.create(tmp_path / "run", to_json(settings)) as folder:
-        run(federation, folder, LocalEngine(federation.trainer, federation.examples), lambda *_: None)
+        run(
+            federation,
+            folder,
+            LocalEngine(federation.trainer, federation.examples, federation.clients),
+            lambda *_: None,
+        )
     clients = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "client"]
     assert len(clients) == 8
     for event in clients:

@@ -1,7 +1,6 @@
 """[privacy] in a run: what one client can do at most, what is written, what is refused, the same bits after a resume."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def carry_out(settings: Any, folder: Path, stop_in: int = 0) -> dict[str, Any]:
             raise KeyboardInterrupt
 
     with RunFolder.open_or_create(folder, to_json(settings)) as opened:
-        return run(federation, opened, LocalEngine(federation.trainer, federation.examples), report)
+        return run(federation, opened, LocalEngine(federation.trainer, federation.examples, federation.clients), report)
 
 
 def test_a_private_run_tells_epsilon_and_no_clients_numbers_and_resumes_to_the_same_bits(
@@ -114,7 +113,7 @@ def test_without_a_seed_noise_is_secret_and_survives_a_resume(tiny_run: dict[str
 
 def test_poisson_draws_vary_in_number_and_have_the_mean_asked_for(tiny_run: dict[str, Any]) -> None:
     federation = build_federation(parse_run(with_overrides(tiny_run, PRIVATE)))
-    sizes = [len(sample_clients(federation, number)) for number in range(400)]
+    sizes = [len(sample_clients(federation.clients, federation.settings, number)) for number in range(400)]
     assert set(sizes) == {0, 1, 2, 3, 4} and sum(sizes) / 400 == pytest.approx(2.0, abs=0.2)
 
 
@@ -122,12 +121,16 @@ def test_who_is_drawn_is_as_secret_as_the_noise_and_as_likely_as_epsilon_says(ti
     federation = build_federation(parse_run(with_overrides(tiny_run, PRIVATE)))
 
     def drawn(noise: str) -> list[list[str]]:
-        return [[one.client for one in sample_clients(federation, number, noise)] for number in range(20)]
+        return [
+            [one.client for one in sample_clients(federation.clients, federation.settings, number, noise)]
+            for number in range(20)
+        ]
 
     assert drawn("a") == drawn("a") != drawn("b") != drawn("")
     # with half of the configured clients there, each is drawn as often as with all of them
-    half = replace(federation, clients=federation.clients[:2])
-    assert sum(len(sample_clients(half, number)) for number in range(400)) / 400 == pytest.approx(1.0, abs=0.15)
+    assert sum(
+        len(sample_clients(federation.clients[:2], federation.settings, number)) for number in range(400)
+    ) / 400 == pytest.approx(1.0, abs=0.15)
 
 
 @pytest.mark.parametrize(

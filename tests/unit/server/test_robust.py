@@ -130,7 +130,7 @@ def test_a_round_with_a_liar_stays_within_the_honest_range(tiny_run: dict[str, A
                     seen.append(reply.adapters)
                     yield reply
 
-    engine = Lying(federation.trainer, federation.examples)
+    engine = Lying(federation.trainer, federation.examples, federation.clients)
     after = one_round(federation, engine, state, 1, lambda *_, **__: None)
     for name, value in after.adapters.items():
         honest = torch.stack([one[name] for one in seen])

@@ -37,7 +37,7 @@ def quick(tiny_run: dict[str, Any]) -> dict[str, Any]:
 
 def carry_out(federation: Federation, folder: Path, report: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
     with RunFolder.open_or_create(folder, to_json(federation.settings)) as opened:
-        return run(federation, opened, LocalEngine(federation.trainer, federation.examples), report)
+        return run(federation, opened, LocalEngine(federation.trainer, federation.examples, federation.clients), report)
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -72,8 +72,14 @@ def test_a_state_survives_its_trip_to_disk() -> None:
 def test_the_draw_of_clients_is_seeded_ordered_and_covers_all(quick: dict[str, Any]) -> None:
     settings = with_overrides(quick, {"clients.count": 6})
     federation = build_federation(parse_run(settings))
-    draws = [[profile.client for profile in sample_clients(federation, number)] for number in range(40)]
-    assert draws == [[profile.client for profile in sample_clients(federation, number)] for number in range(40)]
+    draws = [
+        [profile.client for profile in sample_clients(federation.clients, federation.settings, number)]
+        for number in range(40)
+    ]
+    assert draws == [
+        [profile.client for profile in sample_clients(federation.clients, federation.settings, number)]
+        for number in range(40)
+    ]
     assert all(len(set(draw)) == 2 and draw == sorted(draw) for draw in draws)
     assert len({client for draw in draws for client in draw}) == 6 and len({tuple(draw) for draw in draws}) > 5
 

@@ -23,7 +23,9 @@ def federation_of(tiny_run: dict[str, Any], **changes: Any) -> Federation:
 
 def finished(federation: Federation, folder: Path) -> Path:
     with RunFolder.create(folder, to_json(federation.settings)) as place:
-        run(federation, place, LocalEngine(federation.trainer, federation.examples), lambda *_: None)
+        run(
+            federation, place, LocalEngine(federation.trainer, federation.examples, federation.clients), lambda *_: None
+        )
     return folder
 
 

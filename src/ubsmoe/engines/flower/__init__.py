@@ -1,13 +1,9 @@
-"""Flower as the engine: a server that reaches clients over its Grid, and the app that every node runs. Only here is flwr imported.
+"""Flower as the engine: a server that reaches clients over its Grid, and the app that every node runs.
 
-Telemetry is off once this is imported; `deploy` says the same, and more, to Flower's own processes.
+Nothing here imports flwr until a message passes through it (`record`), so that an app's folder, keys and a local federation
+can be made without. Flower's telemetry is off in every process that imports this.
 """
 
 import os
-from importlib.util import find_spec
-
-from ubsmoe.errors import UserError
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-if find_spec("flwr") is None:
-    raise UserError("this needs Flower: pip install 'ubsmoe[flower]'")

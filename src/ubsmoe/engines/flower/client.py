@@ -1,23 +1,29 @@
 """The app that every node runs.
 
 Flower starts a process for every message, so this imports neither torch nor the model: it hands the bytes to the resident
-worker, or, without one, works them off itself.
+process, or answers them itself if there is none.
 """
 
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from ubsmoe.engines.flower import resident as worker
+from ubsmoe.client.node_config import on_this_machine
+from ubsmoe.config import RunSettings
+from ubsmoe.engines.flower import resident
 from ubsmoe.engines.flower.app import read_app
 from ubsmoe.engines.flower.record import from_record, to_record
 from ubsmoe.errors import UserError
 from ubsmoe.wire.packed import Packed, WireError
 
-RESIDENT_SECONDS = "resident-seconds"  # node configuration: how long an idle worker stays; without it there is none
+if TYPE_CHECKING:
+    from ubsmoe.client.node import Machine
+
+RESIDENT_SECONDS = "resident-seconds"  # node configuration: how long an idle resident stays; without it there is none
 
 
 def client_app(run_file: Path) -> ClientApp:
@@ -30,24 +36,35 @@ def client_app(run_file: Path) -> ClientApp:
 
 def _handler(kind: str, run_file: Path) -> Callable[[Message, Context], Message]:
     def handle(message: Message, context: Context) -> Message:
-        """A user's mistake or a failed training is an answer too; a bug is Flower's to report."""
+        """Answer a user's mistake or a failed training with an error; Flower reports a bug."""
         try:
-            return Message(to_record(_work(kind, run_file, message, context)), reply_to=message)
+            return Message(to_record(_answer(kind, run_file, message, context)), reply_to=message)
         except (UserError, WireError) as error:
             return Message(Error(0, str(error)), reply_to=message)
 
     return handle
 
 
-def _work(kind: str, run_file: Path, message: Message, context: Context) -> Packed:
-    settings, config = read_app(run_file, context.run_config), dict(context.node_config)
+def _answer(kind: str, run_file: Path, message: Message, context: Context) -> Packed:
+    config = dict(context.node_config)
     seconds = float(config.pop(RESIDENT_SECONDS, 0))
+    settings, identity = on_this_machine(read_app(run_file, context.run_config), config)
     packed = from_record(message.content)
     if seconds > 0:
         try:
-            return worker.ask(kind, settings, config, packed, seconds)
-        except worker.Unavailable as error:
-            logging.getLogger("ubsmoe").warning("no worker (%s): this process loads the base itself", error)
-    from ubsmoe.client.node import node_of
+            return resident.ask(kind, settings, identity, packed, seconds)
+        except resident.Unavailable as error:
+            logging.getLogger("ubsmoe").warning("no resident process (%s): this one loads the base itself", error)
+    return _machine(settings).node(identity).answer(kind, packed)
 
-    return node_of(settings, config).answer(kind, packed)
+
+_machines: "list[Machine]" = []
+"""At most one: simulated nodes take turns in one process and share it."""
+
+
+def _machine(settings: RunSettings) -> "Machine":
+    if not _machines or _machines[0].settings != settings:
+        from ubsmoe.client.node import Machine
+
+        _machines[:] = [Machine(settings)]
+    return _machines[0]

@@ -9,17 +9,16 @@ import ipaddress
 from collections.abc import Sequence
 from pathlib import Path
 
-from ubsmoe.errors import UserError
+from ubsmoe.errors import require
 from ubsmoe.storage import disk
 
-try:
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives import serialization as form
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import ExtendedKeyUsageOID
-except ImportError:
-    raise UserError("this needs Flower: pip install 'ubsmoe[flower]'") from None
+require("cryptography", "flower")
+# ruff: noqa: E402
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import serialization as form
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 CA, CA_KEY, SERVER, SERVER_KEY = "ca.crt", "ca.key", "server.pem", "server.key"
 

@@ -1,8 +1,8 @@
-"""A federation on this machine, to try a Flower app with: its own processes, on loopback, stopped when it is left.
+"""A local federation (localhost) to try a Flower app with: processes of its own, which are stopped on leaving it.
 
-Two kinds, behind the same address book (`config.toml` in Flower's home folder):
+There are two kinds. Flower's `config.toml`, in its home folder, names either `localhost`:
 
-    simulation   a SuperLink that simulates its nodes with Ray, in plaintext on loopback
+    simulation   a SuperLink that simulates its nodes with Ray, in plaintext
     deployment   a SuperLink and one SuperNode process per node, TLS, and a registered key for every node
 """
 
@@ -26,21 +26,21 @@ from typing import Any
 from ubsmoe.engines.flower.app import QUIET
 from ubsmoe.engines.flower.keys import CA, SERVER, SERVER_KEY, make_keys
 from ubsmoe.engines.flower.resident import FOLDER, stop_residents
-from ubsmoe.errors import UserError
+from ubsmoe.errors import UserError, require
 from ubsmoe.storage import disk
 
 HEALTHY_SECONDS = 180.0
-IDLE_SECONDS = 600  # how long a worker stays without work
+IDLE_SECONDS = 600  # how long a resident process stays without work
 STOP_SECONDS = 10.0
 
 
 class FlowerFailure(UserError):
-    """A process of Flower's did not do what it is for; the message names its log."""
+    """A process of Flower failed; the message names its log."""
 
 
 @dataclass(frozen=True)
 class LocalFederation:
-    """A federation that runs.
+    """A local federation that is running.
 
     `name` is its connection's in Flower's home folder `home`, `nodes` how many there are, `simulated` which kind it is.
     """
@@ -79,7 +79,7 @@ def local_federation(
     app: Path,
     nodes: int,
     simulated: bool,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     node_config: Callable[[int], Mapping[str, Any]] = lambda node: {"resident-seconds": IDLE_SECONDS},
     home: Path | None = None,
 ) -> Iterator[LocalFederation]:
@@ -89,7 +89,7 @@ def local_federation(
         app: a Flower app's folder; Flower's home is `.flwr` inside it, which Flower does not ship to nodes.
         nodes: how many.
         simulated: which kind.
-        say: told what happens.
+        log: called with a line when all nodes are there.
         node_config: what a node's configuration says beside partition-id and num-partitions; for a deployment.
         home: Flower's home, if not inside the app's folder.
 
@@ -100,16 +100,16 @@ def local_federation(
     disk.make_folder(home)
     home.chmod(0o700)
     port = free_port()
-    found = LocalFederation("loopback", home, app, nodes, simulated)
+    found = LocalFederation("localhost", home, app, nodes, simulated)
     trust = "insecure = true" if simulated else f"root-certificates = {json.dumps(str(home / CA))}"
-    disk.atomic_write(home / "config.toml", f'[superlink.loopback]\naddress = "127.0.0.1:{port}"\n{trust}\n'.encode())
+    disk.atomic_write(home / "config.toml", f'[superlink.localhost]\naddress = "127.0.0.1:{port}"\n{trust}\n'.encode())
     with ExitStack() as stack:
         stack.enter_context(_ends_on_sigterm())
-        workers = stack.enter_context(_workers())
+        residents = stack.enter_context(_residents())
 
         def start(program: str, options: Sequence[str], name: str) -> subprocess.Popen[bytes]:
             return stack.enter_context(
-                _process(program, options, flower_environment(home, workers), app, home / f"{name}.log")
+                _process(program, options, flower_environment(home, residents), app, home / f"{name}.log")
             )
 
         if not simulated:
@@ -125,12 +125,12 @@ def local_federation(
                 options = supernode_options(home, home / _node(i), port, config)
                 processes.append(start("flower-supernode", options, _node(i)))
             _wait(lambda: _online(found) == nodes, processes, f"{nodes} SuperNodes, {home}/node-*.log")
-        say(f"{nodes} {'simulated nodes' if simulated else 'SuperNodes'} at 127.0.0.1:{port}")
+        log(f"{nodes} {'simulated nodes' if simulated else 'SuperNodes'} at 127.0.0.1:{port}")
         yield found
 
 
 def superlink_options(keys: Path | None, port: int) -> list[str]:
-    """How a SuperLink is started on loopback: with the keys of a folder, or in plaintext to simulate its nodes."""
+    """How a SuperLink is started on localhost: with the keys of a folder, or in plaintext to simulate its nodes."""
     options = ["--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
     if keys is None:
         return [*options, "--insecure", "--simulation"]
@@ -139,7 +139,7 @@ def superlink_options(keys: Path | None, port: int) -> list[str]:
 
 
 def supernode_options(keys: Path, key: Path, port: int, config: Mapping[str, Any]) -> list[str]:
-    """How a SuperNode is started: whom it trusts, who it is, where the SuperLink is."""
+    """How a SuperNode is started: the authority that it trusts, its key, the SuperLink's address."""
     options = ["--superlink", f"127.0.0.1:{port}", "--root-certificates", str(keys / CA), "--port", str(free_port())]
     words = " ".join(f"{name}={json.dumps(value)}" for name, value in config.items())
     return [*options, "--auth-supernode-private-key", str(key), "--node-config", words]
@@ -147,7 +147,7 @@ def supernode_options(keys: Path, key: Path, port: int, config: Mapping[str, Any
 
 @contextmanager
 def _ends_on_sigterm() -> Iterator[None]:
-    """Being told to end is a reason to stop what was started, as Ctrl-C is."""
+    """SIGTERM stops what was started, as Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -156,8 +156,8 @@ def _ends_on_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _workers() -> Iterator[Path]:
-    """A folder for the nodes' workers; those that are there at the end are asked to end. Short: socket names must be."""
+def _residents() -> Iterator[Path]:
+    """A folder for the nodes' resident processes, which are ended on leaving. Its name is short, as a socket's must be."""
     with TemporaryDirectory(prefix="ubsmoe-") as folder:
         yield Path(folder)
         stop_residents(Path(folder))
@@ -173,26 +173,27 @@ def _online(found: LocalFederation) -> int:
 
 def flower_command(program: str, *words: str) -> list[str]:
     """Flower's programs stand beside the Python that runs this."""
+    require("flwr", "flower")
     path = shutil.which(program, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if path is None:
-        raise UserError(f"{program} is not installed: pip install 'ubsmoe[flower]'")
+        raise FlowerFailure(f"{program} is neither beside {sys.executable} nor on the PATH; reinstall Flower")
     return [path, *words]
 
 
-def flower_environment(home: Path, workers: Path | None = None) -> dict[str, str]:
+def flower_environment(home: Path, residents: Path | None = None) -> dict[str, str]:
     """Flower starts more programs by name, so they must be on the path."""
     own = {
         "FLWR_HOME": str(home),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
-    return {**os.environ, **QUIET, **own, **({FOLDER: str(workers)} if workers else {})}
+    return {**os.environ, **QUIET, **own, **({FOLDER: str(residents)} if residents else {})}
 
 
 @contextmanager
 def _process(
     program: str, options: Sequence[str], environment: Mapping[str, str], folder: Path, log_file: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of ours; asked to end on leaving, and ended if it does not, with what it has started and left behind."""
+    """A process that is asked to end on leaving, and killed if it does not, with every process that it left behind."""
     with open(log_file, "ab") as log:
         process = subprocess.Popen(
             flower_command(program, *options),
@@ -201,7 +202,7 @@ def _process(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for us: we stop them in order
+            start_new_session=True,  # Ctrl-C must not reach it: it is stopped in order
         )
     try:
         yield process

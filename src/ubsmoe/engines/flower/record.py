@@ -1,21 +1,23 @@
-"""A message of ours as Flower carries it: a ConfigRecord with the header, an ArrayRecord with the blob, uncut.
+"""A packed message as Flower carries it: a ConfigRecord with the header, an ArrayRecord with the blob, uncut.
 
 Flower stores equal blobs once, so a payload that many clients get is uploaded once.
 """
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-
+from ubsmoe.errors import require
 from ubsmoe.wire.packed import Packed, WireError
+
+require("flwr", "flower")
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict  # noqa: E402
 
 
 def to_record(packed: Packed) -> RecordDict:
-    """A message of ours as Flower carries it."""
+    """The record that carries a packed message."""
     blob = Array(dtype="uint8", shape=(len(packed.tensors),), stype="safetensors", data=packed.tensors)
     return RecordDict({"header": ConfigRecord({"json": packed.header}), "blob": ArrayRecord({"safetensors": blob})})
 
 
 def from_record(record: RecordDict) -> Packed:
-    """The way back. Raises WireError for a record of any other shape."""
+    """The packed message in a record. Raises WireError for a record of any other shape."""
     try:
         header, blob = record.config_records["header"]["json"], record.array_records["blob"]["safetensors"].data
     except KeyError:

@@ -1,19 +1,20 @@
-"""A process that outlives Flower's: it keeps base and data in memory between messages.
+"""A resident process: it outlives Flower's processes and keeps base and data in memory between messages.
 
 Flower starts a new process for every message, which would load the base every round. Instead that process passes the bytes
-to this one, over a Unix socket that only the same user can reach: the folder is the user's alone, and each end asks the
-system who the other is. The first message starts it, and it ends when nobody has asked for a while. One worker serves one run
-file on one device, whichever nodes of this machine ask, one after another.
+to the resident, over a Unix socket in a folder that only this user can enter. Each end proves that it can read a key which
+lies there; Python's multiprocessing.connection frames and authenticates, and nothing is ever unpickled. The first message
+starts the resident, and it ends when it has been idle for a while. One resident serves one run file on one device, whichever
+nodes of this machine ask, one message at a time.
 
-Whatever goes wrong here is `Unavailable`, and who asked does the work itself.
+Whatever goes wrong here is `Unavailable`, and the process that asked does the work itself.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import queue
+import secrets
 import socket
 import stat
 import struct
@@ -22,64 +23,70 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 from importlib import metadata
+from multiprocessing import ProcessError
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
+from typing import IO, cast
 
+from ubsmoe.client.node_config import NodeConfig
 from ubsmoe.config import RunSettings, parse_run, to_json
 from ubsmoe.errors import UserError
+from ubsmoe.storage import disk
 from ubsmoe.wire.packed import MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, Packed, WireError
 
 FOLDER = "UBSMOE_RESIDENTS"  # environment: where the sockets are, if not in the user's runtime folder
-HELLO_SECONDS = 10.0  # a worker greets before it works, so who does not greet is none
+HELLO_SECONDS = 10.0  # the longest silence of a peer that is not training
 START_SECONDS = 30.0
-FRAME = struct.Struct("!16sQQQ")  # kind, bytes of the node configuration, of the header, of the tensors
-GREETING = b"ubsmoe-worker-1\n"
 DONE, REFUSED, QUIT = b"done", b"refused", b"quit"
 
-NodeConfig = Mapping[str, str | int | float | bool]
+BROKEN = (
+    OSError,
+    EOFError,
+    ProcessError,
+    AssertionError,
+)  # what a line raises; Python 3.11 asserts that a peer challenges
 
 
 class Unavailable(Exception):
-    """There is no worker to be had; the text says why."""
+    """There is no resident process to be had; the text says why."""
 
 
 class Refused(UserError):
-    """What the worker's node made of the message: a user's mistake or a failed training."""
+    """What the resident's node made of the message: a user's mistake or a failed training."""
 
 
-def ask(kind: str, settings: RunSettings, config: NodeConfig, packed: Packed, idle_seconds: float) -> Packed:
-    """Let the worker for this run file answer; start it if there is none.
+def ask(kind: str, settings: RunSettings, identity: NodeConfig, packed: Packed, idle_seconds: float) -> Packed:
+    """Let the resident of this run file answer; start it if there is none.
 
     Args:
         kind: as for `Node.answer`.
-        settings: the run file.
-        config: who asks: the node configuration.
+        settings: the run file as this machine carries it out.
+        identity: which node asks.
         packed: the message.
-        idle_seconds: how long a worker that this call starts stays without work.
+        idle_seconds: how long a resident that this call starts stays without work.
 
     Raises:
-        Unavailable: if no worker answers; nothing has happened then, or it died at it.
-        Refused: if the work itself failed, with the worker's words.
+        Unavailable: if no resident answers: none could be reached or started, or it died of the message.
+        Refused: if the work itself failed, with the resident's words.
     """
-    where = {key: value for key, value in config.items() if "." in key or key == "threads"}
-    key = json.dumps([metadata.version("ubsmoe"), sys.executable, to_json(settings), where], sort_keys=True)
+    key = json.dumps([metadata.version("ubsmoe"), sys.executable, to_json(settings)])
     place = own_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.sock"
     try:
         with connected(place, settings, idle_seconds) as line:
-            _send(line, kind.encode(), json.dumps(config).encode(), packed)
-            line.settimeout(None)  # training takes as long as it takes; a worker that dies closes the line
-            answer, _, result = _receive(line)
-    except (OSError, WireError) as error:
-        raise Unavailable(str(error)) from None
+            _send(line, kind.encode(), json.dumps(identity).encode(), packed.header, packed.tensors)
+            _limit(line, 0)  # training takes as long as it takes; a resident that dies closes the line
+            answer, header, tensors = _receive(line, 3)
+    except BROKEN as error:
+        raise Unavailable(str(error) or type(error).__name__) from None
     if answer == REFUSED:
-        raise Refused(result.header.decode(errors="replace"))
-    return result
+        raise Refused(header.decode(errors="replace"))
+    return Packed(header, tensors)
 
 
 def own_folder() -> Path:
-    """Where sockets are, made if missing. Raises Unavailable unless it is this user's alone."""
+    """Where sockets and their key are, made if missing. Raises Unavailable unless only this user can enter it."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     default = Path(runtime) / "ubsmoe" if runtime else Path(tempfile.gettempdir()) / f"ubsmoe-{os.getuid()}"
     folder = Path(os.environ.get(FOLDER) or default)
@@ -95,175 +102,140 @@ def own_folder() -> Path:
 
 
 def stop_residents(folder: Path) -> None:
-    """Ask every worker in a folder to end."""
+    """Ask every resident of a folder to end, and wait until it has."""
     for place in folder.glob("*.sock"):
-        with contextlib.suppress(OSError, WireError), _connect(place) as line:
-            _send(line, QUIT, b"", Packed(b"", b""))
-            line.recv(1)  # closed when it is gone
+        with contextlib.suppress(*BROKEN), _connect(place) as line:
+            _send(line, QUIT, b"", b"", b"")
+            line.recv_bytes(0)  # the line is closed when it is gone
 
 
-@contextlib.contextmanager
-def connected(place: Path, settings: RunSettings, idle_seconds: float) -> Iterator[socket.socket]:
-    """A line to the worker that listens there, started if there is none. Raises OSError or WireError if it is not to be had."""
+def connected(place: Path, settings: RunSettings, idle_seconds: float) -> Connection:
+    """A line to the resident at that socket, which is started if there is none. Raises one of BROKEN if that fails."""
+    end, lock, process = time.monotonic() + START_SECONDS, None, None
+    with contextlib.ExitStack() as stack:
+        while time.monotonic() < end and (process is None or process.poll() is None):
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                line = _connect(place)
+                if process:
+                    process.returncode = 0  # it outlives this process, so nobody here waits for it
+                return line
+            if lock is None:
+                with contextlib.suppress(BlockingIOError):  # another process is starting it
+                    lock = stack.enter_context(contextlib.closing(disk.Lock(place.with_suffix(".lock"))))
+            elif process is None:  # under the lock, and still nobody listens
+                process = _start(place, settings, idle_seconds)
+            time.sleep(0.05)
+    raise TimeoutError(f"the resident process did not start; see {place.with_suffix('.log')}")
+
+
+def _connect(place: Path) -> Connection:
+    line = Client(str(place), "AF_UNIX")
     try:
-        line = _connect(place)
-    except (FileNotFoundError, ConnectionRefusedError):
-        line = _start(place, settings, idle_seconds)
-    with line:
-        yield line
-
-
-def _connect(place: Path) -> socket.socket:
-    line = socket.socket(socket.AF_UNIX)
-    try:
-        line.settimeout(HELLO_SECONDS)
-        line.connect(str(place))
-        if not _is_own(line) or _exactly(line, len(GREETING)) != GREETING:
-            raise WireError(f"{place}: whoever listens there is no worker of this user")
+        key = _key(place).read_bytes()
+        _limit(line, HELLO_SECONDS)
+        answer_challenge(line, key)
+        deliver_challenge(line, key)
         return line
-    except BaseException:
+    except BaseException as error:
         line.close()
+        if isinstance(error, BlockingIOError):
+            raise TimeoutError(f"{place}: no answer within {HELLO_SECONDS:g} s") from None
         raise
 
 
-def _start(place: Path, settings: RunSettings, idle_seconds: float) -> socket.socket:
-    """Start a worker, or find that another process has just done so."""
-    end = time.monotonic() + START_SECONDS
-    with open(place.with_suffix(".lock"), "a") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise WireError("another process has been starting the worker for too long") from None
-                time.sleep(0.1)
-        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-            return _connect(place)
-        place.unlink(missing_ok=True)  # a stale one: nobody listens, and nobody else may start one now
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("FLWR_")}
-        with open(place.with_suffix(".log"), "ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "ubsmoe.engines.flower.resident", str(place), str(idle_seconds)],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        assert process.stdin is not None
-        with process.stdin as pipe:
-            pipe.write(to_json(settings).encode())
-        while time.monotonic() < end and process.poll() is None:
-            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                line = _connect(place)
-                process.returncode = 0  # it outlives us, so nobody here waits for it
-                return line
-            time.sleep(0.05)
-    raise WireError(f"the worker did not start; see {place.with_suffix('.log')}")
+def _start(place: Path, settings: RunSettings, idle_seconds: float) -> "subprocess.Popen[bytes]":
+    place.unlink(missing_ok=True)  # left behind by a resident that was killed
+    disk.write_new_file(_key(place), secrets.token_bytes(32), mode=0o600)
+    command = [sys.executable, "-m", "ubsmoe.engines.flower.resident", str(place), str(idle_seconds)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("FLWR_")}
+    with open(place.with_suffix(".log"), "ab") as log:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+        )
+    with cast(IO[bytes], process.stdin) as pipe:
+        pipe.write(to_json(settings).encode())
+    return process
 
 
-@dataclass
-class _Call:
-    kind: bytes
-    config: bytes
-    packed: Packed
-    answer: tuple[bytes, Packed] | None = None
-    answered: threading.Event = field(default_factory=threading.Event)
+def _key(place: Path) -> Path:
+    """The secret of both ends, new for every resident."""
+    return place.with_suffix(".key")
+
+
+Call = tuple[bytes, NodeConfig, Packed, "Future[list[bytes]]"]
 
 
 def serve(place: Path, settings: RunSettings, idle_seconds: float) -> None:
-    """Be the worker, until nobody has asked for so long. Threads listen, this one works: one message at a time."""
-    calls: queue.Queue[_Call] = queue.Queue()
-    listener = socket.socket(socket.AF_UNIX)
+    """Be the resident until it has been idle for so long. Threads listen, this one works: one message at a time."""
+    calls: queue.Queue[Call] = queue.Queue()
     before = os.umask(0o177)
     try:
-        listener.bind(str(place))
+        # not given the key: `accept` would then wait for each peer's answer to its challenge
+        listener = Listener(str(place), "AF_UNIX", backlog=64)
     finally:
         os.umask(before)
-    ours = os.stat(place).st_ino
-    listener.listen(64)
-    threading.Thread(target=_listen, args=(listener, calls), daemon=True).start()
+    threading.Thread(target=_listen, args=(listener, _key(place).read_bytes(), calls), daemon=True).start()
     try:
-        while True:
-            try:
-                call = calls.get(timeout=idle_seconds)
-            except queue.Empty:
-                return
-            if call.kind == QUIT:
-                return
-            call.answer = _work(settings, call)
-            call.answered.set()
+        _work(settings, calls, idle_seconds)
     finally:
-        with contextlib.suppress(OSError):
-            if os.stat(place).st_ino == ours:
-                os.unlink(place)
         listener.close()
 
 
-def _work(settings: RunSettings, call: _Call) -> tuple[bytes, Packed]:
-    from ubsmoe.client.node import node_of
-
-    try:
-        return DONE, node_of(settings, json.loads(call.config)).answer(call.kind.decode(), call.packed)
-    except (UserError, WireError) as error:
-        return REFUSED, Packed(str(error).encode()[:MAX_HEADER_BYTES], b"")
-
-
-def _listen(listener: socket.socket, calls: "queue.Queue[_Call]") -> None:
+def _work(settings: RunSettings, calls: "queue.Queue[Call]", idle_seconds: float) -> None:
+    """Answer calls until there is none for so long, or one asks to end."""
+    machine = None
     while True:
         try:
-            line, _ = listener.accept()
-        except OSError:
+            kind, identity, packed, answer = calls.get(timeout=idle_seconds)
+        except queue.Empty:
             return
-        threading.Thread(target=_hear, args=(line, calls), daemon=True).start()
-
-
-def _hear(line: socket.socket, calls: "queue.Queue[_Call]") -> None:
-    """One caller. Whoever is another user, or goes away, is nobody."""
-    with line, contextlib.suppress(OSError, WireError):
-        if not _is_own(line):
+        if kind == QUIT:
             return
-        line.sendall(GREETING)
-        call = _Call(*_receive(line))
-        calls.put(call)
-        call.answered.wait()
-        assert call.answer is not None
-        _send(line, call.answer[0], b"", call.answer[1])
+        from ubsmoe.client.node import Machine  # imports torch, which takes longer than a starter waits for a greeting
+
+        machine = machine or Machine(settings)
+        try:
+            result = machine.node(identity).answer(kind.decode(), packed)
+            answer.set_result([DONE, result.header, result.tensors])
+        except (UserError, WireError) as error:
+            answer.set_result([REFUSED, str(error).encode()[:MAX_HEADER_BYTES], b""])
 
 
-def _is_own(line: socket.socket) -> bool:
-    """Whether the other end is this user; where the system cannot say, the folder's permissions stand for it."""
-    if not hasattr(socket, "SO_PEERCRED"):
-        return True
-    size = struct.calcsize("3i")
-    _, user, _ = struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-    return bool(user == os.getuid())
+def _listen(listener: Listener, key: bytes, calls: "queue.Queue[Call]") -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            threading.Thread(target=_hear, args=(listener.accept(), key, calls), daemon=True).start()
 
 
-def _send(line: socket.socket, kind: bytes, config: bytes, packed: Packed) -> None:
-    line.sendall(FRAME.pack(kind, len(config), len(packed.header), len(packed.tensors)))
-    for part in (config, packed.header, packed.tensors):
-        line.sendall(part)
+def _hear(line: Connection, key: bytes, calls: "queue.Queue[Call]") -> None:
+    """One peer. A peer without the key, or one that is silent or goes away, is dropped."""
+    with line, contextlib.suppress(*BROKEN, ValueError):  # ValueError: an identity that is no JSON
+        _limit(line, HELLO_SECONDS)
+        deliver_challenge(line, key)
+        answer_challenge(line, key)
+        kind, identity, *packed = _receive(line, 4)
+        answer: Future[list[bytes]] = Future()
+        calls.put((kind, json.loads(identity or b"{}"), Packed(*packed), answer))
+        _send(line, *answer.result())
 
 
-def _receive(line: socket.socket) -> tuple[bytes, bytes, Packed]:
-    kind, *sizes = FRAME.unpack(_exactly(line, FRAME.size))
-    if max(sizes[:2]) > MAX_HEADER_BYTES or sizes[2] > MAX_MESSAGE_BYTES:
-        raise WireError(f"a message of {sizes} bytes")
-    config, header, tensors = (_exactly(line, size) for size in sizes)
-    return kind.rstrip(b"\0"), config, Packed(header, tensors)
+def _limit(line: Connection, seconds: float) -> None:
+    """Let a read or write of this line fail that stalls for so long; 0 lets it wait for ever."""
+    limit = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))  # the system's struct timeval
+    with socket.socket(fileno=os.dup(line.fileno())) as same:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            same.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
-def _exactly(line: socket.socket, size: int) -> bytes:
-    data = bytearray(size)
-    view = memoryview(data)
-    while view:
-        count = line.recv_into(view)
-        if not count:
-            raise WireError("the line was closed")
-        view = view[count:]
-    return bytes(data)
+def _send(line: Connection, *parts: bytes) -> None:
+    for part in parts:
+        line.send_bytes(part)
+
+
+def _receive(line: Connection, count: int) -> list[bytes]:
+    """A message's parts, of which only the last, the tensors, may be large."""
+    small = [line.recv_bytes(MAX_HEADER_BYTES) for _ in range(count - 1)]
+    return [*small, line.recv_bytes(MAX_MESSAGE_BYTES)]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """The server: `rounds.run` with clients that a Flower Grid reaches.
 
-Nodes are asked who they are before they are sent anything. What they say is held against the name that whoever runs the
-SuperLink registered their key with, and who answers a task is known from Flower's message, not from what the answer says.
+Nodes announce their clients before they are sent a task. An announced name is checked against the name that the node's key was
+registered with at the SuperLink. The sender of an answer is known from Flower's message, not from what the answer says.
 """
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ class FlowerEngine:
 
     Args:
         grid: Flower's.
-        federation: the server's side of the run; clients are added to it, in client order, as they join.
-        say: told who comes and who is refused.
+        federation: the server's side of the run.
+        log: called with a line for each client that joins or is refused.
         clock: seconds, for deadlines.
     """
 
@@ -47,19 +47,19 @@ class FlowerEngine:
         self,
         grid: Grid,
         federation: Federation,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._clients: list[Profile] = []
-        self._grid, self._federation, self._say, self._clock = grid, federation, say, clock
+        self._grid, self._federation, self._log, self._clock = grid, federation, log, clock
         self._settings = federation.settings
+        self._clients: list[Profile] = []  # in client order, which is not the order of joining
         self._nodes: dict[str, int] = {}
         self._registered: dict[int, str] = {}
         self._greeted: set[int] = set()
         self._unanswered: dict[str, int] = {}
 
     def join(self, seconds: float) -> None:
-        """Wait for the run file's number of clients, at most so long. Who comes later takes part from the next round.
+        """Wait for the run file's number of clients, at most so long. Later ones take part from the next round.
 
         Raises:
             ConfigError: if fewer came than a round's quorum.
@@ -76,77 +76,83 @@ class FlowerEngine:
             )
 
     def clients(self) -> list[Profile]:
-        """Those that have joined so far, in client order."""
-        return self._clients
+        """The clients that have joined."""
+        return list(self._clients)
 
     def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
         """Send every task, yield replies in the order of the tasks.
 
-        Answers that nobody has asked for yet stay with Flower, so the server holds one at a time, unless more clients are
-        asked than wanted: then the first to answer count and all must be looked at.
+        Answers that are not asked for yet stay with Flower, so the server holds one at a time, unless more clients are asked
+        than wanted: then the first to answer count, and all answers must be looked at.
         """
         self._look_around()
         began, limit = self._clock(), self._settings.rounds.deadline_seconds
-        asked: dict[str, tuple[Task, int]] = {}
-        waiting: dict[str, str] = {}
-        replies: dict[str, Reply] = {}
-        for task in tasks:
-            client = task.profile.client
-            asked[client] = task, self._nodes[client]
-            message_id = self._push(TRAIN, self._nodes[client], encode_task(task), str(task.round), limit)
-            if message_id is None:
-                replies[client] = Dropped(client, task.round, "wire", "Flower did not take the task")
-            else:
-                waiting[message_id] = client
+        asked, waiting, replies = self._send(tasks, limit)
         wanted = len(asked) if self._settings.clients.sampling == "poisson" else self._settings.clients_per_round
-        race, counted = len(asked) > wanted, 0
-        for client, (task, _) in asked.items():
+        race, count = len(asked) > wanted, 0
+        for task in asked:
+            client = task.profile.client
             while client not in replies:
                 late = limit is not None and self._clock() - began > limit
-                ids = [ours for ours, whose in waiting.items() if race or late or whose == client]
-                came = [_reply_of(message, *asked[whose]) for message, whose in self._pull(ids, waiting)]
+                ids = [message_id for message_id, other in waiting.items() if race or late or other is task]
+                came = [_reply_of(message, other, self._nodes) for message, other in self._pull(ids, waiting)]
                 for reply in came:
-                    counted += isinstance(reply, Update)
-                    too_many = isinstance(reply, Update) and counted > wanted
+                    count += isinstance(reply, Update)
+                    too_many = isinstance(reply, Update) and count > wanted
                     replies[reply.client] = _lost(reply.client, task.round, wanted) if too_many else reply
-                if client not in replies and (late or counted >= wanted):
+                if client not in replies and (late or count >= wanted):
                     replies[client] = _lost(client, task.round, wanted, limit if late else None)
                 elif not came:
                     time.sleep(POLL_SECONDS)
             yield replies.pop(client)
 
+    def _send(
+        self, tasks: Iterable[Task], seconds: float | None
+    ) -> tuple[list[Task], dict[str, Task], dict[str, Reply]]:
+        """Push every task. Gives all of them, those under way by message id, and a reply for each that Flower refused."""
+        asked, waiting, refused = list[Task](), dict[str, Task](), dict[str, Reply]()
+        for task in tasks:
+            client = task.profile.client
+            asked.append(task)
+            message_id = self._push(TRAIN, self._nodes[client], encode_task(task), str(task.round), seconds)
+            if message_id is None:
+                refused[client] = Dropped(client, task.round, "wire", "Flower did not take the task")
+            else:
+                waiting[message_id] = task
+        return asked, waiting, refused
+
     def _pull(self, ids: list[str], waiting: dict[str, Any]) -> list[tuple[Message, Any]]:
-        """The answers that are there, each with what `waiting` says of it; a second answer to the same message is nothing."""
+        """The answers that are there, each with its entry of `waiting`; a second answer to a message is ignored."""
         messages = self._grid.pull_messages(ids) if ids else ()
         found = [(message, waiting.pop(message.metadata.reply_to_message_id, None)) for message in messages]
         return [(message, whose) for message, whose in found if whose is not None]
 
     def _look_around(self) -> None:
-        """Greet nodes that are new, hear those that answer; nobody is waited for."""
+        """Ask new nodes for their clients and read what has been announced; does not wait."""
         here = {node.node_id: node.name for node in self._grid.get_nodes()}
         self._registered |= here
         online = set(here)
-        self._greeted &= online  # who comes back is asked again: it may have changed
+        self._greeted &= online  # a node that returns is asked again: its clients may differ
         for node in online - self._greeted:
             message_id = self._push(ANNOUNCE, node, Packed(b"", b""), "announce", None)
             if message_id is not None:
                 self._greeted.add(node)
                 self._unanswered[message_id] = node
         for message, node in self._pull(list(self._unanswered), self._unanswered):
-            self._hear(message, node, online)
+            self._read_announcements(message, node, online)
 
-    def _hear(self, message: Message, node: int, online: set[int]) -> None:
+    def _read_announcements(self, message: Message, node: int, online: set[int]) -> None:
         try:
             announced = decode_announcements(_content(message, node))
         except WireError as error:
-            return self._say(f"node {node} is refused: {error}")
+            return self._log(f"node {node} is refused: {error}")
         for one in announced:
             try:
-                self._admit(one, node, online)
+                self._add_client(one, node, online)
             except UserError as error:
-                self._say(f"node {node}: client {one.client!r} is refused: {error}")
+                self._log(f"node {node}: client {one.client!r} is refused: {error}")
 
-    def _admit(self, one: Announcement, node: int, online: set[int]) -> None:
+    def _add_client(self, one: Announcement, node: int, online: set[int]) -> None:
         profile = assign_tier(self._federation, one)
         name, holder = self._registered[node], self._nodes.get(one.client)
         if name and name != one.client:
@@ -161,11 +167,11 @@ class FlowerEngine:
         self._nodes[one.client] = node
         names = client_names(self._settings)
         self._clients = sorted([*others, profile], key=lambda p: (_place(p.client, names), p.client))
-        self._say(f"{one.client} is node {node}: {one.num_examples} examples, tier {profile.tier + 1}")
+        self._log(f"{one.client} is node {node}: {one.num_examples} examples, tier {profile.tier + 1}")
 
     def _push(self, kind: str, node: int, packed: Packed, group: str, seconds: float | None) -> str | None:
         content = to_record(packed)
-        # an answer names its message's id, a hash of it all; with this only the node that was sent it can know the id
+        # an answer names its message's id, which is a hash over the message: the nonce keeps other nodes from guessing it
         content["nonce"] = ConfigRecord({"bytes": secrets.token_bytes(16)})
         message = Message(content, node, kind, ttl=seconds, group_id=group)
         return next(iter(self._grid.push_messages([message])), None)
@@ -176,7 +182,7 @@ def _place(client: str, names: list[str]) -> int:
 
 
 def _content(message: Message, node: int) -> Packed:
-    """What the node that was asked has sent; the SuperLink refuses other senders too."""
+    """The content of an answer, if it comes from the node that was asked; the SuperLink checks that too."""
     if message.has_error():
         raise WireError(_short(message.error.reason or "no reason given"))
     if message.metadata.src_node_id != node:
@@ -184,13 +190,13 @@ def _content(message: Message, node: int) -> Packed:
     return from_record(message.content)
 
 
-def _reply_of(message: Message, task: Task, node: int) -> Reply:
-    """What a message says. The client is who was asked, whatever the message claims."""
+def _reply_of(message: Message, task: Task, nodes: Mapping[str, int]) -> Reply:
+    """The reply in a message. Its client is the one that was asked, whatever the message claims."""
     client = task.profile.client
     if message.has_error():
         return Dropped(client, task.round, "training", _short(message.error.reason or "no reason given"))
     try:
-        update = decode_update(_content(message, node), MAX_MESSAGE_BYTES, task.payload)
+        update = decode_update(_content(message, nodes[client]), MAX_MESSAGE_BYTES, task.payload)
     except WireError as error:
         return Dropped(client, task.round, "wire", _short(str(error)))
     if update.client != client:
@@ -210,7 +216,7 @@ def _short(text: str) -> str:
 
 
 def server_app(run_file: Path) -> ServerApp:
-    """The app that runs beside the SuperLink: the whole of `rounds.run`, its clients elsewhere."""
+    """The app that runs beside the SuperLink: `rounds.run`, with its clients on the nodes."""
     app = ServerApp()
 
     def main(grid: Grid, context: Context) -> None:

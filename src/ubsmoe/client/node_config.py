@@ -1,0 +1,34 @@
+"""The node configuration: which clients one machine of a federation is, and where things lie on it. Needs no torch.
+
+A machine is told which clients it is in one of two ways:
+
+    partition-id, num-partitions   every num-partitions-th client of the run file, from partition-id on, with the
+                                   examples that the run file deals them: several machines share one data set
+    client, budget                 one client of that name that affords that budget (1 when left out); all of
+                                   data.train on this machine is its own, and no other machine sees it
+
+It may also say where things lie: model.base, model.device, data.train, threads. A machine changes nothing else of a run file.
+"""
+
+from collections.abc import Mapping
+
+from ubsmoe.config import ConfigError, RunSettings, parse_run, with_overrides
+
+NodeConfig = Mapping[str, str | int | float | bool]
+
+IDENTITY_KEYS = ("partition-id", "num-partitions", "client", "budget")
+LOCATION_KEYS = ("model.base", "model.device", "data.train", "threads")
+
+
+def on_this_machine(settings: RunSettings, config: NodeConfig) -> tuple[RunSettings, NodeConfig]:
+    """The run file as this machine carries it out, and the part of its configuration that says which clients it is.
+
+    Raises:
+        ConfigError: for an unknown key, or a place that the run file could not name either.
+    """
+    known = IDENTITY_KEYS + LOCATION_KEYS
+    if unknown := [key for key in config if key not in known]:
+        raise ConfigError(f"node configuration: unknown key {unknown[0]!r}; known are {', '.join(known)}")
+    places = {key: value for key, value in config.items() if key in LOCATION_KEYS}
+    identity = {key: value for key, value in config.items() if key in IDENTITY_KEYS}
+    return parse_run(with_overrides(settings.model_dump(mode="json"), places)), identity
