@@ -5,8 +5,8 @@
 
 The quickstart's base, world, clients' data and optimiser with ten clients, of whom two lie: a wrapper around the engine, nothing of
 it is in the product. Honest rounds first, then rounds under attack; the honest updates of the first of these are the same in all
-cells. phi has no memory here (momentum 0), so that a lie about use has its full effect at once. Every lie passes the gate, or is
-dropped by it, as it would in a run. A line of JSON is written as each cell ends; cells that the file has are not run again.
+cells. phi has no memory here (momentum 0), so that a lie about use has its full effect at once. Every lie passes the validator or
+is dropped by it, as it would in a run. A line of JSON is written as each cell ends; cells that the file has are not run again.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from ubsmoe.config import load_run
 from ubsmoe.data.tokens import Tokens
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.maths.robust import squared_norm
-from ubsmoe.messages import Engine, Profile, Reply, Task, Update
-from ubsmoe.methods.chosen import build_method
+from ubsmoe.messages import Engine, Profile, Reply, Task, Tensors, Update
+from ubsmoe.methods.chosen import chosen_method, shape_of_model, tier_profiles
 from ubsmoe.methods.method import State
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.federation import Federation, build_federation
@@ -45,7 +45,7 @@ CHANGES = {
     "train.local_steps": 5,
     "train.batch_size": 8,
     "evaluate.mc_accuracy": False,
-    "method.momentum": 0.0,
+    "method.dmr.momentum": 0.0,
 }
 RULES: dict[str, dict[str, Any]] = {
     "mean": {},
@@ -136,13 +136,14 @@ class Testbed:
     federation: Federation
     examples: dict[str, list[Tokens]]
     state: State
+    sent: Tensors
     replies: list[Reply]
 
     @property
     def honest_length(self) -> float:
         """Median norm of the honest clients' changes."""
         honest = [one for one in self.replies if isinstance(one, Update) and one.client not in LIARS]
-        return round(statistics.median(squared_norm(delta_of(one, self.state)) ** 0.5 for one in honest), 2)
+        return round(statistics.median(squared_norm(delta_of(one, self.sent)) ** 0.5 for one in honest), 2)
 
     def under(self, rule: str, seed: int) -> Federation:
         """The same federation under a rule."""
@@ -150,8 +151,10 @@ class Testbed:
         if rule == "clip":
             changes["robust.clip_norm"] = self.honest_length
         settings = load_run(TESTBED, changes)
-        base, method, tiers = build_method(settings, self.federation.model)
-        return replace(self.federation, settings=settings, base=base, method=method, tiers=tiers)
+        shape = shape_of_model(settings, self.federation.model)
+        method = chosen_method(settings, shape)
+        tiers = tier_profiles(settings, method, shape)
+        return replace(self.federation, settings=settings, shape=shape, method=method, tiers=tiers)
 
 
 def prepared(seed: int, honest_rounds: int) -> Testbed:
@@ -169,7 +172,8 @@ def prepared(seed: int, honest_rounds: int) -> Testbed:
 
     recording = Recording(federation.trainer, federation.examples, federation.clients)
     one_round(federation, recording, state, honest_rounds + 1, lambda *_, **__: None)
-    return Testbed(federation, federation.examples, state, recorded)
+    sent = federation.method.dispatch(state, federation.clients[0])  # what all clients are sent
+    return Testbed(federation, federation.examples, state, sent, recorded)
 
 
 def cell(testbed: Testbed, rule: str, attack: str, seed: int, rounds: int) -> dict[str, Any]:

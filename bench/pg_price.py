@@ -19,8 +19,8 @@ from ubsmoe.client.allocator import keep_freed_memory
 from ubsmoe.client.train import language_loss
 from ubsmoe.costs.flops import backward_flops_per_token, forward_flops_per_token, pseudo_gradient_flops_per_token
 from ubsmoe.messages import Profile
-from ubsmoe.methods.method import Base
-from ubsmoe.methods.ubsmoe import ubsmoe
+from ubsmoe.methods import build
+from ubsmoe.methods.method import RunShape
 from ubsmoe.model.presets import shape_from_config
 from ubsmoe.model.surgery import SparseModel
 
@@ -32,8 +32,8 @@ TOP_K, FRACTION = 2, 0.1
 def stepper(mode: str) -> Step:
     """A client's step under UB-SMoE with this mode, DMR on, as client.py takes it."""
     model = SparseModel(olmoe_shaped())
-    base = Base(len(model.layers), model.num_experts, model.k_max, RANK, alpha=16.0)
-    method = ubsmoe(base, pg_mode=mode, pg_fraction=FRACTION)  # type: ignore[arg-type]
+    shape = RunShape(len(model.layers), model.num_experts, model.k_max, RANK, alpha=16.0)
+    method = build("ubsmoe", shape, {"pg": {"mode": mode, "fraction": FRACTION}})
     adapter = model.fresh_adapter(RANK, torch.Generator().manual_seed(SEED), shared_a=True)
     profile = Profile("client-0", tier=0, budget=TOP_K / model.k_max, top_k=TOP_K, rank=RANK)
     payload = method.dispatch(method.start(adapter), profile)
@@ -44,8 +44,8 @@ def stepper(mode: str) -> Step:
         optimizer.zero_grad()
         with model.counting():
             language_loss(model, batch).backward()
-        if hooks.before_step:
-            hooks.before_step()
+        for act in hooks.before_step:
+            act()
         optimizer.step()
 
     return step

@@ -51,7 +51,8 @@ def usual_length(federation: Federation) -> float:
         for client in federation.clients[:LOOKED_AT]
     )
     replies = LocalEngine(federation.trainer, federation.examples, federation.clients).exchange(tasks)
-    return round(median(squared_norm(delta_of(one, state)) ** 0.5 for one in replies if isinstance(one, Update)), 2)
+    sent = federation.method.dispatch(state, federation.clients[0])  # the same for all
+    return round(median(squared_norm(delta_of(one, sent)) ** 0.5 for one in replies if isinstance(one, Update)), 2)
 
 
 def point(changes: dict[str, Any], noise: float) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 `docs/conf.py` calls `write_pages` before Sphinx reads anything; what it writes is not in the repository.
 """
 
+import ast
 import html
 import inspect
 import re
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -20,11 +23,14 @@ from pydantic.fields import FieldInfo
 from ubsmoe import cli
 from ubsmoe.bases.pretrain.settings import PretrainSettings
 from ubsmoe.config import MethodSettings, RunSettings
-from ubsmoe.methods import METHODS, summary_line
-from ubsmoe.methods.method import LAWS, Base, Method
+from ubsmoe.methods import build
+from ubsmoe.methods.method import PROPERTIES, RunShape
+from ubsmoe.methods.table import METHODS, PARTS, describe, part_settings
 
 VARIES = {"top_k": "experts per token, K", "rank": "LoRA rank; every client runs K_max experts"}
-SMALLEST = Base(num_layers=1, num_experts=2, k_max=1, rank=1, alpha=1.0)  # what a page says does not depend on sizes
+SMALLEST = RunShape(
+    num_layers=1, num_experts=2, k_max=1, rank=1, alpha=1.0
+)  # what a page says does not depend on sizes
 SYMBOLS = {
     "alpha": "α", "beta": "β", "epsilon": "ε", "eps": "ε", "lambda": "λ", "phi": "φ", "rho": "ρ", "sigma": "σ", "tau": "τ",
     "theta": "θ", "zeta": "ζ", "Delta": "Δ", "Sigma": "Σ", "sum": "∑",
@@ -36,9 +42,10 @@ TEXT_SIGNS = (("<->", "↔"), ("<-", "←"), ("->", "→"), (">=", "≥"), ("<="
 
 
 def write_pages(folder: Path) -> None:
-    """Write every generated page below `folder`; pages of methods that are gone are removed."""
+    """Write every generated page below `folder`; pages of methods and parts that are gone are removed."""
     pages = {"run-file.md": run_file_page(), "command-line.md": command_line_page(), "methods.md": methods_page()}
-    pages |= {f"methods/{name}.md": method_page(name, builder) for name, builder in METHODS.items()}
+    pages |= {f"methods/{name}.md": method_page(name) for name in METHODS}
+    pages |= {f"parts/{part}.md": part_page(part) for part in PARTS}
     for path in folder.rglob("*.md"):
         if str(path.relative_to(folder)) not in pages:
             path.unlink()
@@ -65,7 +72,7 @@ def run_file_page() -> str:
         lines += [f"## [{prefix}]", said[0].upper() + said[1:]]
         lines += [_table(_scalars(section))]
         if section is MethodSettings:
-            lines.append("Each method's own settings: [methods](methods.md).")
+            lines.append("Each method's own settings, and the parts that any method can have: [methods](methods.md).")
     lines += [
         "## A file for ubsmoe pretrain",
         "Not a run file: `ubsmoe pretrain` reads these keys, all on top level.",
@@ -75,44 +82,41 @@ def run_file_page() -> str:
 
 
 def methods_page() -> str:
-    """The table of methods, and what each law of the battery says."""
+    """The table of methods, the parts, and what each property of the battery says."""
     rows = [["method", "tiers differ in", "what it is"]]
-    for name, builder in METHODS.items():
-        rows.append(
-            [
-                f"[{name}](methods/{name}.md)",
-                _kind(builder(SMALLEST)),
-                summary_line(name).partition(": ")[2].rstrip("."),
-            ]
-        )
+    for name in METHODS:
+        tiers = {"top_k": "K", "rank": "LoRA rank"}[build(name, SMALLEST).varies]
+        rows.append([f"[{name}](methods/{name}.md)", tiers, describe(name).summary.partition(": ")[2].rstrip(".")])
+    parts = [["section", "what it is"]]
+    for part in PARTS:
+        parts.append([f"[`[method.{part}]`](parts/{part}.md)", _title_and_text(_part_module(part))[0].rstrip(".")])
     lines = [
         "# Methods",
         "`[method] name` in a run file chooses one; the other keys of `[method]` are its settings. Each is one file in "
         "`src/ubsmoe/methods/`, and its page is that file's docstring: formula, what was reconstructed or is ours, source.",
         _table(rows),
-        "## Laws",
-        "Every method passes one battery of tests. A method may decline these laws, with a reason that its page gives; the "
-        "rest of the battery (payloads fit the budget, no NaN, a frozen base, bitwise round trips) holds for all.",
-        _table([["law", "what it says"], *([f"`{law}`", said] for law, said in LAWS.items())]),
-        _toctree(f"methods/{name}" for name in METHODS),
+        "## Parts",
+        "A part goes around a method: any method can have it that does not refuse it. `[method.dmr]` with settings, or "
+        "`dmr = true` in `[method]`, puts it there; `dmr = false` takes it off a method that has it.",
+        _table(parts),
+        "## Properties",
+        "Every method passes one battery of tests. A method may be exempt from these properties, with a reason that its page "
+        "gives; the rest of the battery (payloads fit the budget, no NaN, a frozen base, bitwise round trips) holds for all.",
+        _table([["property", "what it says"], *([f"`{name}`", said] for name, said in PROPERTIES.items())]),
+        _toctree([*(f"methods/{name}" for name in METHODS), *(f"parts/{part}" for part in PARTS)]),
     ]
     return _page(lines)
 
 
-def method_page(name: str, builder: Callable[..., Method]) -> str:
-    """One method: its file's docstring, its settings, its laws."""
-    method = builder(SMALLEST)
-    title, _, text = (inspect.getdoc(inspect.getmodule(builder)) or "").partition("\n")
-    said = dict(re.findall(r"^    (\w+): ((?:.|\n {5,})+)", inspect.getdoc(builder) or "", re.MULTILINE))
-    rows = [["key of [method]", "default", "what it does"]]
-    for parameter in list(inspect.signature(builder).parameters.values())[1:]:
-        rows.append(
-            [
-                f"`{parameter.name}`",
-                _code(parameter.default),
-                _prose(" ".join(said[parameter.name].split())).rstrip("."),
-            ]
-        )
+def method_page(name: str) -> str:
+    """One method: its file's docstring, its settings and parts, its properties."""
+    module = import_module(f"ubsmoe.methods.{name}")
+    method, said, (title, text) = build(name, SMALLEST), describe(name), _title_and_text(module)
+    means = dict(re.findall(r"^    (\w+): ((?:.|\n {5,})+)", inspect.getdoc(getattr(module, name)) or "", re.MULTILINE))
+    own = _settings_table("method", said.settings, means)
+    parts = [
+        f"Has the part [`[method.{part}]`](../parts/{part}.md); `{part} = false` takes it off." for part in said.parts
+    ]
     lines = [
         f"# {name}",
         f"*{title}*",
@@ -120,15 +124,83 @@ def method_page(name: str, builder: Callable[..., Method]) -> str:
         "## What it does",
         prose_and_formulas(text),
         "## Settings",
-        _table(rows) if len(rows) > 1 else "None of its own.",
-        "## Laws",
-        "Keeps " + ", ".join(f"`{law}`" for law in LAWS if law not in method.exempt) + ".",
-        *(f"Does not promise `{law}`: {reason}." for law, reason in method.exempt.items()),
-        "What they say: [laws](../methods.md#laws).",
-        *(f"Refuses `[{section}]`: {reason}." for section, reason in method.refuses.items()),
-        f"Code: `src/ubsmoe/methods/{inspect.getmodule(builder).__name__.rpartition('.')[2]}.py`",  # type: ignore[union-attr]
+        own if said.settings else "None of its own.",
+        *parts,
+        "## Properties",
+        "Has " + ", ".join(f"`{one}`" for one in PROPERTIES if one not in method.exempt) + ".",
+        *(f"Is exempt from `{one}`: {reason}." for one, reason in method.exempt.items()),
+        "What they say: [properties](../methods.md#properties).",
+        *(f"Refuses `{_section(key)}`: {reason}." for key, reason in method.refuses.items()),
+        f"Code: `{_file(module)}`",
     ]
     return _page(lines)
+
+
+def part_page(part: str) -> str:
+    """One part: its file's docstring, its settings, which methods have it and which refuse it."""
+    module = _part_module(part)
+    title, text = _title_and_text(module)
+    home, _, name = PARTS[part].rpartition(".")
+    formulas = import_module(home)
+    means = _attribute_docs(getattr(formulas, name))
+    have = [name for name in METHODS if part in describe(name).parts]
+    refuse = {name: build(name, SMALLEST).refuses.get(part) for name in METHODS}  # type: ignore[call-overload]
+    lines = [
+        f"# method.{part}",
+        f"*{title}*",
+        "## What it does",
+        prose_and_formulas(text),
+        *(["## Formulas", prose_and_formulas(_title_and_text(formulas)[1])] if formulas is not module else []),
+        "## Settings",
+        _settings_table(f"method.{part}", part_settings(part), means),
+        "## Methods",
+        f"Part of {', '.join(f'[{name}](../methods/{name}.md)' for name in have)}."
+        if have
+        else "Part of no method by itself.",
+        *(f"Refused by [{name}](../methods/{name}.md): {reason}." for name, reason in refuse.items() if reason),
+        f"Code: `{_file(module)}`",
+    ]
+    return _page(lines)
+
+
+def _part_module(part: str) -> types.ModuleType:
+    """The file that tells what a part does: the one of its settings, or of the part that takes them."""
+    module = import_module(PARTS[part].rpartition(".")[0])
+    return import_module(f"ubsmoe.methods.{module.__name__.rpartition('.')[2]}")
+
+
+def _title_and_text(module: types.ModuleType) -> tuple[str, str]:
+    title, _, text = (inspect.getdoc(module) or "").partition("\n")
+    return title, text
+
+
+def _file(module: types.ModuleType) -> str:
+    return f"src/{module.__name__.replace('.', '/')}.py"
+
+
+def _section(key: str) -> str:
+    """A section of a run file by the name under which a method refuses it."""
+    return f"[method.{key}]" if key in PARTS else f"[{key}]"
+
+
+def _attribute_docs(kind: type) -> dict[str, str]:
+    """What a class says of its fields: the text below each, or the section Attributes of its docstring."""
+    body = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    below = {}
+    for field, text in pairwise(body.body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
+                below[name] = said
+    listed = re.findall(r"^    (\w+): ((?:.|\n {5,})+)", inspect.getdoc(kind) or "", re.MULTILINE)
+    return {**dict(listed), **below}
+
+
+def _settings_table(section: str, settings: Mapping[str, Any], means: Mapping[str, str]) -> str:
+    rows = [[f"key of [{section}]", "default", "what it does"]]
+    for key, default in settings.items():
+        rows.append([f"`{key}`", _code(default), _prose(" ".join(means[key].split())).rstrip(".")])
+    return _table(rows)
 
 
 def command_line_page() -> str:
@@ -241,10 +313,6 @@ def _bounds(limits: Any) -> Iterator[str]:
                     yield f"{sign} {getattr(inner, name)}"
 
 
-def _kind(method: Method) -> str:
-    return {"top_k": "K", "rank": "LoRA rank"}[method.varies]
-
-
 def _code(value: Any) -> str:
     """A value as TOML writes it."""
     if value is None:
@@ -268,7 +336,7 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
-def _toctree(names: Iterator[str]) -> str:
+def _toctree(names: list[str]) -> str:
     return "\n".join(["```{toctree}", ":hidden:", "", *names, "```"])
 
 

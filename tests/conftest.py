@@ -9,9 +9,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-# a busy machine is no failure of a law
-hypothesis.settings.register_profile("laws", deadline=None, max_examples=40)
-hypothesis.settings.load_profile("laws")
+# a busy machine is no failure of a property
+hypothesis.settings.register_profile("ours", deadline=None, max_examples=40)
+hypothesis.settings.load_profile("ours")
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,15 @@
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import invalidate_caches
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+
+import pytest
+
+from ubsmoe import methods
+from ubsmoe.methods import table
 
 ROOT = Path(__file__).parent.parent
 WRITTEN = [page for page in sorted((ROOT / "docs").rglob("*.md")) if "generated" not in page.parts]
@@ -82,14 +86,17 @@ def commands(block: Block) -> Iterator[list[str]]:
                 command = []
 
 
-def method_of(block: Block) -> Callable[..., Any]:
-    """The builder in a block titled as a file of methods/, its module known to Python as if it were installed."""
+def add_method(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Do what the page says, until the test ends: put the block's file among the methods and its name into the table."""
     name = Path(block.title).stem
-    module = ModuleType(f"documented.{name}")
-    sys.modules[module.__name__] = module
-    exec(compile(block.text, block.place, "exec"), module.__dict__)
-    builder: Callable[..., Any] = getattr(module, name)
-    return builder
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.py").write_text(block.text, encoding="utf-8")
+    if str(folder) not in methods.__path__:
+        monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(folder)])
+    monkeypatch.delitem(sys.modules, f"ubsmoe.methods.{name}", raising=False)
+    invalidate_caches()
+    monkeypatch.setattr(table, "METHODS", (*table.METHODS, name))
+    return name
 
 
 def inline_commands(page: Path) -> Iterator[list[str]]:

@@ -15,7 +15,7 @@ from ubsmoe.engines.local import UPDATE, LocalEngine
 from ubsmoe.engines.processes import ProcessPool
 from ubsmoe.engines.simulated import SimulatedEngine
 from ubsmoe.errors import RoundError
-from ubsmoe.maths.robust import TrimmedMean, capped_counts
+from ubsmoe.maths.robust import TrimmedMean, capped_shares
 from ubsmoe.messages import Update
 from ubsmoe.wire.codec import Packed, decode_task, encode_update
 
@@ -43,7 +43,7 @@ def deaths(world: Round) -> Iterator[Row]:
             return [UPDATE, packed.header, packed.tensors]
 
         with ProcessPool(2, work) as pool:
-            state, dropped = world.through(LocalEngine(None, {}, [], pool=pool))  # type: ignore[arg-type]
+            state, dropped = world.through(LocalEngine(None, {}, world.profiles, pool=pool))  # type: ignore[arg-type]
         yield judge("A", f"dies {stage}", DROPPED, world.is_mean_of_others(state), dropped[0].reason if dropped else "")
 
 
@@ -77,13 +77,11 @@ def silences(world: Round) -> Iterator[Row]:
 def dropout(world: Round, rounds: int) -> Iterator[Row]:
     """Twenty clients, each silent in a fifth of the rounds; ten must answer."""
     settings = parse_run({"clients": {"count": 20}, "simulation": {"dropout": 0.2}, "rounds": {"quorum": 0.5}})
-    engine, finished = SimulatedEngine(Honest(world), settings, lambda _: 1.0), 0
+    engine, finished = SimulatedEngine(Honest(world, 20), settings, lambda _: 1.0), 0
     for number in range(1, rounds + 1):
-        gate = world.gate(lambda _: None, settings.rounds, 20)
-        asked = [(f"client-{i}", world.tasks[i % 5]) for i in range(20)]
-        tasks = [replace(task, round=number, profile=replace(task.profile, client=name)) for name, task in asked]
         with contextlib.suppress(RoundError):
-            finished += len(list(gate.passed(engine.exchange(gate.ask(tasks))))) >= 10
+            world.through(engine, settings, number)
+            finished += 1
     declared, observed = (f"{count}/{rounds} rounds finish at quorum" for count in (rounds, finished))
     yield Row("A", "20 % dropout, seed 0", declared, observed, beyond=True)
 
@@ -112,18 +110,19 @@ def lies(world: Round) -> Iterator[Row]:
     bad = field("num_examples", 10**9)(world.packed[-1][1])
     state, dropped = world.receive([*world.packed[:-1], ("client-4", bad)])
     yield judge("F", "Sybil weight", DROPPED, world.is_mean_of_others(state), dropped[0].reason if dropped else "")
-    shares = torch.stack([one.expert_tokens for one in honest])
+    shares = torch.stack([one.expert_tokens / one.assignments for one in honest])
     for name, row in (("starves an expert", [10, 2, 2, 2, 2, 2]), ("floods one", [0, 4, 4, 4, 4, 4])):
         lie = torch.tensor([row, row])
-        counted = capped_counts(torch.cat([shares, lie[None]]), torch.full((5,), 20), 1.5)[-1]
-        bounded = bool((counted <= 1.5 * shares.amax(0) + 1).all() and (counted >= shares.amin(0) / 1.5 - 1).all())
+        counted = capped_shares(torch.cat([shares, lie[None] / 20]), 1.5)[-1]
+        low, high = shares.amin(0) / 1.5 - 1e-6, 1.5 * shares.amax(0) + 1e-6
+        bounded = bool((counted >= low).all() and (counted <= high).all())
         passes, _ = world.receive([*world.packed[:-1], ("client-4", world.encode(replace(liar, expert_tokens=lie)))])
-        reason = "passes the gate" if not world.is_mean_of_others(passes) else "does not pass the gate"
-        yield judge("F", f"utilization lie that {name}", BOUNDED, bounded and reason == "passes the gate", reason)
+        reason = "passes the validator" if not world.is_mean_of_others(passes) else "does not pass the validator"
+        yield judge("F", f"utilization lie that {name}", BOUNDED, bounded and reason == "passes the validator", reason)
 
 
 def holds_the_median(world: Round, liar: Update) -> bool:
-    """It passes the gate, moves the plain mean, and leaves the median among the honest."""
+    """It passes the validator, moves the plain mean, and leaves the median among the honest."""
     replies = [*world.packed[:-1], ("client-4", world.encode(liar))]
     plain, dropped = world.receive(replies)
     held, _ = world.receive(replies, lambda: TrimmedMean(0, median=True))

@@ -10,16 +10,16 @@ import safetensors.torch
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from ubsmoe.config import RoundSettings, parse_run
+from ubsmoe.config import RunSettings, parse_run
 from ubsmoe.engines.simulated import SimulatedEngine
 from ubsmoe.maths.means import Mean, WeightedMean
 from ubsmoe.messages import Dropped, Engine, Profile, Reply, Task, Update
 from ubsmoe.methods import build
-from ubsmoe.methods.method import Base, State
+from ubsmoe.methods.method import RunShape, State, contribution
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
-from ubsmoe.server.checks import UpdateSpec
-from ubsmoe.server.validator import Gate, update_spec
+from ubsmoe.server.federation import Federation
+from ubsmoe.server.rounds import one_round
 from ubsmoe.wire.codec import Packed, WireError, decode_update, encode_update
 
 A, ROOM = "adapters.layers.0.up.A", 1 << 20
@@ -36,22 +36,21 @@ class Round:
             num_key_value_heads=2, num_experts=6, num_experts_per_tok=4, pad_token_id=0, bos_token_id=None, eos_token_id=1,
         )  # fmt: skip
         self.model = SparseModel(OlmoeForCausalLM(config).eval())
-        self.base = base = Base(num_layers=2, num_experts=6, k_max=4, rank=3, alpha=6.0)
-        self.method = build("fedavg", base)
+        self.shape = shape = RunShape(num_layers=2, num_experts=6, k_max=4, rank=3, alpha=6.0)
+        self.method = build("fedavg", shape)
         self.state = self.method.start(self.model.fresh_adapter(3, generator_for(0), shared_a=True))
-        profiles = [self.method.profile(base, f"client-{i}", 1, 0.5, 3, 10 + i) for i in range(5)]
-        self.tasks = [Task(1, p, self.method.dispatch(self.state, p), "run", "base") for p in profiles]
+        self.profiles = [self.method.profile(shape, f"client-{i}", 1, 0.5, 3, 10 + i) for i in range(5)]
+        federation = self.federation(parse_run({"clients": {"count": 5}}))
+        run, base = federation.run_id, federation.base_sha256
+        self.tasks = [Task(1, p, self.method.dispatch(self.state, p), run, base) for p in self.profiles]
         self.honest = [self._answer(task) for task in self.tasks]
-        self.others = self.method.aggregate(self.state, iter(self.honest[:-1]))
+        self.others = self.aggregate(self.honest[:-1])
         self.packed = [(update.client, self.encode(update)) for update in self.honest]
 
-    def _answer(self, task: Task) -> Update:
-        draw, profile = generator_for(task.profile.client), task.profile
-        moved = {name: v + 0.1 * torch.randn(v.shape, generator=draw) for name, v in task.payload.items()}
-        counts = torch.tensor([[4, 4, 4, 4, 2, 2], [10, 10, 0, 0, 0, 0]])  # ten tokens, K = 2
-        return Update(
-            profile.client, 1, profile.num_examples, moved, counts, 10, 20, 1.0, 1.0, {}, profile.tier, "run", "base"
-        )
+    def federation(self, settings: RunSettings, mean: Callable[[], Mean] = WeightedMean) -> Federation:
+        """A run of these clients, without data and questions."""
+        method = build("fedavg", replace(self.shape, mean=mean))
+        return Federation(settings, self.model, None, method, self.shape, self.profiles, [], {}, {}, None, "base", None)
 
     def encode(self, update: Update) -> Packed:
         """An update's bytes; all five were sent the same payload."""
@@ -65,59 +64,97 @@ class Round:
         except WireError as error:
             return Dropped(client, 1, "wire", str(error))
 
-    def form(self, task: Task) -> UpdateSpec:
-        """What an answer to this task looks like."""
-        return update_spec(self.model, self.method, task)
+    def _answer(self, task: Task) -> Update:
+        draw, profile = generator_for(task.profile.client), task.profile
+        moved = {name: v + 0.1 * torch.randn(v.shape, generator=draw) for name, v in task.payload.items()}
+        counts = torch.tensor([[4, 4, 4, 4, 2, 2], [10, 10, 0, 0, 0, 0]])  # ten tokens, K = 2
+        return Update(
+            profile.client,
+            1,
+            profile.num_examples,
+            moved,
+            counts,
+            10,
+            20,
+            1.0,
+            1.0,
+            {},
+            profile.tier,
+            task.run,
+            task.base,
+        )
 
     def is_mean_of_others(self, state: State) -> bool:
         """Whether a state is, bit for bit, what the first four clients alone give."""
         return all(torch.equal(value, self.others.adapters[name]) for name, value in state.adapters.items())
 
-    def gate(self, drop: Callable[[Dropped], None], settings: RoundSettings | None = None, wanted: int = 5) -> Gate:
-        """This round's gate."""
-        return Gate(self.form, settings or RoundSettings(), elastic=False, wanted=wanted, drop=drop)
-
-    def aggregate(self, updates: Iterable[Reply], mean: Callable[[], Mean] = WeightedMean) -> State:
-        """The next state, by the plain mean or another rule."""
-        return build("fedavg", replace(self.base, mean=mean)).aggregate(self.state, updates)
+    def aggregate(self, updates: Iterable[Update]) -> State:
+        """The next state by the plain mean, whatever else the server would check."""
+        return self.method.aggregate(self.state, map(contribution, updates))
 
     def receive(
         self, replies: Iterable[tuple[str, Packed | None]], mean: Callable[[], Mean] = WeightedMean
     ) -> tuple[State, list[Dropped]]:
         """The server's whole way from bytes to the next state."""
-        dropped: list[Dropped] = []
-        gate = self.gate(dropped.append)
-        list(gate.ask(self.tasks))
-        return self.aggregate(gate.passed(self.decode(*reply) for reply in replies), mean), dropped
+        return self.through(Answers(self.profiles, [self.decode(*reply) for reply in replies]), mean=mean)
 
-    def through(self, engine: Engine) -> tuple[State, list[Dropped]]:
-        """The same by way of an engine."""
+    def through(
+        self,
+        engine: Engine,
+        settings: RunSettings | None = None,
+        number: int = 1,
+        mean: Callable[[], Mean] = WeightedMean,
+    ) -> tuple[State, list[Dropped]]:
+        """A round as a run has it: the next state, and who was dropped."""
         dropped: list[Dropped] = []
-        gate = self.gate(dropped.append)
-        return self.aggregate(gate.passed(engine.exchange(gate.ask(self.tasks)))), dropped
+
+        def log(event: str, number: int, **fields: Any) -> None:
+            if event == "dropped":
+                dropped.append(Dropped(fields["client"], number, fields["stage"], fields["reason"]))
+
+        federation = self.federation(settings or parse_run({"clients": {"count": 5}}), mean)
+        return one_round(federation, engine, self.state, number, log), dropped
 
     def late(self, client: str, seconds: float, deadline: float) -> tuple[State, list[Dropped]]:
         """The round on the virtual clock, one client answering after so many seconds, the others after one."""
         table = {"clients": {"count": 5}, "simulation": {}, "rounds": {"deadline_seconds": deadline}}
-        engine = SimulatedEngine(Honest(self), parse_run(table), lambda p: seconds if p.client == client else 1.0)
-        return self.through(engine)
+        settings = parse_run(table)
+        engine = SimulatedEngine(Honest(self), settings, lambda p: seconds if p.client == client else 1.0)
+        return self.through(engine, settings)
 
 
 class Honest:
     """An engine whose clients all answer honestly, each as one of the five."""
 
-    def __init__(self, world: Round) -> None:
-        self._answers, self._profiles = world.honest, [task.profile for task in world.tasks]
+    def __init__(self, world: Round, count: int = 5) -> None:
+        self._answers = world.honest
+        self._profiles = [replace(world.profiles[i % 5], client=f"client-{i}") for i in range(count)]
 
     def clients(self) -> list[Profile]:
-        """The five."""
+        """The five, or more that do as they do."""
         return self._profiles
 
     def exchange(self, tasks: Iterable[Task]) -> Iterator[Update]:
         """One honest update per task."""
         for task in tasks:
             client = task.profile.client
-            yield replace(self._answers[int(client[7:]) % 5], client=client, round=task.round)
+            yield replace(self._answers[int(client[7:]) % 5], client=client, round=task.round, run=task.run)
+
+
+class Answers:
+    """An engine that has these replies, whatever was asked."""
+
+    def __init__(self, profiles: list[Profile], replies: list[Reply]) -> None:
+        self._profiles, self._replies = profiles, replies
+
+    def clients(self) -> list[Profile]:
+        """Who is asked."""
+        return self._profiles
+
+    def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
+        """The replies, once all tasks are out."""
+        list(tasks)
+        yield from self._replies
 
 
 def within(state: State, honest: Iterable[Update]) -> bool:

@@ -15,11 +15,10 @@ import click
 import pytest
 import typer
 
-from documents import PAGES, ROOT, SHELL, Block, blocks, commands, inline_commands, method_of
+from documents import PAGES, ROOT, SHELL, Block, add_method, blocks, commands, inline_commands
 from e2e.test_cli import ubsmoe as run_command
 from ubsmoe.cli import app
 from ubsmoe.config import parse_run, read_toml
-from ubsmoe.methods import METHODS
 from ubsmoe.study import lab
 
 Place = Callable[[Path, Any], None]
@@ -82,7 +81,7 @@ def test_what_a_page_says_runs(
                 else:
                     _run(block, command, have, monkeypatch, capsys)
         elif block.is_method:
-            monkeypatch.setitem(METHODS, Path(block.title).stem, method_of(block))  # the file and its line in the table
+            add_method(block, tmp_path / "methods", monkeypatch)
         elif block.language == "python" and not block.unrun():
             exec(compile(block.text, block.place, "exec"), {"__name__": "page"})
             _check_output(block, capsys.readouterr().out)

@@ -1,15 +1,19 @@
-"""One battery for every federated method: adding a line to METHODS adds it here.
+"""One battery for every federated method: adding a line to METHODS adds it here, and so does a composition below.
 
-A method that does not keep a law says so in `exempt`, with the reason, and is skipped with it.
+A method that does not have a property says so in `exempt`, with the reason, and is skipped with it. A property that fails names
+itself.
 """
 
 import re
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial, wraps
+from typing import Any
 
 import pytest
 import torch
 
+from methods.laboratory import aggregated
 from ubsmoe.client.train import Trainer, train
 from ubsmoe.config import TierSettings, TrainSettings
 from ubsmoe.costs.shape import Trained
@@ -17,12 +21,14 @@ from ubsmoe.costs.traffic import count_bytes, payload_bytes, update_bytes
 from ubsmoe.data.tokens import Tokens
 from ubsmoe.maths.robust import TrimmedMean
 from ubsmoe.messages import Task, Tensors
-from ubsmoe.methods import METHODS, build, summary_line
-from ubsmoe.methods.method import LAWS, Method, State
+from ubsmoe.methods import METHODS, build
+from ubsmoe.methods.method import PROPERTIES, Method, State
+from ubsmoe.methods.state import pack, unpack
+from ubsmoe.methods.table import describe
 from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.load import weights_sha256
-from ubsmoe.server.checks import check_update
-from ubsmoe.server.validator import update_spec
+from ubsmoe.server.checks import check_update, spec_of
+from ubsmoe.server.validator import UpdateSpecs
 from ubsmoe.storage.checkpoints import read_tensors, tensor_bytes
 from ubsmoe.wire.codec import Packed, decode_task, decode_update, encode_task, encode_update
 
@@ -31,10 +37,34 @@ MATRIX = r"layers\.\d+\.(up|down|attention\.[qkvo]_proj)"
 ADAPTER_NAME = re.compile(rf"(side\.)?{MATRIX}\.[AB]|{MATRIX}\.R|layers\.\d+\.router")
 ALL = Trained(router=True, attention=True)
 
+Recipe = tuple[str, dict[str, Any]]
+"""A method's name and the other keys of [method]."""
 
-@pytest.fixture(params=METHODS)
-def method(request, lab) -> Method:
-    return build(request.param, lab.base)
+COMPOSITIONS: list[Recipe] = [
+    ("hetlora", {"pg": True}),
+    ("flame", {"dmr": True}),
+    ("ubsmoe", {"averaging": {"rule": "exact"}}),
+    ("ubsmoe", {"averaging": {"rule": "activation"}, "dmr": {"phi": "trained"}, "pg": {"mode": "sampled"}}),
+    ("florist", {"dmr": True, "pg": True}),
+    ("lossfree", {"averaging": {"rule": "exact"}, "pg": False}),
+]
+
+
+def spelt(recipe: Recipe) -> str:
+    """A recipe as the name of a test."""
+    name, settings = recipe
+    return "+".join([name, *(f"{key}:{value}" for key, value in settings.items())]).replace("{", "").replace("}", "")
+
+
+@pytest.fixture(params=[*((name, {}) for name in METHODS), *COMPOSITIONS], ids=spelt)
+def recipe(request) -> Recipe:
+    return request.param
+
+
+@pytest.fixture
+def method(recipe, lab) -> Method:
+    name, settings = recipe
+    return build(name, lab.shape, settings)
 
 
 @pytest.fixture
@@ -42,9 +72,23 @@ def warm(lab, method) -> State:
     return lab.warm(method)
 
 
-def promised(method: Method, law: str) -> None:
-    if law in method.exempt:
-        pytest.skip(f"{method.name} does not promise {law}: {method.exempt[law]}")
+def has_property(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The test of a property: skipped for a method that is exempt from it; where it fails, the property is named."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @wraps(test)
+        def run(method: Method, **given: Any) -> None:
+            if name in method.exempt:
+                pytest.skip(f"{method.name} is exempt from {name}: {method.exempt[name]}")
+            try:
+                test(method=method, **given)
+            except AssertionError as error:
+                lacks = f"{method.name} does not have the property {name!r}: {PROPERTIES[name]}"
+                raise AssertionError(f"{lacks}.\nMend it, or give the reason in Method.exempt.\n{error}") from error
+
+        return run
+
+    return decorate
 
 
 def close(left: Tensors, right: Tensors) -> None:
@@ -62,17 +106,18 @@ def num_bytes(tensors: Tensors) -> int:
     return sum(value.nbytes for value in tensors.values())
 
 
-def test_unpromised_laws_exist_and_have_a_reason(method):
-    assert set(method.exempt) <= set(LAWS)
-    assert all(reason.strip() for reason in method.exempt.values())
-    assert summary_line(method.name)
+def test_exemptions_and_refusals_exist_and_have_a_reason(method):
+    assert set(method.exempt) <= set(PROPERTIES)
+    assert set(method.refuses) <= {"robust", "privacy", "dmr", "pg", "averaging"}
+    assert all(reason.strip() for reason in (*method.exempt.values(), *method.refuses.values()))
+    assert describe(method.name).summary
 
 
 def test_payload_and_update_fit_the_clients_budget(lab, method, warm):
     for tier in TIERS:
         profile = lab.profile(method, tier)
-        assert profile.rank == (lab.base.rank if method.varies == "top_k" else (2, 3, 5, 7)[tier])
-        assert profile.top_k == ((1, 1, 2, 3)[tier] if method.varies == "top_k" else lab.base.k_max)
+        assert profile.rank == (lab.shape.rank if method.varies == "top_k" else (2, 3, 5, 7)[tier])
+        assert profile.top_k == ((1, 1, 2, 3)[tier] if method.varies == "top_k" else lab.shape.k_max)
         payload = method.dispatch(warm, profile)
         update, _ = lab.update(method, warm, tier)
         for tensors in (payload, update.adapters):
@@ -80,66 +125,68 @@ def test_payload_and_update_fit_the_clients_budget(lab, method, warm):
             ranks |= {value.shape[2] for name, value in tensors.items() if re.fullmatch(r"layers.*\.[BR]", name)}
             assert all(rank <= profile.rank for rank in ranks)
         method.install(lab.model, payload, profile, torch.Generator().manual_seed(0))
-        assert {layer.top_k for layer in lab.model.layers} == {profile.top_k}
+        assert {layer.routing.top_k for layer in lab.model.layers} == {profile.top_k}
         lab.model.clear()
 
 
 @pytest.mark.parametrize("begin", ["start", "warm"])
+@has_property("lone_client")
 def test_a_lone_full_client_comes_back_unchanged(lab, method, begin):
-    promised(method, "lone_client")
     state = getattr(lab, begin)(method)
     update, dense = lab.update(method, state, TOP)
-    after = method.aggregate(state, [update])
+    after = aggregated(method, state, [update])
     close(lab.effective(method, after), dense)
     router = {name: value for name, value in after.adapters.items() if name.endswith(".router")}
     equal(router, {name: update.adapters[name] for name in router})
 
 
 @pytest.mark.parametrize("begin", ["start", "warm"])
+@has_property("identical_clients")
 def test_identical_clients_are_a_fixed_point(lab, method, begin):
-    promised(method, "identical_clients")
     state = getattr(lab, begin)(method)
     update, dense = lab.update(method, state, TOP)
     clients = [replace(update, client=f"client-{i}", num_examples=n) for i, n in enumerate((3, 8, 1))]
-    close(lab.effective(method, method.aggregate(state, clients)), dense)
+    close(lab.effective(method, aggregated(method, state, clients)), dense)
 
 
+@has_property("client_order")
 def test_order_of_replies_does_not_matter(lab, method, warm):
-    promised(method, "client_order")
     updates = lab.round(method, warm)
-    there, back = (method.aggregate(warm, order) for order in (updates, updates[::-1]))
+    there, back = (aggregated(method, warm, order) for order in (updates, updates[::-1]))
     close(lab.effective(method, there), lab.effective(method, back))
 
 
+@has_property("client_names")
 def test_names_of_clients_do_not_matter(lab, method, warm):
-    promised(method, "client_names")
     updates = lab.round(method, warm)
     others = [replace(update, client=f"other-{9 - i}") for i, update in enumerate(updates)]
-    equal(method.aggregate(warm, updates).adapters, method.aggregate(warm, others).adapters)
+    equal(aggregated(method, warm, updates).adapters, aggregated(method, warm, others).adapters)
 
 
+@has_property("example_scale")
 def test_scale_of_example_counts_does_not_matter(lab, method, warm):
-    promised(method, "example_scale")
     updates = lab.round(method, warm)
     more = [replace(update, num_examples=7 * update.num_examples) for update in updates]
-    close(lab.effective(method, method.aggregate(warm, updates)), lab.effective(method, method.aggregate(warm, more)))
+    close(
+        lab.effective(method, aggregated(method, warm, updates)), lab.effective(method, aggregated(method, warm, more))
+    )
 
 
+@has_property("client_halves")
 def test_a_client_weighs_what_its_two_halves_weigh(lab, method, warm):
-    """Catches what every other law lets pass: a mean that does not look at the number of examples."""
-    promised(method, "client_halves")
+    """Catches what every other property lets pass: a mean that does not look at the number of examples."""
     first, *others = lab.round(method, warm)
     others = [replace(update, num_examples=2 * update.num_examples) for update in others]
     halves = [replace(first, client=f"half-{i}") for i in range(2)]
     whole = replace(first, num_examples=2 * first.num_examples)
-    one, two = (method.aggregate(warm, [*clients, *others]) for clients in ([whole], halves))
+    one, two = (aggregated(method, warm, [*clients, *others]) for clients in ([whole], halves))
     close(lab.effective(method, one), lab.effective(method, two))
 
 
+@has_property("untouched_expert")
 def test_an_expert_nobody_touched_is_bit_identical(lab, method, warm):
-    promised(method, "untouched_expert")
     nobody, somebody = 2, 4
-    after = method.aggregate(warm, lab.round(method, warm, untouched=[nobody]))
+    after = aggregated(method, warm, lab.round(method, warm, untouched=[nobody]))
     equal(directions(warm.adapters, nobody), directions(after.adapters, nobody))
     before, now = directions(warm.adapters, somebody), directions(after.adapters, somebody)
     if method.name != "hfedmoe":  # it takes nothing over without the usage of real batches
@@ -159,27 +206,61 @@ def directions(adapters: Tensors, expert: int) -> Tensors:
     return found
 
 
-@pytest.mark.parametrize("median", [True, False])
-def test_a_method_stands_liars_or_refuses_with_a_reason(lab, method, median):
-    """One of five sends anything: every tensor stays within what the other four sent."""
-    assert set(method.refuses) <= {"robust", "privacy"} and all(method.refuses.values())
+@dataclass
+class Watched:
+    """A running mean that shows what it came to."""
+
+    inner: TrimmedMean
+    seen: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, tensors: Tensors, weight: Any) -> None:
+        self.inner.add(tensors, weight)
+
+    def result(self, fallback: Tensors) -> dict[str, torch.Tensor]:
+        self.seen.update(found := self.inner.result(fallback))
+        return found
+
+
+def wild(update, size: float):
+    """The update as a liar sends it."""
+    lie = {name: size * (1.0 + value.abs()) for name, value in update.adapters.items()}
+    return replace(update, client="liar", adapters=lie)
+
+
+@pytest.mark.parametrize("median", [True, False], ids=["median", "trimmed mean"])
+def test_a_liar_does_not_move_the_aggregate_or_the_method_refuses_with_a_reason(lab, recipe, method, median):
+    """One of five sends anything. Every tensor's mean stays within what the other four sent; what the server makes of the mean
+    may leave that range (momentum), yet what other clients are sent next does not depend on how large the lie was."""
     if "robust" in method.refuses:
         pytest.skip(f"{method.name} refuses [robust]: {method.refuses['robust']}")
-    method = build(method.name, replace(lab.base, mean=partial(TrimmedMean, 0 if median else 1, median=median)))
+    means: dict[str, torch.Tensor] = {}
+    rule = partial(TrimmedMean, 0 if median else 1, median=median)
+    name, settings = recipe
+    method = build(name, replace(lab.shape, mean=lambda: Watched(rule(), means)), settings)
     state = lab.warm(method)
     honest = [replace(lab.update(method, state, TOP, seed=i)[0], client=f"client-{i}") for i in range(4)]
-    wild = {name: 1e6 * value - 7 for name, value in honest[0].adapters.items()}
-    after = method.aggregate(state, [*honest[:2], replace(honest[0], client="liar", adapters=wild), *honest[2:]])
-    for name in honest[0].adapters:
-        sent = torch.stack([state.adapters[name], *(update.adapters[name] for update in honest)])
-        assert (after.adapters[name] >= sent.amin(0)).all() and (after.adapters[name] <= sent.amax(0)).all()
+    sent_on: list[dict[str, torch.Tensor]] = []
+    for size in (1e6, 1e9):
+        means.clear()
+        after = aggregated(method, state, [*honest[:2], wild(honest[0], size), *honest[2:]])
+        for key in honest[0].adapters:
+            assert key in means, (
+                f"{method.name} averages {key} in a way of its own: use RunShape.mean, or refuse [robust]"
+            )
+            sent = torch.stack([state.adapters[key], *(update.adapters[key] for update in honest)])
+            assert (means[key] >= sent.amin(0)).all() and (means[key] <= sent.amax(0)).all(), key
+        later = aggregated(method, after, honest)  # a lie may not come out a round later either
+        others = [(round, lab.profile(method, tier)) for round in (after, later) for tier in TIERS]
+        sent_on.append(
+            {f"{i} {key}": v for i, (s, to) in enumerate(others) for key, v in method.dispatch(s, to).items()}
+        )
+    equal(*sent_on)
 
 
+@has_property("no_clients")
 def test_no_clients_leave_the_state_as_it_was(method, warm):
-    promised(method, "no_clients")
-    after = method.aggregate(warm, iter([]))
-    equal(after.adapters, warm.adapters)
-    equal(after.extras, warm.extras)
+    after = aggregated(method, warm, iter([]))
+    equal(pack(after), pack(warm))
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
@@ -188,11 +269,11 @@ def test_nothing_is_ever_nan(lab, method, noise):
     for number in range(2):
         updates = lab.round(method, state, noise=noise, seed=number)
         updates[1] = replace(updates[1], num_examples=0)
-        state = method.aggregate(state, updates)
-        for tensors in (state.adapters, state.extras, lab.effective(method, state)):
+        state = aggregated(method, state, updates)
+        for tensors in (pack(state), lab.effective(method, state)):
             assert all(value.isfinite().all() for value in tensors.values())
     silent = [replace(update, num_examples=0) for update in lab.round(method, state, noise=noise)]
-    assert all(value.isfinite().all() for value in method.aggregate(state, silent).adapters.values())
+    assert all(value.isfinite().all() for value in aggregated(method, state, silent).adapters.values())
 
 
 @pytest.mark.parametrize("begin", ["start", "warm"])
@@ -200,15 +281,15 @@ def test_bytes_are_what_costs_predict(lab, method, begin):
     state = getattr(lab, begin)(method)
     for tier in TIERS:
         profile = lab.profile(method, tier)
-        down, up = method.extra_elements(lab.shape, profile.rank)
-        wire = payload_bytes(lab.shape, profile.rank, ALL, factors_up=method.factors_up)
+        down, up = method.extra_elements(lab.sizes, profile.rank)
+        wire = payload_bytes(lab.sizes, profile.rank, ALL, factors_up=method.factors_up)
         update, _ = lab.update(method, state, tier)
         assert num_bytes(update.adapters) + num_bytes(update.extras) == wire.upload_bytes + 4 * up
         sent = num_bytes(method.dispatch(state, profile))
-        if "predicted_bytes" in method.exempt:
-            assert sent <= wire.download_bytes + 4 * down
-        else:
-            assert sent == wire.download_bytes + 4 * down
+        predicted = wire.download_bytes + 4 * down
+        assert sent <= predicted
+        exact = "predicted_bytes" in method.exempt or sent == predicted
+        assert exact, f"{method.name} does not have the property 'predicted_bytes': {PROPERTIES['predicted_bytes']}"
 
 
 @pytest.mark.parametrize("untouched", [[], [2, 5]], ids=["all experts", "some experts"])
@@ -236,14 +317,14 @@ def test_a_change_on_the_wire_is_as_long_as_costs_predict_and_as_exact_as_its_dt
         rank = lab.profile(method, tier).rank
         # routers, attention and a client's own A change whoever was chosen, so only factors that were sent down can stay behind
         if not untouched:
-            predicted = update_bytes(lab.shape, rank, dtype, factors=method.factors_up, trained=ALL)
-            assert blob_bytes(packed) == predicted + num_bytes(update.extras) + count_bytes(lab.shape) - 16
+            predicted = update_bytes(lab.sizes, rank, dtype, factors=method.factors_up, trained=ALL)
+            assert blob_bytes(packed) == predicted + num_bytes(update.extras) + count_bytes(lab.sizes) - 16
         elif any(name in payload for name in update.adapters if name.endswith((".A", ".B", ".R"))):
-            touched = [EXPERTS - len(untouched)] * lab.shape.num_moe_layers
-            predicted = update_bytes(lab.shape, rank, dtype, factors=method.factors_up, touched=touched)
-            whole = update_bytes(lab.shape, rank, dtype, factors=method.factors_up, trained=ALL)
-            beside = whole - update_bytes(lab.shape, rank, dtype, factors=method.factors_up)
-            assert blob_bytes(packed) == predicted + beside + num_bytes(update.extras) + count_bytes(lab.shape) - 16
+            touched = [EXPERTS - len(untouched)] * lab.sizes.num_moe_layers
+            predicted = update_bytes(lab.sizes, rank, dtype, factors=method.factors_up, touched=touched)
+            whole = update_bytes(lab.sizes, rank, dtype, factors=method.factors_up, trained=ALL)
+            beside = whole - update_bytes(lab.sizes, rank, dtype, factors=method.factors_up)
+            assert blob_bytes(packed) == predicted + beside + num_bytes(update.extras) + count_bytes(lab.sizes) - 16
 
 
 def blob_bytes(packed: Packed) -> int:
@@ -253,9 +334,16 @@ def blob_bytes(packed: Packed) -> int:
 
 def test_state_and_payload_survive_the_disk_bit_for_bit(lab, method, warm):
     assert all(ADAPTER_NAME.fullmatch(name) for name in warm.adapters)
-    for tensors in (warm.adapters, warm.extras, method.dispatch(warm, lab.profile(method, 0))):
+    for tensors in (pack(warm), method.dispatch(warm, lab.profile(method, 0))):
         assert {value.dtype for value in tensors.values()} <= {torch.float32, torch.int64}
         equal(read_tensors(tensor_bytes(tensors)), dict(tensors))
+    back = unpack(read_tensors(tensor_bytes(pack(warm))), method.keeps)
+    assert [type(part) for part in back.parts] == [*method.keeps]
+    equal(pack(back), pack(warm))
+    for tier in TIERS:
+        equal(method.dispatch(back, lab.profile(method, tier)), method.dispatch(warm, lab.profile(method, tier)))
+    updates = lab.round(method, warm)
+    equal(pack(aggregated(method, back, updates)), pack(aggregated(method, warm, updates)))
 
 
 def test_two_rounds_of_training_leave_no_trace_on_the_base(lab, method):
@@ -269,7 +357,7 @@ def test_two_rounds_of_training_leave_no_trace_on_the_base(lab, method):
         tasks = (Task(number, profile, method.dispatch(state, profile)) for profile in profiles)
         updates = [train(trainer, task, examples) for task in tasks]
         assert all(int(update.expert_tokens.sum()) == 2 * update.assignments for update in updates)
-        state = method.aggregate(state, iter(updates))
+        state = aggregated(method, state, iter(updates))
     last = lab.effective(method, state)
     assert all(value.isfinite().all() for value in last.values())
     assert any(not torch.equal(first[name], last[name]) for name in first)
@@ -277,7 +365,7 @@ def test_two_rounds_of_training_leave_no_trace_on_the_base(lab, method):
     assert not lab.model.adapter and all(layer.routing.adapter is None for layer in lab.model.layers)
 
 
-def test_what_a_client_trains_passes_the_gate_and_the_wire_bit_for_bit(lab, method):
+def test_what_a_client_trains_passes_the_validator_and_the_wire_bit_for_bit(lab, method):
     state = lab.warm(method)
     trainer = Trainer(
         lab.model, method, TrainSettings(local_steps=1, batch_size=2), TierSettings(), 0, 0, base_sha256="base"
@@ -293,5 +381,19 @@ def test_what_a_client_trains_passes_the_gate_and_the_wire_bit_for_bit(lab, meth
         back = decode_update(encode_update(update, sent.payload), 1 << 20, sent.payload)
         for part in ("adapters", "extras"):
             equal(getattr(back, part), getattr(update, part))
-        check_update(back, sent, update_spec(lab.model, method, sent), max_change=1.0, elastic=False)
+        check_update(back, sent, UpdateSpecs(lab.model, method)(sent), max_change=1.0, elastic=False)
         assert not lab.model.adapter
+
+
+@pytest.mark.parametrize("begin", ["start", "warm"])
+def test_installing_on_a_base_without_weights_gives_the_same_names_shapes_and_dtypes(lab, method, begin):
+    """So a server knows what an update looks like before it has seen one, and needs no weights for it."""
+    state = getattr(lab, begin)(method)
+    for tier in TIERS:
+        profile = lab.profile(method, tier)
+        task = Task(1, profile, method.dispatch(state, profile))
+        update, _ = lab.update(method, state, tier)
+        spec = UpdateSpecs(lab.skeleton, method)(task)
+        assert spec == UpdateSpecs(lab.model, method)(task)
+        assert (spec.adapters, spec.extras) == (spec_of(update.adapters), spec_of(update.extras))
+        assert not lab.skeleton.adapter and not lab.model.adapter

@@ -6,13 +6,14 @@ import pytest
 import torch
 from transformers import OlmoeForCausalLM
 
+from methods.laboratory import aggregated
 from ubsmoe.maths.lora import LoraPair
 from ubsmoe.maths.means import WeightedMean
 from ubsmoe.messages import Update
 from ubsmoe.methods import build, side
 from ubsmoe.methods.factors import at_rank, keep_untouched, pairs
 from ubsmoe.methods.fed_sb import basis
-from ubsmoe.methods.hetlora import pruned_rank
+from ubsmoe.methods.hetlora import RankState, pruned_rank
 from ubsmoe.methods.method import install_adapter
 from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.surgery import SparseModel
@@ -23,7 +24,7 @@ HETEROGENEOUS = ("fedit", "hetlora", "flexlora", "flora", "florist")
 
 
 def made(lab, name, **settings):
-    return build(name, lab.base, settings)
+    return build(name, lab.shape, settings)
 
 
 def mean_of_products(updates, alpha):
@@ -59,8 +60,8 @@ def test_floras_side_factor_is_the_dense_mean_of_products(lab):
     method = made(lab, "flora")
     updates = fresh_round(lab, method)
     for clients in (updates[:2], updates):  # stacked, and recompressed
-        after = method.aggregate(lab.start(method), clients)
-        close(side_product(after), mean_of_products(clients, lab.base.alpha))
+        after = aggregated(method, lab.start(method), clients)
+        close(side_product(after), mean_of_products(clients, lab.shape.alpha))
     assert after.adapters["side.layers.0.down.A"].shape == (EXPERTS, 10, 10)
 
 
@@ -69,8 +70,8 @@ def test_floras_rounds_add_up_in_the_base(lab):
     state, total = lab.start(method), None
     for number in range(4):
         updates = lab.round(method, state, seed=number)
-        state = method.aggregate(state, updates)
-        step = mean_of_products(updates, lab.base.alpha)
+        state = aggregated(method, state, updates)
+        step = mean_of_products(updates, lab.shape.alpha)
         total = step if total is None else {name: total[name] + value for name, value in step.items()}
     close(side_product(state), total, atol=1e-5)
 
@@ -79,8 +80,8 @@ def test_florist_at_full_energy_is_flora(lab):
     flora, florist = made(lab, "flora"), made(lab, "florist", energy=1.0)
     updates = fresh_round(lab, flora)
     close(
-        side_product(florist.aggregate(lab.start(florist), updates)),
-        side_product(flora.aggregate(lab.start(flora), updates)),
+        side_product(aggregated(florist, lab.start(florist), updates)),
+        side_product(aggregated(flora, lab.start(flora), updates)),
     )
 
 
@@ -88,8 +89,8 @@ def test_florist_at_full_energy_is_flora(lab):
 def test_florist_keeps_the_fewest_directions_that_hold_the_energy(lab, energy):
     method = made(lab, "florist", energy=energy)
     updates = fresh_round(lab, method)
-    kept = side_product(method.aggregate(lab.start(method), updates))
-    for name, whole in mean_of_products(updates, lab.base.alpha).items():
+    kept = side_product(aggregated(method, lab.start(method), updates))
+    for name, whole in mean_of_products(updates, lab.shape.alpha).items():
         for expert in range(len(whole)):
             squares = torch.linalg.svdvals(whole[expert]).square()
             rank = int(torch.linalg.matrix_rank(kept[name][expert], rtol=1e-5))
@@ -102,8 +103,8 @@ def test_florist_keeps_the_fewest_directions_that_hold_the_energy(lab, energy):
 def test_flexloras_error_is_the_tail_of_singular_values_at_every_rank(lab, split):
     method = made(lab, "flexlora", split=split)
     updates = fresh_round(lab, method)
-    whole = mean_of_products(updates, lab.base.alpha)
-    state = method.aggregate(lab.start(method), updates)
+    whole = mean_of_products(updates, lab.shape.alpha)
+    state = aggregated(method, lab.start(method), updates)
     for tier, rank in enumerate(RANKS):
         for name, given in lab.effective(method, state, tier).items():
             tail = torch.linalg.svdvals(whole[name])[:, rank:].square().sum(-1).sqrt()
@@ -114,15 +115,15 @@ def test_flexlora_is_flora_where_no_rank_is_cut(lab):
     flexlora, flora = made(lab, "flexlora"), made(lab, "flora")
     updates = fresh_round(lab, flora)[:2]  # ranks 2 + 3 fit into 7
     close(
-        lab.effective(flexlora, flexlora.aggregate(lab.start(flexlora), updates)),
-        side_product(flora.aggregate(lab.start(flora), updates)),
+        lab.effective(flexlora, aggregated(flexlora, lab.start(flexlora), updates)),
+        side_product(aggregated(flora, lab.start(flora), updates)),
     )
 
 
 def test_flexlora_keeps_a_row_of_a_where_the_sum_has_no_direction(lab):
     method = made(lab, "flexlora")
     before = lab.start(method)
-    after = method.aggregate(before, [lab.update(method, before, 0)[0]])  # rank 2 into 7
+    after = aggregated(method, before, [lab.update(method, before, 0)[0]])  # rank 2 into 7
     for name, value in after.adapters.items():
         if name.endswith(".A"):
             assert torch.equal(value[:, 2:], before.adapters[name][:, 2:])
@@ -134,7 +135,7 @@ def test_one_client_gives_its_own_update_whatever_the_method(lab, name):
     method = made(lab, name, **({"energy": 1.0} if name == "florist" else {}))
     state = lab.start(method)
     update, dense = lab.update(method, state, TOP)
-    after = method.aggregate(state, [update])
+    after = aggregated(method, state, [update])
     close(lab.effective(method, after), dense)
     if name not in ("flexlora", "flora", "florist"):  # the others average tensors: one client's come back to the bit
         assert all(torch.equal(after.adapters[key], value) for key, value in update.adapters.items())
@@ -159,8 +160,8 @@ def test_other_factors_of_the_same_updates_change_nothing_where_products_are_ave
     method = made(lab, name)
     state = lab.start(method)
     updates = lab.round(method, state)
-    before = lab.effective(method, method.aggregate(state, updates))
-    after = lab.effective(method, method.aggregate(state, [updates[0], *map(turned, updates[1:])]))
+    before = lab.effective(method, aggregated(method, state, updates))
+    after = lab.effective(method, aggregated(method, state, [updates[0], *map(turned, updates[1:])]))
     moved = max((before[key] - after[key]).abs().max().item() for key in before)
     assert (moved < 1e-5) == bool(invariant)
 
@@ -172,25 +173,25 @@ def test_the_exact_methods_hold_the_mean_of_the_clients_updates(lab, name):
     clients = [lab.update(method, state, tier) for tier in range(4)]
     total = sum(update.num_examples for update, _ in clients)
     mean = {key: sum(u.num_examples / total * dense[key] for u, dense in clients) for key in clients[0][1]}
-    close(lab.effective(method, method.aggregate(state, [update for update, _ in clients])), mean)
+    close(lab.effective(method, aggregated(method, state, [update for update, _ in clients])), mean)
 
 
 def test_fedexs_residual_is_what_the_mean_of_factors_gets_wrong(lab):
     method = made(lab, "fedex_lora")
     updates = lab.round(method, lab.start(method))[:3]
-    after = method.aggregate(lab.start(method), updates)
+    after = aggregated(method, lab.start(method), updates)
     for name, residual in side_product(after).items():
         a, b = after.adapters[f"{name}.A"].double(), after.adapters[f"{name}.B"].double()
         expected = mean_of_products(updates, 6.0)[name] - 6.0 / 4 * (b @ a)
         torch.testing.assert_close(residual, expected, rtol=1e-5, atol=1e-6)
-        assert after.adapters[f"side.{name}.A"].shape[1] == (len(updates) - 1) * lab.base.rank
+        assert after.adapters[f"side.{name}.A"].shape[1] == (len(updates) - 1) * lab.shape.rank
 
 
 def test_fedexs_residual_is_zero_to_the_bit_where_clients_agree(lab):
     method = made(lab, "fedex_lora")
     update, _ = lab.update(method, lab.start(method), TOP)
     clients = [replace(update, client=f"client-{i}", num_examples=n) for i, n in enumerate((3, 7, 11))]
-    after = method.aggregate(lab.start(method), clients)
+    after = aggregated(method, lab.start(method), clients)
     assert not any(value.any() for value in side_product(after).values())
 
 
@@ -200,7 +201,7 @@ def test_fedit_is_exact_where_all_clients_share_one_a(lab):
     updates = [lab.update(method, state, TOP, seed=seed)[0] for seed in range(3)]
     shared = {name: value for name, value in updates[0].adapters.items() if name.endswith(".A")}
     updates = [replace(update, adapters={**update.adapters, **shared}) for update in updates]
-    close(lab.effective(method, method.aggregate(state, updates)), mean_of_products(updates, lab.base.alpha))
+    close(lab.effective(method, aggregated(method, state, updates)), mean_of_products(updates, lab.shape.alpha))
 
 
 def test_terms_keep_their_size_when_factors_change_hands():
@@ -218,10 +219,10 @@ def test_hetlora_weighs_by_the_norm_of_each_experts_update(lab):
     method = made(lab, "hetlora")
     state = lab.start(method)
     updates = lab.round(method, state)
-    after = method.aggregate(state, updates)
-    padded = [at_rank(update.adapters, lab.base.alpha, 7) for update in updates]
+    after = aggregated(method, state, updates)
+    padded = [at_rank(update.adapters, lab.shape.alpha, 7) for update in updates]
     norms = torch.stack(
-        [pairs(p, lab.base.alpha)["layers.1.down"].product().double().flatten(1).norm(dim=1) for p in padded]
+        [pairs(p, lab.shape.alpha)["layers.1.down"].product().double().flatten(1).norm(dim=1) for p in padded]
     )
     weights = norms / norms.sum(0)
     torch.testing.assert_close(weights.sum(0), torch.ones(EXPERTS, dtype=torch.float64))
@@ -237,10 +238,10 @@ def test_hetlora_falls_back_to_examples_where_every_norm_is_zero(lab):
     moved = replace(
         updates[0], adapters={n: v + 1.0 if n.endswith(".A") else v for n, v in updates[0].adapters.items()}
     )
-    after = method.aggregate(state, [moved, *updates[1:]])
+    after = aggregated(method, state, [moved, *updates[1:]])
     mean = WeightedMean()
     for update in (moved, *updates[1:]):
-        mean.add(at_rank(update.adapters, lab.base.alpha, 7), update.num_examples)
+        mean.add(at_rank(update.adapters, lab.shape.alpha, 7), update.num_examples)
     expected = mean.result(state.adapters)
     assert all(torch.equal(after.adapters[name], expected[name]) for name in expected)
 
@@ -250,7 +251,8 @@ def test_hetloras_penalty_pulls_on_tails_alone_and_has_a_true_gradient(lab):
     state = lab.warm(method)
     profile = lab.profile(method, TOP)  # rank 7: the tail starts at 3
     hooks = method.install(lab.model, method.dispatch(state, profile), profile, torch.Generator())
-    hooks.penalty().backward()
+    (penalty,) = hooks.penalties
+    penalty().backward()
     a, b = lab.model.adapter["layers.0.up.A"], lab.model.adapter["layers.0.up.B"]
     assert not a.grad[:, :3].any() and not b.grad[:, :, :3].any()
     norms = b.detach()[2, :, 3:].norm() / a.detach()[2, 3:].norm()
@@ -268,8 +270,8 @@ def test_hetlora_prunes_for_good_when_the_tail_shrinks(lab):
             parameter.data.mul_(0.5)
         trained = {name: value.detach().clone() for name, value in lab.model.adapter.items()}
         told = {"client": "shrinking", "adapters": trained, "extras": hooks.extras()}
-        state = method.aggregate(state, [replace(lab.update(method, state, TOP)[0], **told)])
-        assert int(state.extras["rank.shrinking"]) == expected
+        state = aggregated(method, state, [replace(lab.update(method, state, TOP)[0], **told)])
+        assert int(state.of(RankState).rank["shrinking"]) == expected
         assert not state.adapters["layers.0.up.B"][:, :, expected:].any()  # the tail was cut on arrival
         payload = method.dispatch(state, profile)
         assert {value.shape[1] for name, value in payload.items() if name.endswith(".A")} == {expected}
@@ -280,9 +282,9 @@ def test_hetlora_prunes_for_good_when_the_tail_shrinks(lab):
 def test_hetlora_takes_no_rank_that_an_update_cannot_have(lab, rank):
     method = made(lab, "hetlora")
     update, _ = lab.update(method, lab.start(method), TOP)
-    assert method.fault(update) is None
+    assert method.validate_update(update) is None
     lie = replace(update, extras=update.extras | {"rank": torch.tensor(rank)})
-    assert method.fault(lie) == f"its new rank is {rank}, expected 1 to {RANKS[TOP]}"
+    assert method.validate_update(lie) == f"its new rank is {rank}, expected 1 to {RANKS[TOP]}"
 
 
 @pytest.mark.parametrize("decay", [0.01, 0.5, 0.99])
@@ -297,7 +299,7 @@ def test_ffa_sends_no_a_and_all_clients_share_the_first_one(lab):
     update, _ = lab.update(method, state, 0)
     for tensors in (state.adapters, method.dispatch(state, lab.profile(method, 0)), update.adapters):
         assert tensors and not any(name.endswith(".A") for name in tensors)
-    start = lab.model.fresh_adapter(4, generator_for(lab.base.seed, "adapter"), shared_a=True, router=True)
+    start = lab.model.fresh_adapter(4, generator_for(lab.shape.seed, "adapter"), shared_a=True, router=True)
     method.install(lab.model, state.adapters, lab.profile(method, 0), torch.Generator())
     up, _ = lab.model.layers[0].routing.adapter
     assert torch.equal(up.a, start["layers.0.up.A"]) and not up.a.requires_grad and up.b.requires_grad
@@ -306,11 +308,11 @@ def test_ffa_sends_no_a_and_all_clients_share_the_first_one(lab):
 
 def test_fed_sbs_fixed_factors_are_orthonormal_and_its_core_alone_travels(lab):
     method = made(lab, "fed_sb")
-    fixed = basis(lab.model, lab.base)
+    fixed = basis(lab.model, lab.shape)
     for name, value in fixed.items():
         gram = value @ value.mT if name.endswith(".A") else value.mT @ value
         torch.testing.assert_close(gram, torch.eye(4).expand(len(value), -1, -1), atol=1e-6, rtol=0)
-    again, other = basis(lab.model, lab.base), basis(lab.model, replace(lab.base, seed=1))
+    again, other = basis(lab.model, lab.shape), basis(lab.model, replace(lab.shape, seed=1))
     for key in ("up.A", "up.B", "down.A", "down.B"):  # one draw per layer and matrix from the run's seed
         name = f"layers.0.{key}"
         assert torch.equal(fixed[name], again[name]) and not torch.allclose(fixed[name], other[name])
@@ -338,7 +340,7 @@ def test_a_side_factor_computes_what_merging_it_would(lab):
     plain = {name: value for name, value in state.adapters.items() if not name.startswith("side.")}
     seen = []
     for model, payload in ((lab.model, state.adapters), (merged, plain)):
-        install_adapter(model, payload, profile, lab.base.alpha)
+        install_adapter(model, payload, profile, lab.shape.alpha)
         logits = model.model(input_ids=ids).logits
         logits.square().mean().backward()
         seen.append({"logits": logits.detach()} | {name: value.grad for name, value in model.adapter.items()})

@@ -17,14 +17,17 @@ EXAMPLES = [Tokens(tuple(2 + (7 * i + j) % 30 for j in range(4 + i % 3)), prompt
 LOW = 1
 VARIANTS = [
     *((name, {}) for name in METHODS),
-    *(("ubsmoe", {"pg_mode": mode}) for mode in ("off", "self_ipw", "sampled", "oracle")),
-    ("ubsmoe", {"phi": "trained", "pg_mode": "sampled", "pg_scope": ["experts", "router", "hidden"]}),
+    ("ubsmoe", {"pg": False}),
+    *(("ubsmoe", {"pg": {"mode": mode}}) for mode in ("self_ipw", "sampled", "oracle")),
+    ("ubsmoe", {"dmr": {"phi": "trained"}, "pg": {"mode": "sampled", "scope": ["experts", "router", "hidden"]}}),
+    ("hetlora", {"pg": True}),
+    ("flame", {"dmr": True}),
 ]
 
 
 @pytest.mark.parametrize(("name", "settings"), VARIANTS, ids=str)
 def test_a_client_that_recomputes_returns_the_same_bits(lab, name, settings):
-    method = build(name, lab.base, settings)
+    method = build(name, lab.shape, settings)
     state, profile = lab.warm(method), lab.profile(method, LOW, "client-1")
     task = Task(1, profile, method.dispatch(state, profile))
     plain, again = (
@@ -41,7 +44,7 @@ def test_a_client_that_recomputes_returns_the_same_bits(lab, name, settings):
 
 
 def test_a_forward_pass_keeps_less(lab, model, install):
-    install(build("fedavg", lab.base))
+    install(build("fedavg", lab.shape))
     kept: list[int] = []
 
     def keep(tensor):

@@ -1,4 +1,4 @@
-"""The methods that vary the number of active experts, worked by hand; the laws they share are in test_battery.py."""
+"""The methods that vary the number of active experts, worked by hand; the properties they share are in test_battery.py."""
 
 from dataclasses import replace
 from functools import partial
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from methods.laboratory import aggregated
 from ubsmoe.client.train import Trainer, language_loss, train
 from ubsmoe.config import TierSettings, TrainSettings
 from ubsmoe.data.tokens import Tokens
@@ -16,7 +17,10 @@ from ubsmoe.maths.robust import TrimmedMean
 from ubsmoe.messages import Task, Update
 from ubsmoe.methods import build
 from ubsmoe.methods.hfedmoe import Selection, bottleneck_score, importance, usage_weights
-from ubsmoe.methods.method import State
+from ubsmoe.methods.lossfree import BiasState
+from ubsmoe.methods.method import State, contribution
+from ubsmoe.methods.modulation import ModulationState
+from ubsmoe.methods.smoe_glb import ShareState
 from ubsmoe.model.conventions import UnsupportedModel
 from ubsmoe.model.surgery import SparseModel
 
@@ -44,13 +48,13 @@ def update(
 
 def one_layer(method: str, experts: int, **settings: object):
     """A method for a base of one layer, to aggregate updates made by hand."""
-    return build(method, replace(BASE, num_layers=1, num_experts=experts), settings)
+    return build(method, replace(SHAPE, num_layers=1, num_experts=experts), settings)
 
 
 @pytest.fixture(autouse=True)
-def _base(lab):
-    global BASE
-    BASE = lab.base
+def _shape(lab):
+    global SHAPE
+    SHAPE = lab.shape
 
 
 def factors(*values: float) -> dict[str, Tensor]:
@@ -62,7 +66,7 @@ def factors(*values: float) -> dict[str, Tensor]:
 
 
 def test_llb_adds_the_loss_of_every_layer_on_real_tokens(lab, model, install):
-    hooks = install(build("smoe_llb", lab.base, {"coefficient": 0.3}), LOW)
+    hooks = install(build("smoe_llb", lab.shape, {"coefficient": 0.3}), LOW)
     out = model.model(**{k: BATCH[k] for k in ("input_ids", "attention_mask")}, output_router_logits=True)
     real = BATCH["attention_mask"].reshape(-1).bool()
     expected = 0.0
@@ -70,13 +74,15 @@ def test_llb_adds_the_loss_of_every_layer_on_real_tokens(lab, model, install):
         probs = logits[real].softmax(-1)
         share = torch.bincount(probs.argmax(-1), minlength=EXPERTS) / real.sum()
         expected += EXPERTS * (share * probs.mean(0)).sum().item()
-    assert hooks.penalty().item() == pytest.approx(0.3 * expected, rel=1e-5)
+    (penalty,) = hooks.penalties
+    assert penalty().item() == pytest.approx(0.3 * expected, rel=1e-5)
 
 
 def test_llb_reaches_routers_and_what_lies_below_them_and_no_more(lab, model, install):
-    hooks = install(build("smoe_llb", lab.base))
+    hooks = install(build("smoe_llb", lab.shape))
     language_loss(model, BATCH)
-    hooks.penalty().backward()
+    (penalty,) = hooks.penalties
+    penalty().backward()
     moved = {name for name, p in model.adapter.items() if p.grad is not None and p.grad.abs().sum() > 0}
     lower = {f"layers.0.{key}" for key in ("up.A", "up.B", "down.A", "down.B")}
     attention = {name for name in model.adapter if "attention" in name}
@@ -88,38 +94,40 @@ def test_glb_weighs_clients_by_data_and_not_by_their_budget():
     adapters = {"layers.0.up.A": torch.ones(4, 1, 1)}
     small = update(adapters, [4, 0, 0, 0], top_k=1, examples=3)  # f = (1, 0, 0, 0)
     large = update(adapters, [0, 10, 10, 0], top_k=2, examples=1)  # f = (0, 1/2, 1/2, 0)
-    after = method.aggregate(method.start(adapters), [small, large])
-    torch.testing.assert_close(after.extras["share"], torch.tensor([[0.75, 0.125, 0.125, 0.0]]))
+    after = aggregated(method, method.start(adapters), [small, large])
+    torch.testing.assert_close(after.of(ShareState).share, torch.tensor([[0.75, 0.125, 0.125, 0.0]]))
 
 
 def test_glb_uses_the_broadcast_share(lab, model, install):
-    method = build("smoe_glb", lab.base, {"coefficient": 0.3})
+    method = build("smoe_glb", lab.shape, {"coefficient": 0.3})
     share = torch.tensor([[0.5, 0.1, 0.1, 0.1, 0.1, 0.1], [0.0, 0.0, 0.0, 0.2, 0.3, 0.5]])
-    hooks = install(method, LOW, replace(lab.warm(method), extras={"share": share}))
+    hooks = install(method, LOW, lab.warm(method).having(ShareState(share)))
     language_loss(model, BATCH)
     expected = sum(
-        load_balancing_loss(layer.scores(), layer.chosen(), layer.real_tokens(), share[layer.index])
+        load_balancing_loss(layer.scores(), layer.chosen, layer.real_tokens(), share[layer.index])
         for layer in model.layers
     )
-    torch.testing.assert_close(hooks.penalty(), 0.3 * expected)
+    (penalty,) = hooks.penalties
+    torch.testing.assert_close(penalty(), 0.3 * expected)
 
 
 def test_glb_pulls_at_nothing_before_it_knows_the_load(lab, model, install):
-    method = build("smoe_glb", lab.base, {"coefficient": 0.3})
+    method = build("smoe_glb", lab.shape, {"coefficient": 0.3})
     hooks = install(method, LOW, lab.start(method))
     language_loss(model, BATCH)
-    assert hooks.penalty().item() == pytest.approx(0.3 * LAYERS)
+    (penalty,) = hooks.penalties
+    assert penalty().item() == pytest.approx(0.3 * LAYERS)
 
 
 def test_scores_are_kept_only_while_somebody_needs_them(lab, model, install):
-    install(build("fedavg", lab.base))
+    install(build("fedavg", lab.shape))
     language_loss(model, BATCH)
-    assert all(layer.observed.logits is None and layer.observed.chosen is None for layer in model.layers)
-    install(build("smoe_llb", lab.base))
+    assert all(layer.observed.logits is None and layer.chosen is None for layer in model.layers)
+    install(build("smoe_llb", lab.shape))
     language_loss(model, BATCH)
-    assert all(layer.chosen().shape == (10, 3) for layer in model.layers)
+    assert all(layer.chosen.shape == (10, 3) for layer in model.layers)
     model.clear()
-    assert all(layer.observed.logits is None and not layer.routing.recording for layer in model.layers)
+    assert all(layer.observed.logits is None and layer.chosen is None and not layer.routing.recording for layer in model.layers)
 
 
 # ------------------------------------------------------------------------------------------------ loss-free balancing
@@ -128,28 +136,27 @@ def test_scores_are_kept_only_while_somebody_needs_them(lab, model, install):
 def test_lossfree_moves_every_bias_one_step_towards_the_mean_load():
     method = one_layer("lossfree", 4, step=0.01, steps_per_round=3)
     adapters = {"layers.0.up.A": torch.ones(4, 1, 1)}
-    state = State(adapters, {"bias": torch.tensor([[0.5, 0.0, 0.0, 0.0]])})
+    state = State(adapters).having(BiasState(torch.tensor([[0.5, 0.0, 0.0, 0.0]])))
     # loads 7, 1, 4, 4: the mean is 4
-    after = method.aggregate(state, [update(adapters, [7, 0, 1, 0], examples=9), update(adapters, [0, 1, 3, 4])])
-    torch.testing.assert_close(after.extras["bias"], torch.tensor([[0.47, 0.03, 0.0, 0.0]]))
+    after = aggregated(method, state, [update(adapters, [7, 0, 1, 0], examples=9), update(adapters, [0, 1, 3, 4])])
+    torch.testing.assert_close(after.of(BiasState).bias, torch.tensor([[0.47, 0.03, 0.0, 0.0]]))
 
 
 def test_one_liar_does_not_steer_lossfree_under_a_robust_rule():
     adapters = {"layers.0.up.A": torch.ones(4, 1, 1)}
     honest = [update(adapters, [7, 3, 3, 3]) for _ in range(4)]
     liar = update(adapters, [0, 10**12, 0, 0])
-    state = State(adapters, {"bias": torch.zeros(1, 4)})
-    base = replace(BASE, num_layers=1, num_experts=4, mean=partial(TrimmedMean, 1))
-    after = build("lossfree", base, {"step": 1.0}).aggregate(state, [*honest, liar])
-    assert after.extras["bias"].tolist() == [[-1.0, 1.0, 1.0, 1.0]]
+    state = State(adapters).having(BiasState(torch.zeros(1, 4)))
+    shape = replace(SHAPE, num_layers=1, num_experts=4, mean=partial(TrimmedMean, 1))
+    after = aggregated(build("lossfree", shape, {"step": 1.0}), state, [*honest, liar])
+    assert after.of(BiasState).bias.tolist() == [[-1.0, 1.0, 1.0, 1.0]]
 
 
 def test_lossfree_chooses_by_biased_scores_and_weighs_by_plain_ones(model):
     layer = model.layers[0]
     probs = torch.tensor([[0.3, 0.25, 0.2, 0.1, 0.1, 0.05]])
     weights, index = probs.topk(2)
-    bias = torch.tensor([0.0, -0.1, 0.0, 0.0, 0.0, 0.2])
-    layer.routing = replace(layer.routing, selection_bias=bias)  # sums .3 .15 .2 .1 .1 .25
+    layer.routing.selection_bias = torch.tensor([0.0, -0.1, 0.0, 0.0, 0.0, 0.2])  # sums .3 .15 .2 .1 .1 .25
     weights, index = layer.choose(probs.log(), weights, index)
     assert index.tolist() == [[0, 5]]
     torch.testing.assert_close(weights, torch.tensor([[0.3, 0.05]]))
@@ -160,7 +167,7 @@ def test_lossfree_keeps_a_familys_renormalisation(model, monkeypatch):
     monkeypatch.setattr(layer, "convention", replace(layer.convention, renormalises=True))
     probs = torch.tensor([[0.3, 0.25, 0.2, 0.1, 0.1, 0.05]])
     top, index = probs.topk(2)
-    layer.routing = replace(layer.routing, selection_bias=torch.tensor([0.0, -0.1, 0.0, 0.0, 0.0, 0.2]))
+    layer.routing.selection_bias = torch.tensor([0.0, -0.1, 0.0, 0.0, 0.0, 0.2])
     weights, _ = layer.choose(probs.log(), 2.5 * top / top.sum(), index)  # a family whose weights sum to 2.5
     torch.testing.assert_close(weights, torch.tensor([[2.5 * 0.3 / 0.35, 2.5 * 0.05 / 0.35]]))
 
@@ -168,16 +175,16 @@ def test_lossfree_keeps_a_familys_renormalisation(model, monkeypatch):
 def test_lossfree_without_a_bias_yet_is_fedavg_bit_for_bit(lab, model, install):
     losses = []
     for name in ("fedavg", "lossfree"):
-        method = build(name, lab.base)
-        state = lab.warm(build("fedavg", lab.base))
-        install(method, LOW, State(state.adapters, method.start({}).extras))
+        method = build(name, lab.shape)
+        state = lab.warm(build("fedavg", lab.shape))
+        install(method, LOW, State(state.adapters, method.start({}).parts))
         losses.append(language_loss(model, BATCH).item())
         model.clear()
     assert losses[0] == losses[1]
 
 
 def test_lossfree_evens_out_the_load(lab, model, install):
-    method, inequality = build("lossfree", lab.base, {"step": 5e-4}), []
+    method, inequality = build("lossfree", lab.shape, {"step": 5e-4}), []
     state, ids = lab.start(method), torch.arange(8 * 16).reshape(8, 16) % 29 + 2
     for _ in range(10):
         install(method, LOW, state)
@@ -185,7 +192,7 @@ def test_lossfree_evens_out_the_load(lab, model, install):
             model.model(input_ids=ids)
         used = model.expert_tokens()
         inequality.append(gini(used).mean().item())
-        state = method.aggregate(state, [replace(lab.update(method, state, LOW, noise=0.0)[0], expert_tokens=used)])
+        state = aggregated(method, state, [replace(lab.update(method, state, LOW, noise=0.0)[0], expert_tokens=used)])
     assert inequality[-1] < 0.6 * inequality[0]
 
 
@@ -212,7 +219,7 @@ def test_flame_weighs_each_expert_by_how_often_a_client_used_it():
         update(factors(1.0, 1.0, float("nan")), [3, 1, 0], examples=2),  # f^2 n = 2 9/16, 2 1/16, 0
         update(factors(5.0, 5.0, float("nan")), [1, 3, 0], examples=4),  # f^2 n = 4 1/16, 4 9/16, 0
     ]
-    after = method.aggregate(State(old), updates).adapters["layers.0.up.A"].flatten()
+    after = aggregated(method, State(old), updates).adapters["layers.0.up.A"].flatten()
     # the third expert nobody used: kept, whatever came back for it
     torch.testing.assert_close(after, torch.tensor([(18 + 20) / 22, (2 + 180) / 38, 9.0]))
 
@@ -220,7 +227,7 @@ def test_flame_weighs_each_expert_by_how_often_a_client_used_it():
 def test_flame_frequencies_are_per_token_so_a_larger_budget_has_more_say():
     method = one_layer("flame", 2, learn_scale=False)
     updates = [update(factors(0.0, 0.0), [2, 2], top_k=1), update(factors(3.0, 3.0), [4, 4], top_k=2)]
-    after = method.aggregate(State(factors(9.0, 9.0)), updates).adapters["layers.0.up.A"].flatten()
+    after = aggregated(method, State(factors(9.0, 9.0)), updates).adapters["layers.0.up.A"].flatten()
     torch.testing.assert_close(after, torch.tensor([2.0, 2.0]))  # f = 1/2 and 1
 
 
@@ -228,21 +235,21 @@ def test_a_client_that_never_used_an_expert_has_no_say_in_it():
     for name in ("flame", "a3smoe"):
         method = one_layer(name, 2)
         updates = [update(factors(1.0, 7.0), [4, 0]), update(factors(2.0, 2.5), [1, 3])]
-        after = method.aggregate(method.start(factors(9.0, 9.0)), updates).adapters["layers.0.up.A"].flatten()
+        after = aggregated(method, method.start(factors(9.0, 9.0)), updates).adapters["layers.0.up.A"].flatten()
         assert after[1] == 2.5
 
 
 def test_flame_at_exponent_zero_is_fedavg_and_at_one_without_scale_a3smoe(lab):
-    updates = lab.round(build("fedavg", lab.base), lab.warm(build("fedavg", lab.base)))
+    updates = lab.round(build("fedavg", lab.shape), lab.warm(build("fedavg", lab.shape)))
     for name, settings in (("fedavg", {"exponent": 0.0}), ("a3smoe", {"exponent": 1.0})):
-        other, flame = build(name, lab.base), build("flame", lab.base, settings | {"learn_scale": False})
+        other, flame = build(name, lab.shape), build("flame", lab.shape, settings | {"learn_scale": False})
         start = lab.start(other)
-        expected, got = other.aggregate(start, updates).adapters, flame.aggregate(start, updates).adapters
+        expected, got = aggregated(other, start, updates).adapters, aggregated(flame, start, updates).adapters
         assert all(torch.equal(got[key], value) for key, value in expected.items())
 
 
 def test_flame_scales_the_sum_of_the_experts_and_learns_the_scale(lab, model, install):
-    method = build("flame", lab.base)
+    method = build("flame", lab.shape)
     hooks = install(method, LOW)
     (scale,) = hooks.parameters
     outputs = []
@@ -256,12 +263,12 @@ def test_flame_scales_the_sum_of_the_experts_and_learns_the_scale(lab, model, in
 
 
 def test_flame_averages_scales_over_clients_of_one_k_and_hands_each_tier_its_own(lab):
-    method = build("flame", lab.base)
+    method = build("flame", lab.shape)
     state = lab.start(method)
     sent = [("scale.1", 2.0, 3), ("scale.1", 4.0, 1), ("scale.3", 9.0, 7)]
     plain = lab.update(method, state, TOP)[0]
     updates = [replace(plain, extras={key: torch.full((2,), value)}, num_examples=n) for key, value, n in sent]
-    after = method.aggregate(state, updates)
+    after = aggregated(method, state, updates)
     for tier, expected in ((0, 2.5), (2, 1.0), (3, 9.0)):  # K = 1, 2, 3; nobody had K = 2
         profile = lab.profile(method, tier)
         payload = method.dispatch(after, profile)
@@ -296,14 +303,14 @@ def test_hfedmoe_picks_the_best_of_the_experts_a_real_token_uses():
 
 
 def test_hfedmoe_only_the_chosen_experts_have_a_gradient_and_the_output_is_the_same(lab, model, install):
-    install(build("fedavg", lab.base))
+    install(build("fedavg", lab.shape))
     plain = language_loss(model, BATCH)
     plain.backward()
     grads = {name: p.grad.clone() for name, p in model.adapter.items()}
     model.clear()
-    method = build("hfedmoe", lab.base)
+    method = build("hfedmoe", lab.shape)
     profile = replace(lab.profile(method, TOP), budget=0.34)  # two of six experts per batch, still K = 3
-    method.install(model, method.dispatch(lab.warm(build("fedavg", lab.base)), profile), profile, seed())
+    method.install(model, method.dispatch(lab.warm(build("fedavg", lab.shape)), profile), profile, seed())
     loss = language_loss(model, BATCH)
     loss.backward()
     torch.testing.assert_close(loss, plain)
@@ -322,9 +329,9 @@ def test_hfedmoe_takes_no_negative_usage():
     method = one_layer("hfedmoe", 4)
     adapters = {"layers.0.up.A": torch.ones(4, 1, 1)}
     sound = {"usage": torch.full((1, 4), 0.25), "importance": torch.ones(1, 4)}
-    assert method.fault(update(adapters, [1, 1, 1, 1], **sound)) is None
+    assert method.validate_update(update(adapters, [1, 1, 1, 1], **sound)) is None
     lie = sound | {"importance": torch.tensor([[1.0, -2.0, 1.0, 1.0]])}
-    assert method.fault(update(adapters, [1, 1, 1, 1], **lie)) == "its importance is below 0"
+    assert method.validate_update(update(adapters, [1, 1, 1, 1], **lie)) == "its importance is below 0"
 
 
 def test_hfedmoe_averages_experts_over_those_who_used_them_enough():
@@ -342,7 +349,7 @@ def test_hfedmoe_averages_experts_over_those_who_used_them_enough():
         client(1.0, 1, [0.6, 0.2, 0.05, 0.0], [0.5, 0.5, 1.0, 1.0]),
         client(5.0, 3, [0.4, 0.05, 0.05, 0.0], [0.25, 1, 1, 1]),
     ]
-    after = method.aggregate(State(old), updates).adapters
+    after = aggregated(method, State(old), updates).adapters
     assert after["layers.0.up.A"].flatten().tolist() == [4.0, 1.0, 9.0, 9.0]
     # alpha = .6 .5 + .2 .5 = .4 and .4 .25 = .1, normalised
     torch.testing.assert_close(after["layers.0.router"], torch.full((4, 1), (0.4 * 1 + 0.1 * 5) / 0.5))
@@ -351,14 +358,14 @@ def test_hfedmoe_averages_experts_over_those_who_used_them_enough():
 
 def test_hfedmoe_does_not_count_an_expert_that_never_learnt_even_without_a_threshold():
     client = update(factors(1.0, 1.0), [3, 3], usage=torch.tensor([[0.5, 0.0]]), importance=torch.tensor([[1.0, 0.0]]))
-    assert usage_weights(client, tau=0.0)["layers.0.up.A"].tolist() == [1.0, 0.0]
+    assert usage_weights(contribution(client), tau=0.0)["layers.0.up.A"].tolist() == [1.0, 0.0]
 
 
 # ------------------------------------------------------------------------------------------------ UB-SMoE, part by part
 
 
 def two_rounds(lab, name: str, settings: dict[str, object]) -> list[State]:
-    method = build(name, lab.base, settings)
+    method = build(name, lab.shape, settings)
     trainer = Trainer(
         lab.model,
         method,
@@ -372,7 +379,7 @@ def two_rounds(lab, name: str, settings: dict[str, object]) -> list[State]:
     for number in (1, 2):
         profiles = [lab.profile(method, tier, f"client-{tier}") for tier in (LOW, TOP)]
         tasks = [Task(number, profile, method.dispatch(states[-1], profile)) for profile in profiles]
-        states.append(method.aggregate(states[-1], (train(trainer, task, examples) for task in tasks)))
+        states.append(aggregated(method, states[-1], (train(trainer, task, examples) for task in tasks)))
     return states
 
 
@@ -386,24 +393,24 @@ def same(left: State, right: State) -> bool:
 
 
 def test_ubsmoe_with_both_parts_off_is_fedavg_bit_for_bit(lab, fedavg_rounds):
-    off = two_rounds(lab, "ubsmoe", {"dmr": False, "pg_mode": "off"})
+    off = two_rounds(lab, "ubsmoe", {"dmr": False, "pg": False})
     assert all(same(left, right) for left, right in zip(off, fedavg_rounds, strict=True))
     assert not same(off[0], off[1])
 
 
 def test_dmr_alone_is_fedavg_until_phi_has_moved(lab, fedavg_rounds):
-    states = two_rounds(lab, "ubsmoe", {"pg_mode": "off", "momentum": 0.0})
-    assert same(states[1], fedavg_rounds[1]) and states[1].extras["phi"].abs().sum() > 0
+    states = two_rounds(lab, "ubsmoe", {"pg": False, "dmr": {"momentum": 0.0}})
+    assert same(states[1], fedavg_rounds[1]) and states[1].of(ModulationState).phi.abs().sum() > 0
     assert not same(states[2], fedavg_rounds[2])
 
 
 def test_pg_alone_sends_no_phi(lab, fedavg_rounds):
     states = two_rounds(lab, "ubsmoe", {"dmr": False})
-    assert "phi" not in states[-1].extras and not same(states[1], fedavg_rounds[1])
-    method = build("ubsmoe", lab.base, {"dmr": False})
+    assert states[-1].parts == () and not same(states[1], fedavg_rounds[1])
+    method = build("ubsmoe", lab.shape, {"dmr": False})
     assert method.dispatch(states[-1], lab.profile(method, LOW)).keys() == states[-1].adapters.keys()
 
 
 def test_pg_without_strength_is_pg_off(lab):
-    off, weak = (two_rounds(lab, "ubsmoe", s) for s in ({"pg_mode": "off"}, {"pg_strength": 0.0}))
+    off, weak = (two_rounds(lab, "ubsmoe", s) for s in ({"pg": False}, {"pg": {"strength": 0.0}}))
     assert same(off[-1], weak[-1])

@@ -1,6 +1,8 @@
 """The pages that documentation reads off the code: nothing is left out, and formulas keep their meaning."""
 
 import importlib.util
+import pkgutil
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -8,7 +10,8 @@ import pytest
 
 from documents import ROOT
 from ubsmoe.config import RunSettings, TierSettings
-from ubsmoe.methods import METHODS
+from ubsmoe.methods import METHODS, build
+from ubsmoe.methods.table import PARTS, describe, part_settings
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +40,40 @@ def test_every_setting_has_a_description(generate: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_methods_page_has_its_formula_source_settings_and_laws(generate: ModuleType, name: str) -> None:
-    page = generate.method_page(name, METHODS[name])
+def test_a_methods_page_has_its_formula_source_settings_and_properties(generate: ModuleType, name: str) -> None:
+    page, method = generate.method_page(name), build(name, generate.SMALLEST)
     assert page.startswith(f"# {name}\n") and '<pre class="formula">' in page and "\nSource: " in page
-    for parameter in list(generate.inspect.signature(METHODS[name]).parameters)[1:]:
-        assert f"| `{parameter}` |" in page
-    assert all(f"`{law}`" in page for law in generate.LAWS)
-    assert ("Refuses `[privacy]`: " in page) == ("privacy" in METHODS[name](generate.SMALLEST).refuses)
+    assert all(f"| `{setting}` |" in page for setting in describe(name).settings)
+    assert all(f"[`[method.{part}]`](../parts/{part}.md)" in page for part in describe(name).parts)
+    assert all(f"`{one}`" in page for one in generate.PROPERTIES)
+    assert all(f"Is exempt from `{one}`: {reason}." in page for one, reason in method.exempt.items())
+    for section in ("robust", "privacy"):
+        assert (f"Refuses `[{section}]`: " in page) == (section in method.refuses)
+    for part in PARTS:
+        assert (f"Refuses `[method.{part}]`: " in page) == (part in method.refuses)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_parts_page_has_its_source_settings_and_who_refuses_it(generate: ModuleType, part: str) -> None:
+    page = generate.part_page(part)
+    assert page.startswith(f"# method.{part}\n") and "\nSource: " in page
+    assert part_settings(part) and all(f"| `{setting}` |" in page for setting in part_settings(part))
+    for name in METHODS:
+        assert (f"Refused by [{name}]" in page) == (part in build(name, generate.SMALLEST).refuses)
+    assert ("Part of [ubsmoe]" in page) == (part != "averaging")
+    assert f"(parts/{part}.md)" in generate.methods_page()
+    assert ("self_ipw     ρ * missing<sub>i</sub>" in page) == (
+        part == "pg"
+    )  # the formulas are those of the settings' file
+
+
+def test_every_function_and_test_that_the_equations_name_exists() -> None:
+    rows = [line for line in (ROOT / "docs/equations.md").read_text().splitlines() if line.startswith("| ")]
+    names = [name for row in rows for name in re.findall(r"`((?:maths|methods|client|costs|study)\.[\w.]+)`", row)]
+    tests = [path for row in rows for path in re.findall(r"`(tests/[\w/.]+)`", row)]
+    assert len(names) >= 20 and len(tests) >= 12
+    assert [name for name in names if not pkgutil.resolve_name(f"ubsmoe.{name}")] == []
+    assert [path for path in tests if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize(
@@ -72,3 +102,4 @@ def test_pages_of_methods_that_are_gone_are_removed(generate: ModuleType, tmp_pa
     (tmp_path / "methods" / "gone.md").write_text("old")
     generate.write_pages(tmp_path)
     assert {path.stem for path in (tmp_path / "methods").iterdir()} == set(METHODS)
+    assert {path.stem for path in (tmp_path / "parts").iterdir()} == set(PARTS)

@@ -1,7 +1,7 @@
 """A small made-up world whose facts can be asked about at length: the project's own offline data.
 
 The world has entities with invented names ("Morkus"), each living in a region and having one value of every relation
-(colour, home, food, ...) from a short list of plain English words, and one friend, another entity. Its laws:
+(colour, home, food, ...) from a short list of plain English words, and one friend, another entity. Its rules:
 
 - **Facts are shared, questions are not.** Training and test questions ask about the same facts; a question's identity
   (its task, wording, entity and claim) falls into exactly one split, by a hash. Learning the facts is the only way up.

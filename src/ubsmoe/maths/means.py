@@ -2,7 +2,7 @@
 
     mean = Σ_c w_c x_c / Σ_c w_c,    per tensor, or per expert along a fused tensor's first axis
 
-Both sums are kept in float64. For float32 tensors and narrower that makes the laws of a federated mean hold bit for
+Both sums are kept in float64. For float32 tensors and narrower that makes the properties of a federated mean hold bit for
 bit: clients that agree give back exactly what they agree on (the sums' rounding is 2⁻⁵³ per client, half a float32
 step is 2⁻²⁵), so a tensor nobody changed comes back unchanged, and what nobody has weight on is the fallback itself.
 """

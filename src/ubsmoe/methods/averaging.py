@@ -16,14 +16,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ubsmoe.methods.fedex_lora import with_exact_averaging
 from ubsmoe.methods.method import USE_WEIGHS, Method, RunShape, by_use, refuse
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False))
 class Averaging:
     """[method.averaging]."""
 

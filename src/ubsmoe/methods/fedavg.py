@@ -22,11 +22,11 @@ from ubsmoe.model.surgery import SparseModel
 def fedavg(shape: RunShape) -> Method:
     """Build the method; it has no settings.
 
-    >>> def client(name: str, examples: int, value: float) -> Contribution:
-    ...     return Contribution(name, examples, {"w": torch.tensor([[value]])}, torch.ones(1, 2), tokens=2, assignments=2)
+    >>> def client(name: str, examples: float, value: float) -> Contribution:
+    ...     return Contribution(name, examples, {"w": torch.tensor([[value]])}, torch.ones(1, 2), tokens=2.0, assignments=2.0)
     >>> method = fedavg(RunShape(num_layers=1, num_experts=2, k_max=1, rank=1, alpha=1.0))
     >>> before = State({"w": torch.tensor([[9.0]])})
-    >>> method.aggregate(before, [client("a", 1, 0.0), client("b", 3, 4.0)]).adapters  # (1 * 0 + 3 * 4) / 4
+    >>> method.aggregate(before, [client("a", 1.0, 0.0), client("b", 3.0, 4.0)]).adapters  # (1 * 0 + 3 * 4) / 4
     {'w': tensor([[3.]])}
     """
 

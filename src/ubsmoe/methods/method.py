@@ -62,11 +62,11 @@ def contribution(update: Update) -> Contribution:
     """An update as it counts when nothing robust or private acts on it."""
     return Contribution(
         client=update.client,
-        weight=update.num_examples,
+        weight=float(update.num_examples),
         adapters=update.adapters,
         expert_tokens=update.expert_tokens,
-        tokens=update.tokens,
-        assignments=update.assignments,
+        tokens=float(update.tokens),
+        assignments=float(update.assignments),
         extras=update.extras,
         loss=update.loss,
     )

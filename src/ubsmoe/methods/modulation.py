@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -27,7 +27,7 @@ from ubsmoe.methods.method import Contribution, Hooks, Method, RunShape, State, 
 from ubsmoe.model.surgery import SparseModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False))
 class Modulation:
     """[method.dmr]."""
 
@@ -47,7 +47,7 @@ class Modulation:
     """Upper end of that range."""
 
 
-@dataclass(frozen=True, config={"arbitrary_types_allowed": True})
+@dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
 class ModulationState:
     """phi and the utilization u of the last round, [L, M] each, float32."""
 

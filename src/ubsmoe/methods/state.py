@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -33,7 +33,7 @@ class State:
         """The part of this class."""
         return next(part for part in self.parts if isinstance(part, kind))
 
-    def having(self, part: object) -> Self:
+    def having(self, part: object) -> "State":
         """The same state with this part, in the place of an earlier one of its class."""
         others = tuple(other for other in self.parts if type(other) is not type(part))
         return replace(self, parts=(*others, part))

@@ -65,10 +65,10 @@ def noisy_mean(
     shares = privacy.shares_from(mean.pop(COUNTS) / settings.clip_norm)
     return Contribution(
         client="",
-        weight=1,
+        weight=1.0,
         adapters=with_delta({name: sent[name] for name in spec.adapters}, sent, mean),
         expert_tokens=shares * mean_top_k,
-        tokens=1,
+        tokens=1.0,
         assignments=mean_top_k,
         extras=with_delta({name: sent[name] for name in spec.extras}, sent, mean),
     )

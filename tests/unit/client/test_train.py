@@ -78,8 +78,11 @@ def test_a_penalty_counts_once_a_step_however_many_micro_batches_it_has(federati
 
     def install(model: Any, *given: Any) -> Hooks:
         hooks = federation.method.install(model, *given)
-        hooks.penalty = lambda: 0.3 * torch.stack([value.square().sum() for value in model.adapter.values()]).sum()
-        return hooks
+
+        def squares() -> torch.Tensor:
+            return torch.stack([value.square().sum() for value in model.adapter.values()]).sum()
+
+        return hooks.and_then(Hooks(penalties=[lambda: 0.1 * squares(), lambda: 0.2 * squares()]))
 
     penalised = replace(federation.method, install=install)
     for sizes in ({"batch_size": 6}, {"batch_size": 2, "gradient_accumulation": 3}):
@@ -135,7 +138,7 @@ def test_training_leaves_the_base_as_it_was_and_repeats_bit_for_bit(federation: 
     settings = TrainSettings(local_steps=3, batch_size=2)
     first, second = (trained(federation, task, settings, MIXED) for _ in range(2))
     assert weights_sha256(federation.model.model) == before
-    assert federation.model.adapter == {} and federation.model.layers[0].top_k == federation.model.k_max
+    assert federation.model.adapter == {} and federation.model.layers[0].routing.top_k == federation.model.k_max
     assert all(torch.equal(value, second.adapters[name]) for name, value in first.adapters.items())
     assert first.loss == second.loss
     other = train(replace(federation.trainer, settings=settings, seed=1), task, MIXED)

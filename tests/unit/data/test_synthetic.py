@@ -1,4 +1,4 @@
-"""The laws that `data/synthetic.py` promises."""
+"""The properties that `data/synthetic.py` promises."""
 
 import os
 import random

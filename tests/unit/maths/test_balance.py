@@ -1,4 +1,4 @@
-"""Entropy and Gini against definitions in loops, their laws, and examples by hand. Losses: test_balancing_loss.py."""
+"""Entropy and Gini against definitions in loops, their properties, and examples by hand. Losses: test_balancing_loss.py."""
 
 import math
 

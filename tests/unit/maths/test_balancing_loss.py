@@ -1,4 +1,4 @@
-"""The load-balancing loss: by hand, its laws, and where transformers' own differs and why."""
+"""The load-balancing loss: by hand, its properties, and where transformers' own differs and why."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Each mode where its assumption holds, its size, its knobs; the layer-level laws are in laws/test_method_laws.py."""
+"""Each mode where its assumption holds, its size, its knobs. Of a whole layer: tests/properties/test_pseudo_gradient.py."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Surgery against stock transformers: bit for bit where nothing was set, by law where something was."""
+"""Surgery against stock transformers: bit for bit where nothing was set, by formula where something was."""
 
 import copy
 from typing import Any

@@ -72,14 +72,23 @@ def test_more_tiers_than_clients_are_all_judged(tiny_run: dict[str, Any]) -> Non
         ({"tiers.k_max": 5}, r"tiers.k_max is 5, but .* was trained with 4 experts per token; expected 1..4"),
         ({"method.name": "hetlora", "tiers.ranks": [1, 2]}, "tiers.ranks has 2 entries and tiers.budgets 4"),
         ({"method.name": "fedavgg"}, "no method 'fedavgg'; did you mean 'fedavg'"),
-        ({"method.momentum": float("nan")}, "method.momentum: Input should be a finite number"),
+        ({"method.dmr.momentum": float("nan")}, "method.dmr.momentum: Input should be a finite number"),
         (
             {"adapter.shared_a": False},
-            "pg_mode 'client_mean' averages .* set adapter.shared_a = true or another pg_mode",
+            r"method\.pg\.mode 'client_mean' averages .* set adapter\.shared_a = true or another pg\.mode",
         ),
-        ({"method.epsilon": 0.0}, "method.epsilon must be > 0, got 0.0"),
-        ({"method.phi_penalty": -1}, "method.phi_penalty must be >= 0, got -1"),
-        ({"method.activation_power": -1}, "method.activation_power must be >= 0, got -1"),
+        ({"method.dmr.epsilon": 0.0}, "method.dmr.epsilon: Input should be greater than 0"),
+        ({"method.dmr.phi_penalty": -1}, "method.dmr.phi_penalty: Input should be greater than or equal to 0"),
+        ({"method.averaging.exponent": -1}, "method.averaging.exponent: Input should be greater than or equal to 0"),
+        (
+            {"method.epsilon": 0.1},
+            r"unknown setting 'method\.epsilon' for ubsmoe; it is now called 'method\.dmr\.epsilon'",
+        ),
+        ({"method.pg": "off"}, r"method\.pg: expected true, false or a section \[method\.pg\], got 'off'"),
+        (
+            {"method.name": "hfedmoe", "method.pg": True},
+            r"\[method\.pg\] cannot be combined with method hfedmoe: it chooses",
+        ),
     ],
 )
 def test_a_run_and_its_costs_refuse_the_same_settings(

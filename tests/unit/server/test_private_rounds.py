@@ -9,8 +9,9 @@ import torch
 
 from ubsmoe.config import ConfigError, PrivacySettings, parse_run, to_json, with_overrides
 from ubsmoe.engines.local import LocalEngine
-from ubsmoe.messages import Update
-from ubsmoe.methods.method import State
+from ubsmoe.errors import UserError
+from ubsmoe.messages import Profile, Task, Update
+from ubsmoe.methods.method import Contribution
 from ubsmoe.plan.tiers import run_costs
 from ubsmoe.server.checks import UpdateSpec, spec_of
 from ubsmoe.server.federation import build_federation
@@ -20,19 +21,21 @@ from ubsmoe.server.start import sample_clients
 from ubsmoe.storage.runfolder import RunFolder
 
 A = "layers.0.up.A"
-STATE = State({A: torch.full((2, 3), 1.0)}, {"phi": torch.zeros(1, 2)})
+SENT = {A: torch.full((2, 3), 1.0), "phi": torch.zeros(1, 2)}
 COUNTS = torch.tensor([[10, 10]])
-FORM = UpdateSpec(spec_of(STATE.adapters), spec_of(STATE.extras), (COUNTS.shape, COUNTS.dtype))
+SPEC = UpdateSpec(spec_of({A: SENT[A]}), spec_of({"phi": SENT["phi"]}), (COUNTS.shape, COUNTS.dtype))
+TASK = Task(3, Profile("a", tier=0, budget=1.0, top_k=2, rank=1), SENT)
 SETTINGS = PrivacySettings(noise_multiplier=1e-9, clip_norm=3.0)
 
 
 def update(by: float, counts: torch.Tensor = COUNTS, phi: float = 0.0) -> Update:
-    adapters, extras = {A: STATE.adapters[A] + by}, {"phi": torch.full((1, 2), phi)}
+    adapters, extras = {A: SENT[A] + by}, {"phi": torch.full((1, 2), phi)}
     return Update("a", 3, 5, adapters, counts, 10, 20, 1.0, 1.0, extras)
 
 
-def mean(updates: list[Update], settings: PrivacySettings = SETTINGS, wanted: int = 4) -> Update:
-    return noisy_mean(updates, STATE, FORM, settings, wanted, 2.0, torch.Generator().manual_seed(0))
+def mean(updates: list[Update], settings: PrivacySettings = SETTINGS, wanted: int = 4) -> Contribution:
+    answers = [(TASK, update) for update in updates]
+    return noisy_mean(answers, SENT, SPEC, settings, wanted, 2.0, torch.Generator().manual_seed(0))
 
 
 def test_without_noise_and_clipping_it_is_the_sum_over_the_clients_wanted() -> None:
@@ -41,8 +44,8 @@ def test_without_noise_and_clipping_it_is_the_sum_over_the_clients_wanted() -> N
     torch.testing.assert_close(one.adapters[A], torch.full((2, 3), 1.2))
     torch.testing.assert_close(one.extras["phi"], torch.full((1, 2), 0.1))
     share = one.expert_tokens / one.assignments
-    torch.testing.assert_close(share, torch.tensor([[0.5625, 0.4375]]), rtol=1e-5, atol=1e-5)
-    assert one.assignments == 2 * one.tokens and one.loss != one.loss and one.num_examples == 1
+    torch.testing.assert_close(share, torch.tensor([[0.5625, 0.4375]]).double(), rtol=1e-5, atol=1e-5)
+    assert one.assignments == 2 * one.tokens and one.loss is None and one.weight == 1 and one.client == ""
 
 
 @pytest.mark.parametrize("lie", [update(1e6), update(0.0, phi=-1e6), update(5.0, torch.tensor([[20, 0]]), phi=3.0)])
@@ -58,7 +61,7 @@ def test_one_client_moves_the_sum_by_the_clip_norm_at_most(lie: Update) -> None:
 
 def test_noise_reaches_every_number_even_if_nobody_answers() -> None:
     one = mean([], PrivacySettings(noise_multiplier=2.0, clip_norm=3.0))
-    assert (one.adapters[A] != STATE.adapters[A]).all() and (one.extras["phi"] != 0).all()
+    assert (one.adapters[A] != SENT[A]).all() and (one.extras["phi"] != 0).all()
     assert (one.expert_tokens[:, 0] != one.expert_tokens[:, 1]).all()
 
 
@@ -95,7 +98,9 @@ def test_a_private_run_tells_epsilon_and_no_clients_numbers_and_resumes_to_the_s
     costs = [event["epsilon"] for event in events if event["event"] == "round"]
     assert len(costs) == 3 and costs == sorted(costs) and costs[-1] == whole["privacy"]["epsilon"] > costs[0] > 0
     clients = [event for event in events if event["event"] == "client"]
-    assert clients and not {"loss", "tokens", "assignments"} & {key for event in clients for key in event}
+    private = {"loss", "tokens", "assignments", "upload_bytes"}
+    assert clients and not private & {key for event in clients for key in event}
+    assert [event["loss"] for event in events if event["event"] == "round"] == [None] * 3
 
     with pytest.raises(KeyboardInterrupt):
         carry_out(settings, tmp_path / "stopped", stop_in=2)
@@ -121,24 +126,29 @@ def test_who_is_drawn_is_as_secret_as_the_noise_and_as_likely_as_epsilon_says(ti
     federation = build_federation(parse_run(with_overrides(tiny_run, PRIVATE)))
 
     def drawn(noise: str) -> list[list[str]]:
-        return [
-            [one.client for one in sample_clients(federation.clients, federation.settings, number, noise)]
-            for number in range(20)
-        ]
+        draws = (sample_clients(federation.clients, federation.settings, number, noise) for number in range(20))
+        return [[one.client for one in draw] for draw in draws]
 
     assert drawn("a") == drawn("a") != drawn("b") != drawn("")
     # with half of the configured clients there, each is drawn as often as with all of them
-    assert sum(
-        len(sample_clients(federation.clients[:2], federation.settings, number)) for number in range(400)
-    ) / 400 == pytest.approx(1.0, abs=0.15)
+    half = federation.clients[:2]
+    assert sum(len(sample_clients(half, federation.settings, number)) for number in range(400)) / 400 == pytest.approx(
+        1.0, abs=0.15
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"method.name": "flora"}, r"\[privacy\] cannot cover method flora: it needs each client's own factors"),
-        ({"method.name": "a3smoe"}, r"cannot cover method a3smoe: it weighs each client by its own use"),
-        ({"method.activation_power": 1.0}, r"cannot cover method ubsmoe: it weighs each client by its own use"),
+        (
+            {"method.name": "flora"},
+            r"\[privacy\] cannot be combined with method flora: it needs each client's own factors",
+        ),
+        ({"method.name": "a3smoe"}, r"cannot be combined with method a3smoe: it weighs each client by its own use"),
+        (
+            {"method.averaging.rule": "activation"},
+            r"cannot be combined with method ubsmoe: it weighs each client by its own use",
+        ),
         ({"robust.rule": "median"}, r"\[privacy\] bounds what one client can do to a mean"),
         ({"clients.per_round": None}, 'sampling "poisson" draws clients.per_round clients on average; set that'),
         ({"privacy.noise_multiplier": 0.0}, "privacy.noise_multiplier: .*greater than 0"),
@@ -146,7 +156,7 @@ def test_who_is_drawn_is_as_secret_as_the_noise_and_as_likely_as_epsilon_says(ti
     ],
 )
 def test_what_cannot_be_private_is_refused(changes: dict[str, Any], sentence: str, tiny_run: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         run_costs(parse_run(with_overrides(tiny_run, {**PRIVATE, **changes})))
 
 

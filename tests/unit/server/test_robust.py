@@ -1,5 +1,6 @@
 """[robust] in a run: which updates change, which are left out, what is refused."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -8,37 +9,49 @@ import torch
 
 from ubsmoe.config import ConfigError, RobustSettings, parse_run, with_overrides
 from ubsmoe.engines.local import LocalEngine
-from ubsmoe.errors import RoundError
+from ubsmoe.errors import RoundError, UserError
 from ubsmoe.maths.means import WeightedMean
 from ubsmoe.maths.robust import TrimmedMean
-from ubsmoe.messages import Dropped, Update
+from ubsmoe.messages import Dropped, Profile, Task, Tensors, Update
 from ubsmoe.methods.chosen import mean_of
-from ubsmoe.methods.method import State
+from ubsmoe.methods.method import Contribution
 from ubsmoe.plan.tiers import run_costs
 from ubsmoe.server.federation import build_federation
-from ubsmoe.server.robust import robustify
+from ubsmoe.server.robust import Answer, robustify
 from ubsmoe.server.rounds import one_round
 from ubsmoe.server.start import start_state
 
 A = "layers.0.up.A"
-STATE = State({A: torch.full((2, 3), 1.0), "layers.0.up.B": torch.zeros(2, 1)}, {"phi": torch.zeros(1, 2)})
+B = "layers.0.up.B"
+SENT = {A: torch.full((2, 3), 1.0), B: torch.zeros(2, 1), "phi": torch.zeros(1, 2)}
+TASK = Task(3, Profile("a", tier=0, budget=1.0, top_k=1, rank=1), SENT)
 
 
 def update(client: str, by: float, counts: tuple[int, int] = (6, 4), phi: float = 0.0) -> Update:
-    adapters = {A: STATE.adapters[A] + by, "layers.0.up.B": STATE.adapters["layers.0.up.B"].clone()}
+    adapters = {A: SENT[A] + by, B: SENT[B].clone()}
     extras = {"phi": torch.full((1, 2), phi)}
     return Update(client, 3, 5, adapters, torch.tensor([counts]), 10, 10, 1.0, 1.0, extras)
 
 
-def through(updates: list[Update], **robust: Any) -> tuple[list[Update], list[Dropped]]:
+def through(updates: list[Update], sent: Tensors = SENT, **robust: Any) -> tuple[list[Contribution], list[Dropped]]:
     dropped: list[Dropped] = []
-    return list(robustify(updates, STATE, RobustSettings(**robust), dropped.append)), dropped
+    answers = [(replace(TASK, payload=sent), update) for update in updates]
+    return list(robustify(answers, RobustSettings(**robust), dropped.append)), dropped
 
 
 def test_without_rules_the_updates_pass_one_by_one_as_they_are() -> None:
     updates = [update("a", 1.0), update("b", 2.0)]
-    lazily = robustify(iter(updates), STATE, RobustSettings(), lambda _: None)
-    assert next(lazily) is updates[0] and next(lazily) is updates[1]
+    asked: list[str] = []
+
+    def answers() -> Iterator[Answer]:
+        for one in updates:
+            asked.append(one.client)
+            yield TASK, one
+
+    lazily = robustify(answers(), RobustSettings(), lambda _: None)
+    for number, one in enumerate(updates):
+        passed = next(lazily)
+        assert passed.client == one.client and passed.adapters is one.adapters and len(asked) == number + 1
     assert isinstance(mean_of(RobustSettings())(), WeightedMean)
 
 
@@ -47,7 +60,7 @@ def test_a_long_change_is_shortened_with_the_methods_own_tensors() -> None:
     (long, short), _ = through([update("a", 2.0, phi=4.0), update("b", 0.1)], clip_norm=14**0.5)
     torch.testing.assert_close(long.adapters[A], torch.full((2, 3), 2.0))
     torch.testing.assert_close(long.extras["phi"], torch.full((1, 2), 2.0))
-    assert torch.equal(long.adapters["layers.0.up.B"], STATE.adapters["layers.0.up.B"])
+    assert torch.equal(long.adapters[B], SENT[B])
     assert {value.dtype for value in long.adapters.values()} == {torch.float32}
     assert short.adapters[A].tolist() == update("b", 0.1).adapters[A].tolist()
 
@@ -66,14 +79,15 @@ def test_multi_krum_measures_by_what_all_clients_have() -> None:
     updates = [update(name, by) for name, by in zip("abcde", (0.1, 0.2, 9.0, 0.15, 0.12), strict=True)]
     for number, one in enumerate(updates):
         one.extras[f"scale.{1 + number % 2}"] = torch.ones(1)
-    state = State(STATE.adapters, STATE.extras | {"scale.1": torch.zeros(1), "scale.2": torch.zeros(1)})
-    kept = list(robustify(updates, state, RobustSettings(rule="multi_krum", attackers=1), lambda _: None))
+    sent = SENT | {"scale.1": torch.zeros(1), "scale.2": torch.zeros(1)}
+    kept, _ = through(updates, sent, rule="multi_krum", attackers=1)
     assert [one.client for one in kept] == ["a", "b", "d", "e"]
 
 
 def test_counts_are_held_to_the_clients_median() -> None:
     kept, _ = through([update(name, 0.0) for name in "abcd"] + [update("liar", 0.0, (10, 0))], utilization_cap=1.25)
-    assert [one.expert_tokens.tolist() for one in kept] == [[[6, 4]]] * 4 + [[[8, 3]]]
+    capped = torch.stack([one.expert_tokens for one in kept]).squeeze(1)
+    torch.testing.assert_close(capped, torch.tensor([[6.0, 4.0]] * 4 + [[7.5, 3.2]], dtype=torch.float64))
 
 
 def test_trimmed_mean_and_median_are_what_methods_average_with() -> None:
@@ -109,7 +123,7 @@ def test_settings_that_protect_nothing_are_refused(
 def test_methods_on_single_factors_refuse_with_a_reason(name: str, tiny_run: dict[str, Any]) -> None:
     settings = parse_run(with_overrides(tiny_run, {"robust.clip_norm": 1.0, "method.name": name}))
     with pytest.raises(
-        ConfigError, match=rf"\[robust\] cannot protect method {name}: it needs each client's own factors"
+        UserError, match=rf"\[robust\] cannot be combined with method {name}: it needs each client's own factors"
     ):
         run_costs(settings)
 

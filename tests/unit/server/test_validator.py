@@ -1,4 +1,4 @@
-"""The gate: an honest update passes, every lie has its own reason, and the others' round goes on."""
+"""The validator: an honest update passes, every lie has its own reason, and the others' round goes on."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,26 +6,28 @@ from typing import Any
 import pytest
 import torch
 
-from ubsmoe.config import RoundSettings
+from ubsmoe.config import parse_run
 from ubsmoe.errors import RoundError
-from ubsmoe.messages import Dropped, Reply, Update
+from ubsmoe.messages import Dropped, Reply, Task, Update
+from ubsmoe.methods import build
+from ubsmoe.methods.method import Method, RunShape
 from ubsmoe.server.checks import Rejected, UpdateSpec, check_update, spec_of
-from ubsmoe.server.validator import Gate
+from ubsmoe.server.validator import UpdateSpecs, Validator
 from unit.wire.messages import COUNTS, PAYLOAD, TASK, UPDATE
 
 A = "layers.0.up.A"
-FORM = UpdateSpec(spec_of(UPDATE.adapters), spec_of(UPDATE.extras), (COUNTS.shape, COUNTS.dtype))
+SPEC = UpdateSpec(spec_of(UPDATE.adapters), spec_of(UPDATE.extras), (COUNTS.shape, COUNTS.dtype))
 SENT = UPDATE.adapters[A]
 
 
 def reason(update: Update, elastic: bool = False) -> str:
     with pytest.raises(Rejected) as caught:
-        check_update(update, TASK, FORM, max_change=1.0, elastic=elastic)
+        check_update(update, TASK, SPEC, max_change=1.0, elastic=elastic)
     return str(caught.value)
 
 
 def test_an_honest_update_passes() -> None:
-    check_update(UPDATE, TASK, FORM, max_change=1.0, elastic=False)
+    check_update(UPDATE, TASK, SPEC, max_change=1.0, elastic=False)
 
 
 def poisoned(value: float) -> torch.Tensor:
@@ -92,7 +94,7 @@ def test_a_lie_is_named(change: dict[str, Any], sentence: str) -> None:
 
 def test_elastic_steps_may_use_fewer_slots_but_never_less_than_one_per_token() -> None:
     fewer = replace(UPDATE, assignments=5, expert_tokens=torch.tensor([[3, 2, 0, 0, 0], [1, 1, 1, 1, 1]]))
-    check_update(fewer, TASK, FORM, max_change=1.0, elastic=True)
+    check_update(fewer, TASK, SPEC, max_change=1.0, elastic=True)
     too_few = replace(UPDATE, assignments=2, expert_tokens=torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 1, 1]]))
     assert "2 assignments for 3 tokens" in reason(too_few, elastic=True)
 
@@ -100,16 +102,40 @@ def test_elastic_steps_may_use_fewer_slots_but_never_less_than_one_per_token() -
 def test_the_change_is_measured_over_all_weights_that_were_sent() -> None:
     """60 weights moved by 1/4, 10 not at all: sqrt(60 / 16 / 70) = 0.2315."""
     with pytest.raises(Rejected, match=r"changed by 0\.231 .* at most 0\.23 \(rounds\.max_change\)"):
-        check_update(UPDATE, TASK, FORM, max_change=0.23, elastic=False)
-    check_update(UPDATE, TASK, FORM, max_change=0.232, elastic=False)
+        check_update(UPDATE, TASK, SPEC, max_change=0.23, elastic=False)
+    check_update(UPDATE, TASK, SPEC, max_change=0.232, elastic=False)
 
 
-def through(replies: list[Reply], wanted: int, quorum: float = 0.5) -> tuple[list[str], list[Dropped]]:
-    """Pass replies to tasks of clients a to d through a gate."""
+METHOD = build("fedavg", RunShape(num_layers=2, num_experts=5, k_max=2, rank=3, alpha=6.0))
+
+
+class Known(UpdateSpecs):
+    """The form of every update in this file, without a base."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __call__(self, task: Task) -> UpdateSpec:
+        return SPEC
+
+
+def through(
+    replies: list[Reply], wanted: int, quorum: float = 0.5, method: Method = METHOD
+) -> tuple[list[str], list[Dropped]]:
+    """Replies to tasks of clients a to d as a round takes them: who counts, and who was dropped."""
+    validator = Validator(Known(), parse_run({"rounds": {"quorum": quorum}}), method, wanted)
+    asked = {client: replace(TASK, profile=replace(TASK.profile, client=client)) for client in "abcd"}
+    passed: list[str] = []
     dropped: list[Dropped] = []
-    gate = Gate(lambda task: FORM, RoundSettings(quorum=quorum), elastic=False, wanted=wanted, drop=dropped.append)
-    list(gate.ask(replace(TASK, profile=replace(TASK.profile, client=client)) for client in "abcd"))
-    return [update.client for update in gate.passed(replies)], dropped
+    for reply in replies:
+        task = asked.pop(reply.client, None)
+        lost = reply if isinstance(reply, Dropped) else validator.fault(reply, task, TASK.round)
+        if lost:
+            dropped.append(lost)
+        else:
+            passed.append(reply.client)
+    validator.check_quorum(len(passed), TASK.round)
+    return passed, dropped
 
 
 def test_a_bad_update_is_dropped_and_the_others_count() -> None:
@@ -125,13 +151,9 @@ def test_a_bad_update_is_dropped_and_the_others_count() -> None:
 
 
 def test_what_the_method_finds_wrong_drops_an_update_too() -> None:
-    dropped: list[Dropped] = []
-    gate = Gate(
-        lambda task: FORM, RoundSettings(), elastic=False, wanted=2, drop=dropped.append,
-        fault=lambda update: "its rank is 0" if update.client == "b" else None,
-    )  # fmt: skip
-    list(gate.ask(replace(TASK, profile=replace(TASK.profile, client=client)) for client in "ab"))
-    assert [one.client for one in gate.passed([replace(UPDATE, client=client) for client in "ab"])] == ["a"]
+    picky = replace(METHOD, validate_update=lambda update: "its rank is 0" if update.client == "b" else None)
+    passed, dropped = through([replace(UPDATE, client=client) for client in "ab"], wanted=2, method=picky)
+    assert passed == ["a"]
     assert [(one.client, one.stage, one.reason) for one in dropped] == [("b", "validation", "its rank is 0")]
 
 

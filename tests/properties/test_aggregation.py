@@ -1,4 +1,4 @@
-"""Laws of aggregation that hold for any clients: hypothesis draws them."""
+"""Properties of aggregation that hold for any clients: hypothesis draws them."""
 
 import torch
 from hypothesis import given, settings
@@ -11,7 +11,7 @@ from ubsmoe.maths.spectra import energy_rank, retained_energy, tail_energy, trun
 
 OUT, IN = 9, 6
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
-law = settings(deadline=None, max_examples=40)
+drawn = settings(deadline=None, max_examples=40)
 
 floats32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 tensors = arrays.arrays("float32", (3, 2), elements=floats32).map(torch.from_numpy)
@@ -43,7 +43,7 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.dtype == right.dtype and left.view(BITS[left.dtype]).equal(right.view(BITS[right.dtype]))
 
 
-@law
+@drawn
 @given(tensors, st.lists(st.one_of(weights, st.just(0.0)), min_size=1, max_size=40), narrow, tensors)
 def test_clients_that_agree_get_back_exactly_what_they_agree_on(tensor, client_weights, dtype, fallback):
     tensor, fallback = tensor.to(dtype), fallback.to(dtype)
@@ -54,7 +54,7 @@ def test_clients_that_agree_get_back_exactly_what_they_agree_on(tensor, client_w
     assert same_bits(mean.result({"x": fallback})["x"], expected)
 
 
-@law
+@drawn
 @given(tensors, per_client_and_expert, tensors)
 def test_experts_nobody_weighs_in_on_keep_the_fallback_bit_for_bit(tensor, per_expert, fallback):
     mean = WeightedMean()
@@ -65,7 +65,7 @@ def test_experts_nobody_weighs_in_on_keep_the_fallback_bit_for_bit(tensor, per_e
     assert same_bits(result[touched], tensor[touched]) and same_bits(result[~touched], fallback[~touched])
 
 
-@law
+@drawn
 @given(st.lists(st.tuples(tensors, weights), min_size=1, max_size=6), weights, st.randoms(use_true_random=False))
 def test_the_mean_ignores_the_order_and_the_unit_of_the_weights(drawn, unit, random):
     def mean(items, factor: float = 1.0) -> torch.Tensor:
@@ -84,7 +84,7 @@ def test_the_mean_ignores_the_order_and_the_unit_of_the_weights(drawn, unit, ran
     assert (mean(drawn) <= stacked.amax(0) + slack).all() and (mean(drawn) >= stacked.amin(0) - slack).all()
 
 
-@law
+@drawn
 @given(clients())
 def test_the_error_of_every_cut_is_the_tail_of_the_spectrum(drawn):
     pairs, client_weights = drawn
@@ -98,7 +98,7 @@ def test_the_error_of_every_cut_is_the_tail_of_the_spectrum(drawn):
         torch.testing.assert_close(error, tail_energy(full.singular_values)[..., kept], rtol=1e-7, atol=1e-9)
 
 
-@law
+@drawn
 @given(clients(), st.randoms(use_true_random=False), st.integers(1, 6))
 def test_the_order_of_clients_does_not_matter(drawn, random, rank):
     pairs, client_weights = drawn
@@ -109,7 +109,7 @@ def test_the_order_of_clients_does_not_matter(drawn, random, rank):
     assert_same_cut(one, other, rank)
 
 
-@law
+@drawn
 @given(clients(), st.integers(0, 2**31), st.floats(-6, 6), st.integers(1, 6))
 def test_only_the_clients_products_matter_not_their_factors(drawn, seed, decades, rank):
     pairs, client_weights = drawn
@@ -131,7 +131,7 @@ def assert_same_cut(one, other, rank: int) -> None:
     torch.testing.assert_close(frobenius(other.pair), frobenius(one.pair), rtol=1e-6, atol=1e-6)
 
 
-@law
+@drawn
 @given(clients(), st.floats(0.01, 1.0))
 def test_an_energy_cut_is_minimal_and_monotone(drawn, energy):
     values = truncated_svd(*drawn).singular_values
@@ -142,7 +142,7 @@ def test_an_energy_cut_is_minimal_and_monotone(drawn, energy):
     assert (more >= rank).all() and (energy_rank(values, 1.0) == (values > 0).sum(-1)).all()
 
 
-@law
+@drawn
 @given(clients())
 def test_inner_products_obey_cauchy_schwarz_and_add_up(drawn):
     pairs, client_weights = drawn

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 from ubsmoe.maths.means import WeightedMean
 from ubsmoe.maths.robust import (
     TrimmedMean,
-    capped_counts,
+    capped_shares,
     clip_factor,
     krum_scores,
     multi_krum,
@@ -172,12 +172,13 @@ def test_a_clipped_change_is_never_longer_and_a_short_one_is_left_alone(norm, lo
 
 
 @given(st.integers(2, 4), st.integers(0, 2**31), st.floats(1, 4), st.integers(0, 5))
-def test_a_liars_counts_stay_within_the_cap_of_the_honest_range(liars, seed, cap, expert):
+def test_a_liars_shares_stay_within_the_cap_of_the_honest_range(liars, seed, cap, expert):
     """2 to 4 liars among more honest clients put all on one expert: it stays within the cap of an honest share."""
     draw, assignments = np.random.default_rng(seed), 4000
-    honest = torch.from_numpy(draw.multinomial(assignments, draw.dirichlet(np.full(6, 3.0), (liars + 1, 2))))
-    lie = torch.zeros(liars, 2, 6, dtype=torch.int64)
-    lie[..., expert] = assignments
-    capped = capped_counts(torch.cat([honest, lie]), torch.full((2 * liars + 1,), assignments), cap)
-    assert (capped <= (honest.amax(0) * cap + 1)).all() and (capped >= (honest.amin(0) / cap - 1)).all()
-    assert torch.equal(capped_counts(honest[:1].expand(5, -1, -1), torch.full((5,), assignments), cap)[3], honest[0])
+    counts = draw.multinomial(assignments, draw.dirichlet(np.full(6, 3.0), (liars + 1, 2)))
+    honest = torch.from_numpy(counts).double() / assignments
+    lie = torch.zeros(liars, 2, 6, dtype=torch.float64)
+    lie[..., expert] = 1
+    capped = capped_shares(torch.cat([honest, lie]), cap)
+    assert (capped <= honest.amax(0) * cap + 1e-12).all() and (capped >= honest.amin(0) / cap - 1e-12).all()
+    assert torch.equal(capped_shares(honest[:1].expand(5, -1, -1), cap)[3], honest[0])
