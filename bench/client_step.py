@@ -48,13 +48,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from ubsmoe.client.allocator import keep_freed_memory
 from ubsmoe.client.train import language_loss
 from ubsmoe.config import parse_run
-from ubsmoe.costs.shape import EXPERTS_ONLY
+from ubsmoe.costs import workload
+from ubsmoe.costs.flops import batch_flops
 from ubsmoe.data.sources import load_training
 from ubsmoe.data.tokens import IGNORED, batches, collate, pad_id, tokenize
 from ubsmoe.model.load import load_tokenizer
 from ubsmoe.model.presets import shape_from_config
 from ubsmoe.model.surgery import SparseModel
-from ubsmoe.plan import forecast
 
 RESULT = Path(__file__).resolve().parent / "results" / "client_step.json"
 SEED, RANK, LENGTH = 0, 8, 128
@@ -110,10 +110,10 @@ def fresh_batches(data: str, size: int) -> Iterator[Batch]:
         yield collate([tokens[i] for i in chosen], pad_id(tokenizer))
 
 
-def asked(batch: Batch) -> forecast.Batch:
+def asked(batch: Batch) -> workload.Batch:
     """How much of a batch is real and labelled."""
     labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
-    return forecast.Batch(*batch["input_ids"].shape, int(batch["attention_mask"].sum()), labelled)
+    return workload.Batch(*batch["input_ids"].shape, int(batch["attention_mask"].sum()), labelled)
 
 
 def ours(data: str, top_k: int) -> Step:
@@ -293,10 +293,10 @@ def measure(ways: list[str], rows: list[tuple[str, int, int]], repeats: int) -> 
     return facts
 
 
-def what_is_asked(seen: list[forecast.Batch], data: str, top_k: int) -> dict[str, float]:
+def what_is_asked(seen: list[workload.Batch], data: str, top_k: int) -> dict[str, float]:
     """Shares of padding and of labelled tokens, and FLOPs of our step per token that is no padding."""
     shape, real = shape_from_config(olmoe_config(data)), sum(batch.real for batch in seen)
-    flops = sum(forecast.batch_flops(shape, top_k, RANK, batch, EXPERTS_ONLY, 0.0) for batch in seen)
+    flops = sum(batch_flops(shape, top_k, workload.Workload(RANK, batch)) for batch in seen)
     return {
         "padding": 1 - real / sum(batch.rows * batch.length for batch in seen),
         "labelled": sum(batch.labelled for batch in seen) / real,

@@ -18,6 +18,8 @@ from client_step import LENGTH, RANK, SEED, Batch, Step, fresh_batch, olmoe_conf
 from ubsmoe.client.allocator import keep_freed_memory
 from ubsmoe.client.train import language_loss
 from ubsmoe.costs.flops import backward_flops_per_token, forward_flops_per_token, pseudo_gradient_flops_per_token
+from ubsmoe.costs.workload import Batch as BatchShape
+from ubsmoe.costs.workload import Workload
 from ubsmoe.messages import Profile
 from ubsmoe.methods import build
 from ubsmoe.methods.method import RunShape
@@ -59,10 +61,9 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     shape = shape_from_config(olmoe_config("full"))
-    plain = sum(
-        flops(shape, TOP_K, RANK, LENGTH).total for flops in (forward_flops_per_token, backward_flops_per_token)
-    )
-    promised = pseudo_gradient_flops_per_token(shape, TOP_K, RANK, FRACTION) / plain
+    workload = Workload(RANK, BatchShape.full(1, LENGTH), pair_fraction=FRACTION)
+    plain = sum(flops(shape, TOP_K, workload).total for flops in (forward_flops_per_token, backward_flops_per_token))
+    promised = pseudo_gradient_flops_per_token(shape, TOP_K, workload) / plain
     steps, rows = {mode: stepper(mode) for mode in MODES}, []
     print(f"K={TOP_K}: time added to a step without pseudo-gradient, median of paired steps (quartiles)")
     for size, repeats in ((1, 9),) if options.quick else ((1, 30), (8, 15)):

@@ -1,4 +1,4 @@
-"""`ubsmoe plan` against reality: 14 runs, foreseen from their settings, then carried out.
+"""`ubsmoe plan` against reality: 14 runs, estimated from their settings, then carried out.
 
     FLOPs   torch's FlopCounterMode around one client's round (`ubsmoe.client.train.train`, batches of 3), against the tier's FLOPs
     memory  a fresh process trains a client of a tiny base of the same family, so that the libraries hold what they will: code
@@ -8,7 +8,7 @@
             give freed memory back at once, so that what counts is what is held
     bytes   the `client` events of a round of the whole run: down equal or not. Up, the plan is for an update that touched
             every expert; less what stayed at home (counted from the tensors), equal or not; and as a share of the plan's
-    seconds of that client's round, over the seconds foreseen: how far products of expert size are from the whole step
+    seconds of that client's round, over the seconds estimated: how far products of expert size are from the whole step
 
 Each base is random, OLMoE- or Mixtral- or Qwen3-shaped, small, but large enough that tensors dominate. Seed 0, Linux only.
 
@@ -71,7 +71,7 @@ def settings_of(base: Path, changes: dict[str, Any]) -> Any:
         "threads": 1,
         "model": {"base": str(base)},
         "clients": {"count": 4},
-        # a client has one batch: the largest it may meet, which is what memory is foreseen for, is the one it trains on
+        # a client has one batch: the largest it may meet, which is what memory is estimated for, is the one it trains on
         "data": {"synthetic": {"train_examples": 4 * changes.get("train.batch_size", 24), "test_examples": 8}},
         "method": {"name": "fedavg"},
         "train": {"rounds": 2, "local_steps": 2, "batch_size": 24},
@@ -221,9 +221,9 @@ def one_case(number: int) -> dict[str, Any]:
         "case": name,
         "flops": {"plan": planned, "real": counted, "ratio": planned / counted},
         "memory": {
-            "plan": client["memory_bytes"],
+            "plan": client["peak_memory_bytes"],
             "real": real["memory_bytes"],
-            "ratio": client["memory_bytes"] / real["memory_bytes"],
+            "ratio": client["peak_memory_bytes"] / real["memory_bytes"],
             "parts": client["memory"],
         },
         "download_equal": down,

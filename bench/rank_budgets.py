@@ -10,8 +10,8 @@ python bench/rank_budgets.py [COMPARISON] [--tiers 1 2] [--out FILE]     after `
 import argparse
 from pathlib import Path
 
+from ubsmoe.costs.shape import budget_top_k
 from ubsmoe.finished.run import evaluate_run
-from ubsmoe.maths.routing import budget_top_k
 from ubsmoe.storage.disk import atomic_write
 from ubsmoe.storage.runfolder import read_run
 from ubsmoe.study.compare import METRICS, to_csv

@@ -14,9 +14,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "messages": set(),
     # tensors in, tensors out; arithmetic from a model's shape
     "maths": set(),
-    "costs": {"maths"},
+    "costs": set(),
     # run files, folders, records, bytes
-    "config": {"errors"},
+    "config": {"costs", "errors"},
     "storage": {"errors"},
     "data": {"config", "errors", "seeds"},
     "wire": {"config", "errors", "maths", "messages"},
@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines": {"client", "config", "data", "messages", "plan", "seeds", "server", "wire"},
     "engines/flower": {"client", "config", "data", "errors", "messages", "server", "storage", "wire"},
     "finished": {
-        *{"config", "data", "errors", "export", "maths", "messages", "methods", "model", "seeds", "server", "storage"},
+        *{"config", "costs", "data", "errors", "export", "messages", "methods", "model", "seeds", "server", "storage"},
     },
     "study": {
         *{"client", "config", "data", "engines", "finished", "maths", "messages", "methods", "model", "plan"},

@@ -114,11 +114,36 @@ def test_methods_lists_every_method_with_its_settings(monkeypatch: pytest.Monkey
     }
 
 
-def test_costs_of_the_olmoe_preset_need_no_weights(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    assert ubsmoe(monkeypatch, "costs", "--model", "olmoe-1b-7b", "--json") == 0
-    tiers = json.loads(capsys.readouterr().out)["tiers"]
+def test_the_plan_of_a_preset_is_that_of_plain_averaging_unless_a_method_is_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def planned(*arguments: str) -> dict[str, Any]:
+        assert ubsmoe(monkeypatch, "plan", "--model", "olmoe-1b-7b", *arguments, "--json") == 0
+        return json.loads(capsys.readouterr().out)
+
+    plain = planned("--memory", "36GB")
+    tiers = plain["tiers"]
     assert [tier["top_k"] for tier in tiers] == [2, 4, 6, 8]
     assert tiers[0]["forward_flops_per_token"] < 0.6 * tiers[3]["forward_flops_per_token"]
+    assert plain["fits"]["tiers"] == []
+    assert plain["method"] == "fedavg" and planned("--set", "method.name=fedavg")["tiers"] == tiers
+    ranked = planned("--set", "method.name=hetlora")
+    assert ranked["method"] == "hetlora" and [tier["rank"] for tier in ranked["tiers"]] == [4, 8, 16, 32]
+    longer = planned("--sequence-length", "1024")
+    assert longer == planned("--set", "data.max_length=1024") and longer["tiers"] != tiers
+    assert (
+        ubsmoe(monkeypatch, "plan", "--model", "olmoe-1b-7b", "--set", "model.dtype=bfloat16", "--memory", "40GiB") == 0
+    )
+    assert "a device of 40 GiB holds tiers: 1, 2, 3, 4" in capsys.readouterr().out
+
+
+def test_the_plan_of_a_preset_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from ubsmoe.cli import app\n"
+        "app(['plan', '--model', 'olmoe-1b-7b', '--json'], standalone_mode=False)\n"
+        "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize(
@@ -235,11 +260,31 @@ def test_a_disk_that_refuses_an_event_ends_in_a_sentence(
 
 
 @pytest.mark.parametrize("change", ["method.name=ubsmoo", "tiers.k_max=9", "method.pg_strength=nan"])
-def test_costs_refuse_what_a_run_refuses(
+def test_a_plan_refuses_what_a_run_refuses(
     change: str, monkeypatch: pytest.MonkeyPatch, capsys: Any, tiny_run: dict, write_toml: WriteToml
 ) -> None:
-    assert ubsmoe(monkeypatch, "costs", write_toml(tiny_run), "--set", change) == 2
+    assert ubsmoe(monkeypatch, "plan", write_toml(tiny_run), "--set", change) == 2
     assert capsys.readouterr().err.startswith(f"ubsmoe: {change.partition('=')[0]}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["costs", "--model", "olmoe-1b-7b"], "ubsmoe costs is now ubsmoe plan"),
+        (["plan"], "expected either a run file or --model NAME"),
+        (["plan", "RUN.toml", "--model", "olmoe-1b-7b"], "expected either a run file or --model NAME"),
+        (["plan", "RUN.toml", "--sequence-length", "9"], "--sequence-length needs --examples or --model"),
+        (["plan", "--model", "olmoe-1b-7b", "--examples", "9"], "--examples and --flops-per-second need a run file"),
+        (["plan", "--model", "olmoe-1b-7b", "--set", "tiers.k_max=9"], "tiers.k_max is 9, but olmoe-1b-7b"),
+        (["plan", "--model", "no-such-base"], "no usable model configuration at 'no-such-base'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_planned_is_refused_in_a_sentence(
+    arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert ubsmoe(monkeypatch, *arguments) == 2
+    assert capsys.readouterr().err.startswith(f"ubsmoe: {sentence}")
 
 
 def test_a_plan_needs_no_weights_and_says_what_a_device_holds(
@@ -260,11 +305,17 @@ def test_a_plan_needs_no_weights_and_says_what_a_device_holds(
     assert ubsmoe(monkeypatch, "plan", file, "--examples", "40", "--flops-per-second", "1e9") == 0
     printed = capsys.readouterr().out
     assert "an upper bound" in printed and "2 rounds of 4 clients" in printed
+    longer = ["plan", file, "--examples", "40", "--flops-per-second", "1e9", "--json", "--sequence-length"]
+    tokens = []
+    for length in ("32", "64"):
+        assert ubsmoe(monkeypatch, *longer, length) == 0
+        tokens.append(json.loads(capsys.readouterr().out)["tiers"][0]["tokens"])
+    assert tokens[1] == 2 * tokens[0]
     assert ubsmoe(monkeypatch, "plan", file, "--memory", "big") == 2
     assert "--memory 'big'" in capsys.readouterr().err
 
 
-def test_a_comparison_is_foreseen_from_a_file_of_methods(
+def test_a_comparison_is_estimated_from_a_file_of_methods(
     monkeypatch: pytest.MonkeyPatch, capsys: Any, tiny_run: dict, write_toml: WriteToml, tmp_path: Path
 ) -> None:
     methods, out = tmp_path / "methods.txt", tmp_path / "never"

@@ -135,7 +135,9 @@ class Lab:
             matrices |= {f"attention.{name}": matrix for name, matrix in layer.attention.adapters.items()}
             for name, matrix in matrices.items():
                 a, b = matrix.joined()
-                dense[f"layers.{layer.index}.{name}"] = layer.routing.lora_scale * (b.detach().double() @ a.detach().double())
+                dense[f"layers.{layer.index}.{name}"] = layer.routing.lora_scale * (
+                    b.detach().double() @ a.detach().double()
+                )
         self.model.clear()
         return dense
 

@@ -13,6 +13,7 @@ from ubsmoe.data.tokens import Tokens
 from ubsmoe.errors import UserError
 from ubsmoe.maths.pseudo_gradient import PseudoGradient
 from ubsmoe.messages import Task
+from ubsmoe.costs.shape import Trained
 from ubsmoe.methods import METHODS, build
 from ubsmoe.methods.fedavg import fedavg
 from ubsmoe.methods.method import PROPERTIES, Method, RunShape
@@ -85,8 +86,11 @@ def test_each_part_and_each_of_its_settings_does_something(lab, settings):
 def test_parts_add_what_they_cost_and_what_they_tell(lab):
     """By hand: phi is L M = 12 numbers down, and 12 up where clients train it; a scale is L = 2 both ways."""
 
+    plain = build("fedavg", lab.shape)
+
     def extra(name, **settings):
-        return build(name, lab.shape, settings).extra_elements(lab.sizes, 4)
+        adapter, own = (m.traffic(lab.sizes, 4, Trained(), "float32") for m in (plain, build(name, lab.shape, settings)))
+        return (own.download_bytes - adapter.download_bytes) // 4, (own.upload_bytes - adapter.upload_bytes) // 4
 
     assert (extra("fedavg"), extra("ubsmoe"), extra("ubsmoe", dmr=False)) == ((0, 0), (12, 0), (0, 0))
     assert (extra("flame", dmr=True), extra("flame", dmr={"phi": "trained"})) == ((14, 2), (14, 14))

@@ -127,7 +127,9 @@ def test_scores_are_kept_only_while_somebody_needs_them(lab, model, install):
     language_loss(model, BATCH)
     assert all(layer.chosen.shape == (10, 3) for layer in model.layers)
     model.clear()
-    assert all(layer.observed.logits is None and layer.chosen is None and not layer.routing.recording for layer in model.layers)
+    assert all(
+        layer.observed.logits is None and layer.chosen is None and not layer.routing.recording for layer in model.layers
+    )
 
 
 # ------------------------------------------------------------------------------------------------ loss-free balancing

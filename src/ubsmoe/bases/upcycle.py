@@ -35,7 +35,7 @@ from ubsmoe.config import ConfigError, DataSettings
 from ubsmoe.data.records import read_file
 from ubsmoe.data.tokens import batches, collate, pad_id, tokenize
 from ubsmoe.model.conventions import UnsupportedModel
-from ubsmoe.model.load import check_place, quieten
+from ubsmoe.model.presets import check_place, quieten
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
 from ubsmoe.storage.exportfolder import check_free, write_folder

@@ -1,11 +1,12 @@
-"""Verbs that show: what a run did, what it would cost, which methods there are."""
+"""Verbs that show: what a run did, what it costs, which methods there are."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ubsmoe.cli.app import AsJson, RunFile, Runs, Set, app, needs, overrides, print_json, read_settings
+from ubsmoe.cli.app import AsJson, Runs, Set, app, needs, overrides, print_json, read_settings
+from ubsmoe.errors import UserError
 
 
 @app.command("watch")
@@ -74,39 +75,22 @@ def methods_command(json_: AsJson = False) -> None:
             typer.echo(f"  {key} = {value!r}")
 
 
-@app.command("costs")
-def costs_command(
-    run_file: Annotated[Path | None, typer.Argument(help="run file (TOML)", show_default=False)] = None,
-    model: Annotated[str | None, typer.Option(help="instead of a run file: olmoe-1b-7b, a folder or a hub id")] = None,
-    sequence_length: Annotated[int | None, typer.Option(min=1, help="tokens per example")] = None,
-    set_: Set = None,
-    json_: AsJson = False,
-) -> None:
-    """FLOPs, memory and bytes per tier, counted without weights."""
-    from ubsmoe.config import ConfigError, parse_run, with_overrides
-
-    if (run_file is None) == (model is None):
-        raise ConfigError("give either a run file or --model NAME")
-    settings = (
-        read_settings(run_file, set_)
-        if run_file
-        else parse_run(with_overrides({}, {"model.base": model, **overrides(set_)}))
-    )
-    from ubsmoe.plan.tiers import run_costs
-
-    tiers = [cost.as_dict() for cost in run_costs(settings, sequence_length)]
-    if json_:
-        return print_json({"model": settings.model.base, "method": settings.method.name, "tiers": tiers})
-    from rich.console import Console
-
-    from ubsmoe.report.console import cost_table, show
-
-    show(Console(), cost_table(settings.model.base, tiers))
+@app.command("costs", hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def costs_command() -> None:
+    """Refuse the old name of a verb."""
+    raise UserError("ubsmoe costs is now ubsmoe plan")
 
 
 @app.command("plan")
 def plan_command(
-    run_file: RunFile,
+    run_file: Annotated[Path | None, typer.Argument(help="run file (TOML)", show_default=False)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="instead of a run file: olmoe-1b-7b, a folder or a hub id, under plain federated averaging; what a method "
+            "adds needs a run file or --set method.name=..."
+        ),
+    ] = None,
     examples: Annotated[
         int | None, typer.Option(min=1, help="training examples in all: plan by data.max_length, without reading data")
     ] = None,
@@ -114,26 +98,58 @@ def plan_command(
     flops_per_second: Annotated[
         float | None, typer.Option(min=1, help="of the clients' machines; measured here when left out")
     ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="tokens per example, with --examples or --model; else data.max_length")
+    ] = None,
     set_: Set = None,
     json_: AsJson = False,
 ) -> None:
-    """Say before a run what it will take: memory, FLOPs, bytes and seconds per tier and in all. Loads no weights."""
-    settings = read_settings(run_file, set_)
-    from ubsmoe.plan.forecast import fitting, forecast
+    """Estimate memory, FLOPs, bytes and seconds per tier, of a run or of a base alone. Loads no weights."""
+    from ubsmoe.config import ConfigError
+    from ubsmoe.plan.devices import fitting
 
-    plan = forecast(settings, examples, flops_per_second)
+    if (run_file is None) == (model is None):
+        raise ConfigError("expected either a run file or --model NAME; give one of them")
+    if sequence_length:
+        if not (examples or model):
+            raise ConfigError("--sequence-length needs --examples or --model: lengths are read from the run's data")
+        set_ = [*(set_ or []), f"data.max_length={sequence_length}"]
+    if run_file:
+        from ubsmoe.plan.forecast import forecast
+
+        plan = forecast(read_settings(run_file, set_), examples, flops_per_second)
+    else:
+        if examples or flops_per_second:
+            raise ConfigError("--examples and --flops-per-second need a run file; leave them out with --model")
+        plan = _plan_of_base({"model.base": model, **overrides(set_)})
     if memory is not None:
-        plan["fits"] = fitting(plan, memory)
+        plan["fits"] = fitting(plan["tiers"], memory)
     if json_:
         return print_json(plan)
     from rich.console import Console
 
-    from ubsmoe.report.console import plan_lines, plan_table, show
+    from ubsmoe.report.console import cost_table, plan_lines, plan_table, show
 
     console = Console()
-    show(console, plan_table(plan))
+    show(console, plan_table(plan) if run_file else cost_table(plan["model"], plan["tiers"]))
     for line in plan_lines(plan):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _plan_of_base(changes: dict[str, Any]) -> dict[str, Any]:
+    """The costs of a base's tiers; where no method is set, those of plain federated averaging, which need no torch."""
+    from ubsmoe.config import parse_run, with_overrides
+    from ubsmoe.plan.tiers import plan_base, plan_tiers
+
+    settings = parse_run(with_overrides({}, changes))
+    chosen = any(key.split(".")[0] == "method" for key in changes)
+    plan = plan_tiers(settings) if chosen else plan_base(settings)
+    return {
+        "model": settings.model.base,
+        "method": settings.method.name if chosen else "fedavg",
+        "parameters": plan.shape.parameters,
+        "tiers": [cost.as_dict() for cost in plan.costs],
+    }
 
 
 def _figure_costs() -> dict[str, list[dict[str, Any]]]:

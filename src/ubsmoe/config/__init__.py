@@ -27,9 +27,9 @@ from ubsmoe.config.settings import (
     SyntheticSettings,
     TierSettings,
     TrainSettings,
-    WireDtype,
     WireSettings,
 )
+from ubsmoe.costs.workload import WireDtype
 
 __all__ = [
     "AdapterSettings",

@@ -4,10 +4,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from ubsmoe.costs.workload import WireDtype
+
 Budget = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rank = Annotated[int, Field(ge=1, le=4096)]  # far above any use: a slip of the hand must not eat the machine's memory
-WireDtype = Literal["float32", "bfloat16", "int8"]
 
 
 class Settings(BaseModel):

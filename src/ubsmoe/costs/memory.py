@@ -1,8 +1,10 @@
 """An estimate of what one training step holds in memory. The legend of letters is in `ubsmoe.costs.flops`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from ubsmoe.costs.shape import EXPERTS_ONLY, ModelShape, Trained
+from ubsmoe.costs.flops import tokens_of_experts
+from ubsmoe.costs.shape import ModelShape
+from ubsmoe.costs.workload import Workload
 
 FLOAT32, INT64 = 4, 8
 
@@ -25,26 +27,12 @@ class Memory:
         return sum(asdict(self).values())
 
 
-def peak_memory_bytes(
-    shape: ModelShape,
-    top_k: int,
-    rank: int,
-    batch_size: int,
-    sequence_length: int,
-    dtype_bytes: int,
-    trained: Trained = EXPERTS_ONLY,
-    optimizer_moments: int = 2,
-    real: int | None = None,
-    labelled: int | None = None,
-    accumulating: bool = False,
-    pair_fraction: float = 0.0,
-    recomputing: bool = False,
-) -> Memory:
+def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memory:
     """Bytes of the base, the task as received, the adapter in training, its optimiser, and what one step adds to them.
 
-    A step has two high tides, and the higher one is returned: where backward begins (all activations, and the working space
-    of the loss or of one layer), and where the optimiser steps (all gradients, two copies of the largest tensor). In between
-    gradients come as activations go, so neither tide holds both, unless gradients are accumulated.
+    A step has two peaks, and the higher one is returned: where backward begins (all activations, and the working space of the
+    loss or of one layer), and where the optimiser steps (all gradients, two copies of the largest tensor). In between gradients
+    come as activations go, so neither peak holds both, unless gradients are accumulated.
 
     `activations` is what autograd and the kernel keep from forward to backward, checked against torch in the tests; it falls
     with K, as `working` does. All experts stay resident.
@@ -54,49 +42,63 @@ def peak_memory_bytes(
     layer keeps what the average one does. Left out: python and its libraries, the data, the allocator's slack, and in one
     process what the server and the engine hold.
 
-    Args:
-        shape: the model.
-        top_k: K, experts per token.
-        rank: LoRA rank.
-        batch_size: sequences per forward pass.
-        sequence_length: tokens per sequence, padding included.
-        dtype_bytes: 4 for float32, 2 for bfloat16.
-        trained: what is trained beside the experts.
-        optimizer_moments: float32 numbers kept per trained element: 2 for AdamW, 1 for SGD with momentum.
-        real: tokens that are no padding, which alone go through experts; all when left out.
-        labelled: positions that have a label, whose logits and last experts alone are computed; all when left out.
-        accumulating: whether gradients of an earlier forward pass are there already.
-        pair_fraction: share of the missing (token, expert) pairs that a pseudo-gradient runs too.
-        recomputing: gradient checkpointing: layers keep their input, and one at a time the rest.
-
     Raises:
-        ValueError: if `top_k`, `rank` or `sequence_length` is impossible for this shape.
+        ValueError: if `top_k` is not in 1..M.
     """
-    shape.check(top_k, rank, sequence_length)
-    tokens = batch_size * sequence_length
-    adapter = FLOAT32 * shape.trained_elements(rank, trained)
-    real, labelled = (tokens if count is None else count for count in (real, labelled))
-    loss = labelled * shape.vocab * (3 * FLOAT32 + dtype_bytes % FLOAT32)
-    layer = dtype_bytes * _held_by_layer(shape, tokens, top_k) + 2 * adapter // shape.num_moe_layers
-    pairs = (top_k + pair_fraction * (shape.num_experts - top_k)) * sum(tokens_of_experts(shape, real, labelled))
-    # which token a pair is of, and its weight, beside what the experts keep
-    experts = pairs * (dtype_bytes * _saved_by_pair(shape, rank) + INT64 + dtype_bytes)
-    inputs = shape.num_moe_layers * shape.hidden
-    others = inputs + _saved_by_attention(shape, rank, trained.attention) + _saved_by_dense(shape, trained.attention)
-    b_again = shape.num_moe_layers * shape.num_experts * rank * (shape.hidden + shape.up_matrices * shape.expert_width)
-    saved = experts + tokens * (dtype_bytes * others + FLOAT32 * _saved_by_norms(shape, trained.attention))
-    if recomputing:
-        layer += round(saved / shape.num_moe_layers)
-        saved = dtype_bytes * tokens * shape.hidden * shape.num_layers
-    activations = dtype_bytes * b_again + saved
-    always = {"weights": shape.parameters * dtype_bytes, "task": adapter, "adapters": adapter}
-    always["optimizer"] = optimizer_moments * adapter
-    largest = FLOAT32 * shape.num_experts * rank * max(shape.hidden, shape.up_matrices * shape.expert_width)
-    backward = Memory(
-        **always, gradients=accumulating * adapter, activations=round(activations), working=max(loss, layer)
+    shape.check_top_k(top_k)
+    adapter = FLOAT32 * shape.trained_elements(workload.rank, workload.trained)
+    at_step = Memory(
+        weights=shape.parameters * workload.dtype_bytes,
+        task=adapter,
+        adapters=adapter,
+        optimizer=workload.optimizer_moments * adapter,
+        gradients=adapter,
+        activations=0,
+        working=2
+        * FLOAT32
+        * shape.num_experts
+        * workload.rank
+        * max(shape.hidden, shape.up_matrices * shape.expert_width),
     )
-    step = Memory(**always, gradients=adapter, activations=0, working=2 * largest)
-    return max(backward, step, key=lambda tide: tide.total)
+    activations, layer = _activations(shape, top_k, workload)
+    working = max(_loss(shape, workload), layer + 2 * adapter // shape.num_moe_layers)
+    gradients = workload.accumulating * adapter
+    at_backward = replace(at_step, gradients=gradients, activations=activations, working=working)
+    return max(at_backward, at_step, key=lambda peak: peak.total)
+
+
+def _activations(shape: ModelShape, top_k: int, workload: Workload) -> tuple[int, int]:
+    """Bytes kept from forward to backward by all layers, and what one MoE layer takes while it goes backward."""
+    tokens, width = workload.batch.tokens, workload.dtype_bytes
+    saved = _saved_by_experts(shape, top_k, workload) + tokens * _saved_per_token(shape, workload)
+    layer = width * _held_by_layer(shape, tokens, top_k)
+    if workload.recomputing:
+        layer += round(saved / shape.num_moe_layers)
+        saved = width * tokens * shape.hidden * shape.num_layers
+    # the kernel's copies of B, which backward reads again
+    outs = shape.hidden + shape.up_matrices * shape.expert_width
+    b = shape.num_moe_layers * shape.num_experts * workload.rank * outs
+    return round(width * b + saved), layer
+
+
+def _saved_by_experts(shape: ModelShape, top_k: int, workload: Workload) -> float:
+    """Bytes of all (token, expert) pairs: what the experts keep, which token a pair is of, and its weight."""
+    running = top_k + workload.pair_fraction * (shape.num_experts - top_k)
+    pairs = running * sum(tokens_of_experts(shape, workload.batch))
+    return pairs * (workload.dtype_bytes * _saved_by_pair(shape, workload.rank) + INT64 + workload.dtype_bytes)
+
+
+def _saved_per_token(shape: ModelShape, workload: Workload) -> int:
+    """Bytes per token of everything but the routed experts: inputs of MoE layers, attention, dense parts, norms."""
+    attention = workload.trained.attention
+    elements = shape.num_moe_layers * shape.hidden
+    elements += _saved_by_attention(shape, workload.rank, attention) + _saved_by_dense(shape, attention)
+    return workload.dtype_bytes * elements + FLOAT32 * _saved_by_norms(shape, attention)
+
+
+def _loss(shape: ModelShape, workload: Workload) -> int:
+    """Bytes of the logits with a label, in float32 three times over, and once more in a narrower dtype."""
+    return workload.batch.labelled * shape.vocab * (3 * FLOAT32 + workload.dtype_bytes % FLOAT32)
 
 
 def _held_by_layer(shape: ModelShape, tokens: int, top_k: int) -> int:
@@ -107,15 +109,6 @@ def _held_by_layer(shape: ModelShape, tokens: int, top_k: int) -> int:
     rows = min(tokens, -(-2 * tokens * top_k // shape.num_experts))
     inner = (2 * shape.up_matrices + 1) * shape.expert_width  # before and after the activation, and gradients of both
     return 4 * tokens * shape.hidden + rows * (2 * shape.hidden + inner)
-
-
-def tokens_of_experts(shape: ModelShape, real: int, labelled: int) -> list[int]:
-    """Tokens that go through the experts of each MoE layer: the real ones; in a last layer, the labelled ones.
-
-    Where dense layers lie between, the shape does not say which kind comes last: then all are real ones.
-    """
-    last = real if shape.dense_layers_above else labelled
-    return [real] * shape.moe_layers_above + [last]
 
 
 def _saved_by_pair(shape: ModelShape, rank: int) -> int:

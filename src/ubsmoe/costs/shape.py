@@ -1,5 +1,6 @@
 """The sizes of a sparse-MoE decoder and the elements of its parts. The legend of letters is in `ubsmoe.costs.flops`."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -29,7 +30,7 @@ EXPERTS_ONLY = Trained()
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that a model's costs depend on. Build one with `ubsmoe.model.presets.shape_from_config`.
+    """The sizes that a model's costs depend on. Build one with `ubsmoe.model.presets.model_shape`.
 
     `head_dim` is the width of one query or key, `first_moe_layer` the index m0; `shared_width` and `dense_width` are 0
     where a model has no shared expert or no dense layers. Every layer is either dense or MoE; the dense ones may lie
@@ -169,9 +170,24 @@ class ModelShape:
         beside = trained.router * self.router_weights + trained.attention * self.attention_lora_weights(rank)
         return self.num_moe_layers * (self.num_experts * self.lora_weights(rank) + beside)
 
-    def check(self, top_k: int, rank: int, sequence_length: int, least_rank: int = 0) -> None:
-        """Raise ValueError unless this model can run with K = `top_k` and LoRA of that rank."""
+    def check_top_k(self, top_k: int) -> None:
+        """Raise ValueError unless this model can run with K = `top_k`."""
         if not 1 <= top_k <= self.num_experts:
             raise ValueError(f"top_k must lie in 1..num_experts = {self.num_experts}, got {top_k}")
-        if rank < least_rank or sequence_length < 1:
-            raise ValueError(f"rank must be >= {least_rank}, sequence_length >= 1; got {rank} and {sequence_length}")
+
+
+def budget_top_k(k_max: int, budget: float) -> int:
+    """Experts per token that a budget buys: max(1, floor(K_max * budget)).
+
+    Raises:
+        ValueError: if the budget is outside (0, 1].
+
+    Source: UB-SMoE, setting; the lower bound of 1 is ours.
+
+    >>> [budget_top_k(8, budget) for budget in (0.1, 0.25, 0.5, 0.75, 1.0)]
+    [1, 2, 4, 6, 8]
+    """
+    if not 0 < budget <= 1:
+        raise ValueError(f"a budget must lie in (0, 1], got {budget}")
+    # 0.29 * 100 is 28.999999999999996: a budget that means a whole number must get it
+    return max(1, math.floor(k_max * budget + 1e-9))

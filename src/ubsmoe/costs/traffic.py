@@ -2,42 +2,45 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from ubsmoe.costs.shape import EXPERTS_ONLY, ModelShape, Trained
+from ubsmoe.costs.workload import WireDtype
 
-WireDtype = Literal["float32", "bfloat16", "int8"]
-_WIDTH = {"float32": 4, "bfloat16": 2, "int8": 1}
+FLOAT32 = 4
+_WIDTH = {"float32": FLOAT32, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
-class Payload:
-    """Bytes of one client's tensors in one round, each way, when every expert travels; headers are not in it."""
+class Traffic:
+    """Bytes of one client's tensors in one round, each way, when every expert travels; headers and counts are not in it."""
 
-    upload_bytes: int
     download_bytes: int
+    upload_bytes: int
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        """What both send."""
+        return Traffic(self.download_bytes + other.download_bytes, self.upload_bytes + other.upload_bytes)
 
 
-def payload_bytes(
+def adapter_traffic(
     shape: ModelShape,
     rank: int,
     trained: Trained = EXPERTS_ONLY,
-    *,
     wire_dtype: WireDtype = "float32",
-    factors_up: str = "AB",
-    extra_upload_bytes: int = 0,
-    extra_download_bytes: int = 0,
-) -> Payload:
-    """Bytes of one client's adapters, down in float32 and up as `update_bytes`, plus what a method adds to either.
+    down: str = "AB",
+    up: str = "AB",
+) -> Traffic:
+    """The traffic of a method that sends these factors of the adapter, `down` in float32 and `up` in the wire's precision.
 
     Linear in r. gate and up share an A: 7168 r elements per expert of OLMoE, else 9216 r.
 
-    >>> payload_bytes(ModelShape(1, 1, 4, 3, 8, 2, 2, 2, 2, vocab=10), rank=1)  # 8 experts x (2 h + 3 f) x 4 bytes
-    Payload(upload_bytes=544, download_bytes=544)
+    >>> adapter_traffic(ModelShape(1, 1, 4, 3, 8, 2, 2, 2, 2, vocab=10), rank=1)  # 8 experts x (2 h + 3 f) x 4 bytes
+    Traffic(download_bytes=544, upload_bytes=544)
     """
-    down = 4 * shape.trained_elements(rank, trained)
-    up = update_bytes(shape, rank, wire_dtype, factors=factors_up, trained=trained)
-    return Payload(up + extra_upload_bytes, down + extra_download_bytes)
+    return Traffic(
+        download_bytes=update_bytes(shape, rank, factors=down, trained=trained),
+        upload_bytes=update_bytes(shape, rank, wire_dtype, factors=up, trained=trained),
+    )
 
 
 def update_bytes(

@@ -86,6 +86,11 @@ def client_names(settings: RunSettings) -> list[str]:
     return [f"client-{i}" for i in range(settings.clients.count)]
 
 
+def tier_of_client(settings: RunSettings) -> dict[str, int]:
+    """The tier of each of the run file's own clients, by name: client i is in tier i mod the number of tiers."""
+    return {name: i % len(settings.tiers.budgets) for i, name in enumerate(client_names(settings))}
+
+
 def partition_clients(settings: RunSettings, examples: Sequence[Example]) -> dict[str, list[int]]:
     """Which of the run's training examples each of its own clients holds."""
     parts = partition(examples, settings.data.partition, settings.clients.count, settings.seed)

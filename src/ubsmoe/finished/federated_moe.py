@@ -8,12 +8,12 @@ from typing import Any, Self
 import torch
 
 from ubsmoe.config import ConfigError, ModelSettings
+from ubsmoe.costs.shape import budget_top_k
 from ubsmoe.data.tokens import pad_id
 from ubsmoe.export import formats as exports
 from ubsmoe.export.installed import install, read_installed
 from ubsmoe.export.sidecar import Format, Sidecar
 from ubsmoe.finished.run import open_run
-from ubsmoe.maths.routing import budget_top_k
 from ubsmoe.model.load import load_base, weights_sha256
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.storage.exportfolder import is_export

@@ -1,4 +1,4 @@
-"""Dynamic Modulated Routing: how many experts a budget buys, how phi shifts a router, how utilization moves phi.
+"""Dynamic Modulated Routing: how phi shifts a router, how utilization moves phi.
 
     s      router logits            phi   modulation, one number per expert
     T(x)   candidates of a token    u_i   share of tokens that used expert i, weighted by clients
@@ -8,28 +8,9 @@ Source: UB-SMoE (arXiv 2605.16690), section on DMR, steps 1-8. The paper gives t
 the momentum; which side the momentum weighs, epsilon and the defaults are our reconstruction.
 """
 
-import math
-
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
-
-
-def budget_top_k(k_max: int, budget: float) -> int:
-    """Experts per token that a budget buys: max(1, floor(K_max * budget)).
-
-    Raises:
-        ValueError: if the budget is outside (0, 1].
-
-    Source: UB-SMoE, setting; the lower bound of 1 is ours.
-
-    >>> [budget_top_k(8, budget) for budget in (0.1, 0.25, 0.5, 0.75, 1.0)]
-    [1, 2, 4, 6, 8]
-    """
-    if not 0 < budget <= 1:
-        raise ValueError(f"a budget must lie in (0, 1], got {budget}")
-    # 0.29 * 100 is 28.999999999999996: a budget that means a whole number must get it
-    return max(1, math.floor(k_max * budget + 1e-9))
 
 
 def candidates(logits: Float[Tensor, "T M"], num_candidates: int) -> Bool[Tensor, "T M"]:

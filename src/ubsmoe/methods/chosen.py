@@ -11,7 +11,7 @@ from ubsmoe.maths.means import Mean, WeightedMean
 from ubsmoe.messages import Profile
 from ubsmoe.methods import build
 from ubsmoe.methods.method import Method, RunShape, refuse
-from ubsmoe.model.load import checked_k_max
+from ubsmoe.model.presets import checked_k_max
 from ubsmoe.model.surgery import SparseModel
 
 

@@ -19,12 +19,13 @@ Source: Fed-SB (Singhal et al. 2025, arXiv 2502.15436).
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ubsmoe.costs.shape import ModelShape, Trained
+from ubsmoe.costs.traffic import adapter_traffic
 from ubsmoe.errors import UserError
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.factors import routers
@@ -56,20 +57,13 @@ def fed_sb(shape: RunShape) -> Method:
         model.set_top_k(profile.top_k)
         return Hooks()
 
-    def core_instead(base: ModelShape, rank: int) -> int:
-        """A core for each of an expert's two matrices and each projection of attention, minus the adapter."""
-        attention = shape.attention * len(base.attention_first + base.attention_later)
-        cores = base.num_moe_layers * (2 * base.num_experts + attention) * rank * rank
-        return cores - base.trained_elements(rank, Trained(attention=shape.attention))
-
     return replace(
         fedavg(shape),
         name="fed_sb",
         start=start,
         install=install,
         refuses=OWN_WEIGHTS,
-        factors_up="R",
-        extra_down=core_instead,
+        traffic=partial(adapter_traffic, down="R", up="R"),
     )
 
 

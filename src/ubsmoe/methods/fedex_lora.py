@@ -22,12 +22,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ubsmoe.costs.shape import ModelShape
 from ubsmoe.maths.lora import LoraPair, stack
 from ubsmoe.methods.factors import pairs, shares
 from ubsmoe.methods.fedavg import fedavg
 from ubsmoe.methods.method import OWN_FACTORS, Contribution, Method, RunShape, State, adapter_part
-from ubsmoe.methods.side import SIDE_GROWS, empty_side, fold, full_side
+from ubsmoe.methods.side import SIDE_GROWS, empty_side, fold, side_traffic
 
 EXEMPT: Mapping[str, str] = {"predicted_bytes": SIDE_GROWS}
 
@@ -62,15 +61,12 @@ def with_exact_averaging(method: Method, shape: RunShape) -> Method:
         }
         return replace(after, adapters={**after.adapters, **fold(state.adapters, residuals)})
 
-    def side(base: ModelShape, rank: int) -> int:
-        return full_side(base, shape.attention) + method.extra_elements(base, rank)[0]
-
     return replace(
         method,
         start=start,
         aggregate=aggregate,
         refuses={**method.refuses, **OWN_FACTORS},
-        extra_down=side,
+        traffic=side_traffic(method.traffic),
         exempt={**method.exempt, **EXEMPT},
     )
 

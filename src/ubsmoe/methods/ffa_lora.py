@@ -13,11 +13,12 @@ Source: FFA-LoRA (Sun et al. 2024, arXiv 2403.12313).
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ubsmoe.costs.shape import ModelShape
+from ubsmoe.costs.traffic import adapter_traffic
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.fedavg import fedavg
 from ubsmoe.methods.method import OWN_WEIGHTS, Hooks, Method, RunShape, State
@@ -40,18 +41,11 @@ def ffa_lora(shape: RunShape) -> Method:
         model.set_top_k(profile.top_k)
         return Hooks()
 
-    def without_a(base: ModelShape, rank: int) -> int:
-        """Minus the elements of every A: r h for gate and up, r f for down, r in for a projection of attention."""
-        experts = base.num_experts * (base.hidden + base.expert_width)
-        attention = shape.attention * sum(into for _, into in base.attention_first + base.attention_later)
-        return -base.num_moe_layers * rank * (experts + attention)
-
     return replace(
         fedavg(shape),
         name="ffa_lora",
         start=start,
         install=install,
         refuses=OWN_WEIGHTS,
-        factors_up="B",
-        extra_down=without_a,
+        traffic=partial(adapter_traffic, down="B", up="B"),
     )

@@ -8,13 +8,11 @@ shrinks (by how much depends on the router), and s_c, which takes the place of a
 An expert nobody used stays bit for bit (the formula is 0/0 there); a client that never used an expert has no say in
 it unless t = 0.
 
-The paper leaves open, and we chose: one s per SMoE layer; it starts at 1, on top of tiers.rescale (with "ratio" the
-product starts at K_max / K_c; 1 is the better start where the top experts hold more of the weight than their number
-says); clients are stateless here, so the server averages s with weights n_c over the clients of the same K_c and
-hands it to them, and to evaluation at that K_c, next time; t = 1. A client of a larger budget has larger frequencies:
-they mix budget and preference, as the formula does. Factors are averaged, not products.
-Elastic steps at a smaller K use the s of the client's own K_c; train.weight_decay pulls s towards 0 like any
-parameter.
+The paper leaves open, and we chose: one s per SMoE layer; it starts at 1, on top of tiers.rescale; clients are stateless
+here, so the server averages s with weights n_c over the clients of the same K_c and hands it to them, and to evaluation at
+that K_c, next time; t = 1. A client of a larger budget has larger frequencies: they mix budget and preference, as the
+formula does. Factors are averaged, not products. Elastic steps at a smaller K use the s of the client's own K_c;
+train.weight_decay pulls s towards 0 like any parameter.
 
 Source: FLAME (Le et al. 2025, arXiv 2506.16600): the scale, the frequencies and their weights.
 """
@@ -39,6 +37,7 @@ from ubsmoe.methods.method import (
     State,
     by_use,
     observing,
+    sending,
 )  # fmt: skip
 from ubsmoe.model.surgery import SparseModel
 
@@ -97,6 +96,5 @@ def with_output_scale(method: Method, shape: RunShape) -> Method:
         install=install,
         aggregate=aggregate,
         keeps=(*method.keeps, ScaleState),
-        extra_down=shape.num_layers,
-        extra_up=shape.num_layers,
+        traffic=sending(method.traffic, down=shape.num_layers, up=shape.num_layers),
     )

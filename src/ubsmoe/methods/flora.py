@@ -22,12 +22,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ubsmoe.costs.traffic import adapter_traffic
 from ubsmoe.maths.lora import LoraPair, stack
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.factors import mean_routers, pairs, routers, shares
 from ubsmoe.methods.fedavg import fedavg
 from ubsmoe.methods.method import OWN_FACTORS, Contribution, Hooks, Method, RunShape, State
-from ubsmoe.methods.side import SIDE_GROWS, empty_side, fold, install_fresh, side_for_adapter
+from ubsmoe.methods.side import SIDE_GROWS, empty_side, fold, install_fresh, side_traffic
 from ubsmoe.model.surgery import SparseModel
 
 Summed = Callable[[Sequence[LoraPair], Sequence[float]], LoraPair]
@@ -67,6 +68,6 @@ def folding(name: str, shape: RunShape, summed: Summed) -> Method:
         aggregate=aggregate,
         varies="rank",
         refuses=OWN_FACTORS,
-        extra_down=partial(side_for_adapter, attention=shape.attention),
+        traffic=side_traffic(partial(adapter_traffic, down="")),  # no adapter goes down, but trained routers do
         exempt=EXEMPT,
     )

@@ -28,12 +28,13 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from ubsmoe.costs.traffic import adapter_traffic
 from ubsmoe.maths.lora import frobenius
 from ubsmoe.maths.means import Weight, WeightedMean
 from ubsmoe.messages import Profile, Tensors, Update
 from ubsmoe.methods.factors import at_rank, keep_untouched, pairs, rank_of
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import OWN_FACTORS, Contribution, Hooks, Method, RunShape, State, install_adapter
+from ubsmoe.methods.method import OWN_FACTORS, Contribution, Hooks, Method, RunShape, State, install_adapter, sending
 from ubsmoe.model.surgery import SparseModel
 
 EXEMPT: Mapping[str, str] = {
@@ -117,7 +118,7 @@ def hetlora(
         varies="rank",
         keeps=(RankState,),
         refuses=OWN_FACTORS,
-        extra_up=2,  # the new rank is one int64
+        traffic=sending(adapter_traffic, up=2),  # the new rank is one int64
         validate_update=validate_update,
         exempt=EXEMPT,
     )

@@ -31,6 +31,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from ubsmoe.costs.traffic import adapter_traffic
 from ubsmoe.messages import Profile, Tensors, Update
 from ubsmoe.methods.fedavg import fedavg
 from ubsmoe.methods.method import (
@@ -43,6 +44,7 @@ from ubsmoe.methods.method import (
     RunShape,
     State,
     install_adapter,
+    sending,
 )  # fmt: skip
 from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.surgery import SparseModel
@@ -97,7 +99,7 @@ def hfedmoe(
         install=install,
         aggregate=aggregate,
         refuses=REFUSES,
-        extra_up=len(REPORT) * shape.num_layers * shape.num_experts,
+        traffic=sending(adapter_traffic, up=len(REPORT) * shape.num_layers * shape.num_experts),
         validate_update=validate_update,
         exempt=EXEMPT,
     )

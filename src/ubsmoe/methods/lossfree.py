@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import Contribution, Hooks, Method, RunShape, State, observing
+from ubsmoe.methods.method import Contribution, Hooks, Method, RunShape, State, observing, sending
 from ubsmoe.model.surgery import SparseModel
 
 
@@ -78,5 +78,5 @@ def lossfree(
         install=install,
         aggregate=aggregate,
         keeps=(BiasState,),
-        extra_down=shape.num_layers * shape.num_experts,
+        traffic=sending(method.traffic, down=shape.num_layers * shape.num_experts),
     )

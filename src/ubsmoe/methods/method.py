@@ -18,11 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ubsmoe.costs.shape import ModelShape
+from ubsmoe.costs.shape import ModelShape, Trained, budget_top_k
+from ubsmoe.costs.traffic import FLOAT32, Traffic, adapter_traffic
+from ubsmoe.costs.workload import WireDtype
 from ubsmoe.errors import UserError
 from ubsmoe.maths import routing
 from ubsmoe.maths.means import Mean, Weight, WeightedMean
-from ubsmoe.maths.routing import budget_top_k
 from ubsmoe.messages import Profile, Tensors, Update
 from ubsmoe.methods.state import State as State
 from ubsmoe.model.adapter import layer_of_experts
@@ -179,8 +180,8 @@ PROPERTIES: dict[str, str] = {
 }
 """The properties of the test battery that a method may name in `Method.exempt`."""
 
-Elements = int | Callable[[ModelShape, int], int]
-"""A number of float32 elements, or how to count them from the base's shape and the client's rank."""
+TrafficOf = Callable[[ModelShape, int, Trained, WireDtype], Traffic]
+"""Bytes of one client's tensors in one round, from the base's shape, the client's rank, what is trained, the wire's precision."""
 
 
 @dataclass(frozen=True)
@@ -191,10 +192,9 @@ class Method:
     `exempt` names properties of the battery that this method does not have, `refuses` sections of a run file that make no sense
     with it, each with the reason. `event` is what the method tells of its state in a round's event.
     `pair_fraction` is the share of missing (token, expert) assignments that a client computes beside the routed ones, and
-    `pairs_reach_input` says whether they send a gradient to the layer's input too; costs charge for both. `factors_up`
-    names the factors that clients return, of A, B and a core R. `extra_down` and `extra_up` count what travels beside them,
-    in float32 elements; down, below zero where less than an adapter travels. `validate_update` says what is wrong with the
-    values of an update whose names and shapes are right, or nothing.
+    `pairs_reach_input` says whether they send a gradient to the layer's input too; costs charge for both. `traffic` counts
+    the bytes of a client's tensors, at most where they vary. `validate_update` says what is wrong with the values of an
+    update whose names and shapes are right, or nothing.
     """
 
     name: str
@@ -209,9 +209,7 @@ class Method:
     event: Callable[[State], dict[str, Any]] = lambda state: {}
     pair_fraction: float = 0.0
     pairs_reach_input: bool = False
-    factors_up: str = "AB"
-    extra_down: Elements = 0
-    extra_up: Elements = 0
+    traffic: TrafficOf = adapter_traffic
     validate_update: Callable[[Update], str | None] = lambda update: None
 
     def profile(
@@ -227,11 +225,6 @@ class Method:
             rank=shape.rank if sparse else tier_rank,
             num_examples=num_examples,
         )
-
-    def extra_elements(self, shape: ModelShape, rank: int) -> tuple[int, int]:
-        """(down, up): float32 elements beside the factors of a client of this rank; a side factor at its largest."""
-        down, up = self.extra_down, self.extra_up
-        return down(shape, rank) if callable(down) else down, up(shape, rank) if callable(up) else up
 
 
 def adapter_part(payload: Tensors) -> dict[str, Tensor]:
@@ -255,3 +248,12 @@ def refuse(method: Method, section: Refusable) -> None:
     if reason := method.refuses.get(section):
         name = section if section in ("robust", "privacy") else f"method.{section}"
         raise UserError(f"[{name}] cannot be combined with method {method.name}: {reason}")
+
+
+def sending(traffic: TrafficOf, down: int = 0, up: int = 0) -> TrafficOf:
+    """The traffic of a method that sends so many float32 numbers more, down to a client and up from it."""
+
+    def both(base: ModelShape, rank: int, trained: Trained, wire_dtype: WireDtype) -> Traffic:
+        return traffic(base, rank, trained, wire_dtype) + Traffic(FLOAT32 * down, FLOAT32 * up)
+
+    return both

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ubsmoe.maths import routing
 from ubsmoe.messages import Profile, Tensors
-from ubsmoe.methods.method import Contribution, Hooks, Method, RunShape, State, observing, refuse
+from ubsmoe.methods.method import Contribution, Hooks, Method, RunShape, State, observing, refuse, sending
 from ubsmoe.model.surgery import SparseModel
 
 
@@ -120,7 +120,7 @@ def with_modulation(method: Method, shape: RunShape, settings: Modulation) -> Me
     def event(state: State) -> dict[str, Any]:
         return {**method.event(state), "phi": state.of(ModulationState).phi.tolist()}
 
-    down, up = shape.num_layers * shape.num_experts, trained * shape.num_layers * shape.num_experts
+    phi_size = shape.num_layers * shape.num_experts
     return replace(
         method,
         start=start,
@@ -129,6 +129,5 @@ def with_modulation(method: Method, shape: RunShape, settings: Modulation) -> Me
         aggregate=aggregate,
         event=event,
         keeps=(*method.keeps, ModulationState),
-        extra_down=lambda base, rank: down + method.extra_elements(base, rank)[0],
-        extra_up=lambda base, rank: up + method.extra_elements(base, rank)[1],
+        traffic=sending(method.traffic, down=phi_size, up=trained * phi_size),
     )

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from ubsmoe.costs.shape import ModelShape, Trained
+from ubsmoe.costs.traffic import FLOAT32, Traffic
+from ubsmoe.costs.workload import WireDtype
 from ubsmoe.maths.lora import LoraPair, pad_rank, stack
 from ubsmoe.maths.spectra import truncated_svd
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods import factors
-from ubsmoe.methods.method import RunShape, adapter_part, side_part
+from ubsmoe.methods.method import RunShape, TrafficOf, adapter_part, side_part
 from ubsmoe.model.surgery import SparseModel
 
 SIDE_GROWS = "the side factor grows from rank 0; what is predicted is its largest size"
@@ -60,6 +62,16 @@ def install_fresh(
     model.set_top_k(profile.top_k)
 
 
+def side_traffic(traffic: TrafficOf) -> TrafficOf:
+    """The traffic of a method that sends the side factor too, once its rank has reached min(out, in) of every matrix."""
+
+    def both(base: ModelShape, rank: int, trained: Trained, wire_dtype: WireDtype) -> Traffic:
+        side = FLOAT32 * full_side(base, trained.attention)
+        return traffic(base, rank, trained, wire_dtype) + Traffic(side, 0)
+
+    return both
+
+
 def full_side(base: ModelShape, attention: bool) -> int:
     """Elements of the side factor once its rank has reached min(out, in) of every matrix."""
     wide, width, hidden = base.up_matrices * base.expert_width, base.expert_width, base.hidden
@@ -69,8 +81,3 @@ def full_side(base: ModelShape, attention: bool) -> int:
 
     experts = base.num_experts * full((wide, hidden), (hidden, width))
     return base.num_moe_layers * (experts + attention * full(*base.attention_first, *base.attention_later))
-
-
-def side_for_adapter(base: ModelShape, rank: int, attention: bool) -> int:
-    """Elements more than an adapter that a client gets which is sent a side factor instead."""
-    return full_side(base, attention) - base.trained_elements(rank, Trained(attention=attention))

@@ -1,8 +1,6 @@
 """Bring in a base: the one that ships, a folder, or a Hugging Face model id."""
 
 import hashlib
-import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +8,12 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.data.tokens import check_tokenizer
 from ubsmoe.model.conventions import UnsupportedModel
 from ubsmoe.model.layer import Rescale
+from ubsmoe.model.presets import check_place, checked_k_max, quieten
 from ubsmoe.model.surgery import SparseModel
 
 
@@ -94,28 +92,6 @@ def _place_of(settings: ModelSettings) -> Iterator[str | Path]:
             f"model.base: cannot load {settings.base!r} ({reason}); expected ubsmoe-tiny, a folder with a transformers "
             "model, or a model id that the Hugging Face hub can be asked for"
         ) from None
-
-
-def checked_k_max(k_max: int | None, stock: int, base: str) -> int:
-    """Experts per token at budget 1: `k_max`, or the base's own. Raises ConfigError if it is above that."""
-    if k_max is not None and k_max > stock:
-        raise ConfigError(
-            f"tiers.k_max is {k_max}, but {base} was trained with {stock} experts per token; expected 1..{stock}"
-        )
-    return k_max or stock
-
-
-def check_place(place: str | Path) -> None:
-    """Raise ValueError unless this is a folder or looks like a hub id: a misspelt folder is no question to the hub."""
-    if not Path(place).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
-        raise ValueError("no such folder, and a Hugging Face id has the form owner/name")
-
-
-def quieten() -> None:
-    """Silence what transformers and the hub's client print: whatever fails is said in a sentence of ours."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

@@ -1,70 +1,57 @@
-"""From a name or a transformers config to the sizes that costs are counted from. No weights are loaded."""
+"""From the name of a base to the sizes that costs are counted from. No weights are loaded; a preset needs no transformers."""
 
 import json
+import logging
+import re
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
-
+from ubsmoe.config import ConfigError
 from ubsmoe.costs.shape import LatentAttention, ModelShape
 from ubsmoe.errors import UserError
-from ubsmoe.model.load import check_place, quieten
+
+Config = Any
+"""A configuration of transformers, or what stands for one: its attributes are read by name, and families differ in them."""
 
 PRESETS = {"olmoe-1b-7b": "configs/olmoe-1b-7b.json", "ubsmoe-tiny": "ubsmoe-tiny/config.json"}
 
 # Families whose sizes the tests compare with a real model, parameter for parameter and FLOP for FLOP. Others may look
 # alike and hide a convolution or a state space, so they are refused, not guessed.
 FAMILIES = (
-    "deepseek_v2",
-    "deepseek_v3",
-    "dots1",
-    "flex_olmo",
-    "glm4_moe",
-    "gpt_oss",
-    "granitemoe",
-    "minimax_m2",
-    "mixtral",
-    "olmoe",
-    "qwen2_moe",
-    "qwen3_moe",
-)
+    "deepseek_v2", "deepseek_v3", "dots1", "flex_olmo", "glm4_moe", "gpt_oss", "granitemoe", "minimax_m2", "mixtral", "olmoe",
+    "qwen2_moe", "qwen3_moe",
+)  # fmt: skip
 QK_NORM = {"dots1", "flex_olmo", "minimax_m2", "olmoe", "qwen3_moe"}
 
 
-def load_config(name_or_path: str | Path) -> PreTrainedConfig:
-    """The configuration of a sparse-MoE model: a preset's, offline; a folder's; or that of a Hugging Face model id.
+def model_shape(name_or_path: str | Path) -> ModelShape:
+    """The sizes of a sparse-MoE model: a preset, offline; a folder; or a Hugging Face model id.
 
     Code that ships with a model is never run.
 
     Raises:
-        UserError: if there is no such model, or it is dense.
+        UserError: if there is no such model, it is dense, or it is of a family whose sizes have not been verified.
 
-    >>> load_config("olmoe-1b-7b").num_experts
-    64
+    >>> model_shape("olmoe-1b-7b").parameters
+    6919028736
     """
     name = str(name_or_path)
-    if name in PRESETS:
-        asset = resources.files("ubsmoe") / "assets" / PRESETS[name]
-        config = AutoConfig.for_model(**json.loads(asset.read_text(encoding="utf-8")))
-    else:
-        config = _from_folder_or_hub(name)
+    config = _preset(name) if name in PRESETS else _from_folder_or_hub(name)
     if not _num_experts(config):
         raise UserError(
             f"{name} is a dense model ({config.model_type}): it has no experts to choose from. "
             f"Set model.base to a sparse mixture of experts, such as {', '.join(PRESETS)}"
         )
-    return config
+    return shape_from_config(config)
 
 
-def shape_from_config(config: PreTrainedConfig) -> ModelShape:
+def shape_from_config(config: Config) -> ModelShape:
     """The sizes of the model that transformers would build from this configuration.
 
     Raises:
         UserError: if it has no experts, or is of a family whose sizes have not been verified.
-
-    >>> shape_from_config(load_config("olmoe-1b-7b")).parameters
-    6919028736
     """
     experts = _num_experts(config)
     if not experts or config.model_type not in FAMILIES:
@@ -98,12 +85,43 @@ def shape_from_config(config: PreTrainedConfig) -> ModelShape:
     )
 
 
-def _from_folder_or_hub(name: str) -> PreTrainedConfig:
+def checked_k_max(k_max: int | None, stock: int, base: str) -> int:
+    """Experts per token at budget 1: `k_max`, or the base's own. Raises ConfigError if it is above that."""
+    if k_max is not None and k_max > stock:
+        raise ConfigError(
+            f"tiers.k_max is {k_max}, but {base} was trained with {stock} experts per token; expected 1..{stock}"
+        )
+    return k_max or stock
+
+
+def check_place(place: str | Path) -> None:
+    """Raise ValueError unless this is a folder or looks like a hub id: a misspelt folder is no question to the hub."""
+    if not Path(place).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
+        raise ValueError("no such folder, and a Hugging Face id has the form owner/name")
+
+
+def quieten() -> None:
+    """Silence what transformers and the hub's client print: whatever fails is said in a sentence of ours."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def _preset(name: str) -> SimpleNamespace:
+    """What a preset's file says, by the names of transformers."""
+    asset = resources.files("ubsmoe") / "assets" / PRESETS[name]
+    return SimpleNamespace(**json.loads(asset.read_text(encoding="utf-8")))
+
+
+def _from_folder_or_hub(name: str) -> Config:
+    from transformers import AutoConfig
+
     quieten()
     try:
         check_place(name)
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        return config
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -112,16 +130,16 @@ def _from_folder_or_hub(name: str) -> PreTrainedConfig:
         ) from None
 
 
-def _first(config: PreTrainedConfig, *names: str) -> Any:
+def _first(config: Config, *names: str) -> Any:
     """The first of these attributes that is there and set: families name the same size differently."""
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
-def _num_experts(config: PreTrainedConfig) -> int:
+def _num_experts(config: Config) -> int:
     return int(_first(config, "num_experts", "num_local_experts", "n_routed_experts") or 0)
 
 
-def _moe_layers(config: PreTrainedConfig) -> list[int]:
+def _moe_layers(config: Config) -> list[int]:
     """Indices of the layers with experts, by the three keys that families use to keep some layers dense."""
     dense = set(_first(config, "mlp_only_layers") or ())
     step = _first(config, "decoder_sparse_step") or 1
@@ -129,13 +147,13 @@ def _moe_layers(config: PreTrainedConfig) -> list[int]:
     return [layer for layer in layers if layer not in dense and (layer + 1) % step == 0]
 
 
-def _latent_attention(config: PreTrainedConfig) -> LatentAttention | None:
+def _latent_attention(config: Config) -> LatentAttention | None:
     if not _first(config, "kv_lora_rank"):
         return None
     return LatentAttention(config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim, config.v_head_dim)
 
 
-def _head_dim(config: PreTrainedConfig, latent: LatentAttention | None) -> int:
+def _head_dim(config: Config, latent: LatentAttention | None) -> int:
     """Width of one query: DeepSeek's `head_dim` names its rotary part only."""
     if latent:
         return int(config.qk_nope_head_dim) + latent.rope_dim

@@ -5,21 +5,12 @@ from dataclasses import dataclass, replace
 
 from ubsmoe.client.schedule import batch_order, steps_per_round
 from ubsmoe.config import ConfigError, RunSettings
-from ubsmoe.data.partition import partition
+from ubsmoe.costs.workload import Batch
+from ubsmoe.data.partition import partition_clients, tier_of_client
 from ubsmoe.data.sources import load_examples
 from ubsmoe.data.tokens import Tokens, tokenize
 from ubsmoe.model.load import load_tokenizer
 from ubsmoe.seeds import generator_for
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Shape of a forward pass: sequences, their padded length, how many tokens are no padding and how many have a label."""
-
-    rows: int
-    length: int
-    real: int
-    labelled: int
 
 
 @dataclass(frozen=True)
@@ -35,14 +26,11 @@ class Work:
 
 def read_work(settings: RunSettings) -> list[Work]:
     """Every client's round, from its own data. Raises UserError if tokenizer or data cannot be had."""
-    tokenizer = load_tokenizer(settings.model)
+    tokenizer, tiers = load_tokenizer(settings.model), tier_of_client(settings)
     examples = load_examples(settings.data, tokenizer, settings.seed).train
-    parts = partition(examples, settings.data.partition, settings.clients.count, settings.seed)
+    parts = partition_clients(settings, examples)
     tokens = tokenize(examples, tokenizer, settings.data, "train")
-    return [
-        client_work(settings, f"client-{index}", index % len(settings.tiers.budgets), [tokens[i] for i in part])
-        for index, part in enumerate(parts)
-    ]
+    return [client_work(settings, client, tiers[client], [tokens[i] for i in part]) for client, part in parts.items()]
 
 
 def assumed_work(settings: RunSettings, examples: int) -> list[Work]:
@@ -52,15 +40,9 @@ def assumed_work(settings: RunSettings, examples: int) -> list[Work]:
         raise ConfigError(
             f"--examples {examples} leaves some of the {count} clients without any; expected {count} or more"
         )
-    share = examples // count
-    tokens = train.batch_size * settings.data.max_length
-    batch = Batch(train.batch_size, settings.data.max_length, tokens, tokens)
-    passes = steps_per_round(train, share) * train.gradient_accumulation
-    return [_assumed(settings, index, share, [batch] * passes) for index in range(count)]
-
-
-def _assumed(settings: RunSettings, index: int, share: int, passes: list[Batch]) -> Work:
-    return Work(f"client-{index}", index % len(settings.tiers.budgets), share, passes, passes[0])
+    share, batch = examples // count, Batch.full(train.batch_size, settings.data.max_length)
+    passes = [batch] * (steps_per_round(train, share) * train.gradient_accumulation)
+    return [Work(client, tier, share, passes, batch) for client, tier in tier_of_client(settings).items()]
 
 
 def client_work(settings: RunSettings, client: str, tier: int, examples: Sequence[Tokens]) -> Work:

@@ -209,21 +209,22 @@ def plan_table(plan: dict[str, Any]) -> Table:
             f"{tier['seconds']:,.3g}",
             f"{tier['upload_bytes'] / 1e6:,.1f}",
             f"{tier['download_bytes'] / 1e6:,.1f}",
-            f"{tier['memory_bytes'] / 1e9:.2f}",
+            f"{tier['peak_memory_bytes'] / 1e9:.2f}",
             f"{tier['device_gib']} GiB" if tier["device_gib"] else "none",
         )
     return table
 
 
 def plan_lines(plan: dict[str, Any]) -> list[str]:
-    """The whole run, and what a given device holds, in words."""
-    run = plan["run"]
-    lines = [
-        f"the run: {run['rounds']} rounds of {run['clients_trained']:g} clients, {run['flops'] / 1e12:,.4g} TFLOPs of training, "
-        f"{run['download_bytes'] / 1e9:.3g} GB down, {run['upload_bytes'] / 1e9:.3g} GB up",
-        f"training takes {_duration(run['seconds_one_after_another'])} one client after another, "
-        f"{_duration(run['seconds_side_by_side'])} side by side; evaluation is not counted",
-    ]
+    """The whole run, where the plan is of one, and what a given device holds, in words."""
+    lines = []
+    if run := plan.get("run"):
+        lines = [
+            f"the run: {run['rounds']} rounds of {run['clients_trained']:g} clients, {run['flops'] / 1e12:,.4g} TFLOPs of "
+            f"training, {run['download_bytes'] / 1e9:.3g} GB down, {run['upload_bytes'] / 1e9:.3g} GB up",
+            f"training takes {_duration(run['seconds_one_after_another'])} one client after another, "
+            f"{_duration(run['seconds_side_by_side'])} side by side; evaluation is not counted",
+        ]
     if fits := plan.get("fits"):
         held = ", ".join(str(tier + 1) for tier in fits["tiers"]) or "none"
         lines.append(f"a device of {fits['memory_bytes'] / 2**30:.3g} GiB holds tiers: {held}")

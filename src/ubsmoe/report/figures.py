@@ -47,7 +47,7 @@ def write_figures(runs: Sequence[Series], costs: dict[str, list[dict[str, Any]]]
 
     Args:
         runs: one or more, any methods and seeds.
-        costs: tiers as `ubsmoe costs` counts them for OLMoE-1B-7B, under "rank" and "sparsity".
+        costs: tiers as `ubsmoe plan` counts them for OLMoE-1B-7B, under "rank" and "sparsity".
         out: a folder; made when missing.
 
     Returns:

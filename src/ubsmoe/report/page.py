@@ -27,7 +27,7 @@ def write_report(runs: Sequence[Series], costs: Sequence[list[dict[str, Any]]], 
 
     Args:
         runs: at least one.
-        costs: per run, its tiers as `ubsmoe costs` counts them.
+        costs: per run, its tiers as `ubsmoe plan` counts them.
         out: the file to write.
     """
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 from ubsmoe.client.train import Trainer, make_trainer
 from ubsmoe.config import ConfigError, RunSettings, to_json
 from ubsmoe.data.card import data_card
-from ubsmoe.data.partition import PartitionReport, client_names, partition_clients, partition_report
+from ubsmoe.data.partition import PartitionReport, partition_clients, partition_report, tier_of_client
 from ubsmoe.data.sources import load_examples, load_test
 from ubsmoe.data.tasks import Example
 from ubsmoe.data.tokens import Tokens, tokenize
@@ -111,7 +111,7 @@ def assign_tier(federation: Federation, announced: Announcement) -> Profile:
     Raises:
         ConfigError: if it affords no tier, or the run file has no such client and it names no budget.
     """
-    settings, names = federation.settings, client_names(federation.settings)
+    settings, own = federation.settings, tier_of_client(federation.settings)
     if announced.budget is not None:
         affordable = [(b, tier) for tier, b in enumerate(settings.tiers.budgets) if b <= announced.budget]
         if not affordable:
@@ -120,8 +120,8 @@ def assign_tier(federation: Federation, announced: Announcement) -> Profile:
                 f"{min(settings.tiers.budgets):g}"
             )
         tier = max(affordable)[1]
-    elif announced.client in names:
-        tier = names.index(announced.client) % len(settings.tiers.budgets)
+    elif announced.client in own:
+        tier = own[announced.client]
     else:
         raise ConfigError(f"{announced.client} is not in the run file and announced no budget")
     return client_profile(settings, federation.method, federation.shape, announced.client, tier, announced.num_examples)

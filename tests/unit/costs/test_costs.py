@@ -16,17 +16,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ubsmoe.costs.flops import (
-    backward_flops_per_token,
-    forward_flops_per_token,
-    peak_memory_bytes,
-    pseudo_gradient_flops_per_token,
-    tier_costs,
-)
+from ubsmoe.costs.flops import backward_flops_per_token, forward_flops_per_token, pseudo_gradient_flops_per_token
+from ubsmoe.costs.memory import peak_memory_bytes
 from ubsmoe.costs.shape import EXPERTS_ONLY, ModelShape, Trained
-from ubsmoe.costs.traffic import Payload, count_bytes, payload_bytes
+from ubsmoe.costs.tiers import Tier, TierCost, tier_costs
+from ubsmoe.costs.traffic import Traffic, adapter_traffic, count_bytes
+from ubsmoe.costs.workload import Batch, Workload
 from ubsmoe.maths.pseudo_gradient import PseudoGradient, Scope
-from ubsmoe.model.presets import FAMILIES, load_config, shape_from_config
+from ubsmoe.model.presets import FAMILIES, model_shape, shape_from_config
 from ubsmoe.model.surgery import SparseModel
 
 BATCH, LENGTH, RANK = 2, 13, 3
@@ -70,7 +67,7 @@ every_way = pytest.mark.parametrize(
 IN_PLACE = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}
 
 ids = torch.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) % 97 + 3
-olmoe = shape_from_config(load_config("olmoe-1b-7b"))
+olmoe = model_shape("olmoe-1b-7b")
 shapes = st.builds(
     ModelShape,
     num_layers=st.integers(3, 6),
@@ -88,6 +85,14 @@ shapes = st.builds(
     dense_width=st.integers(1, 64),
     gated=st.booleans(),
 )
+
+
+def work(rank: int = RANK, length: int = LENGTH, trained: Trained = EXPERTS_ONLY, **facts: Any) -> Workload:
+    return Workload(rank, Batch.full(BATCH, length), trained, **facts)
+
+
+def one_tier(budget: float = 0.25, top_k: int = 2, **facts: Any) -> TierCost:
+    return tier_costs(olmoe, [Tier(budget, top_k, rank=8)], work(8, 256, **facts))[0]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -148,7 +153,7 @@ def test_forward_flops_are_those_torch_counts_at_every_budget(family):
                 module.top_k = top_k
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(ids, use_cache=False)
-        assert counter.get_total_flops() == ids.numel() * forward_flops_per_token(shape, top_k, 0, LENGTH).total
+        assert counter.get_total_flops() == ids.numel() * forward_flops_per_token(shape, top_k, work(0)).total
 
 
 @every_way
@@ -158,8 +163,8 @@ def test_a_training_step_costs_what_torch_counts(family, trained):
     for top_k in (8, 2):
         sparse.set_top_k(top_k)
         forward, backward = counted_step(sparse)
-        assert forward == ids.numel() * forward_flops_per_token(shape, top_k, RANK, LENGTH, trained).total
-        assert backward == ids.numel() * backward_flops_per_token(shape, top_k, RANK, LENGTH, trained).total
+        assert forward == ids.numel() * forward_flops_per_token(shape, top_k, work(trained=trained)).total
+        assert backward == ids.numel() * backward_flops_per_token(shape, top_k, work(trained=trained)).total
 
 
 class PlainLora(nn.Module):
@@ -186,10 +191,10 @@ def test_the_backward_of_one_expert_is_that_of_plain_lora(input_needs_gradient):
         y.sum().backward()
     # a model of one such layer, or the second of two
     one = ModelShape(1, 1, hidden, width, 5, 2, 1, 1, 1, vocab=1)
-    ours = backward_flops_per_token(one, top_k=1, rank=RANK, sequence_length=1)
+    ours = backward_flops_per_token(one, top_k=1, workload=work(length=1))
     if input_needs_gradient:
         two = replace(one, num_layers=2, num_moe_layers=2)
-        both = backward_flops_per_token(two, top_k=1, rank=RANK, sequence_length=1)
+        both = backward_flops_per_token(two, top_k=1, workload=work(length=1))
         ours = replace(ours, experts=both.experts - ours.experts, expert_lora=both.expert_lora - ours.expert_lora)
     assert counter.get_total_flops() == tokens * (ours.experts + ours.expert_lora)
 
@@ -201,17 +206,18 @@ def test_the_oracle_pseudo_gradient_costs_what_torch_counts():
     for scope in scopes:
         sparse.set_pseudo_gradient(PseudoGradient("oracle", scope=scope))
         extra = sum(counted_step(sparse)) - plain
-        assert extra == ids.numel() * pseudo_gradient_flops_per_token(shape, 2, RANK, 1.0, "hidden" in scope)
+        workload = work(pair_fraction=1.0, pairs_reach_input="hidden" in scope)
+        assert extra == ids.numel() * pseudo_gradient_flops_per_token(shape, 2, workload)
 
 
 @settings(max_examples=40, deadline=None)
 @given(shapes, st.integers(0, 5), st.integers(1, 40))
 def test_flops_are_affine_in_top_k(shape, rank, length):
     def forward(top_k):
-        return forward_flops_per_token(shape, top_k, rank, length).total
+        return forward_flops_per_token(shape, top_k, work(rank, length)).total
 
     def backward(top_k):
-        return backward_flops_per_token(shape, top_k, rank + 1, length).total
+        return backward_flops_per_token(shape, top_k, work(rank + 1, length)).total
 
     for cost in (forward, backward):
         slope = cost(2) - cost(1)
@@ -221,9 +227,9 @@ def test_flops_are_affine_in_top_k(shape, rank, length):
 
 @settings(max_examples=40, deadline=None)
 @given(shapes, st.integers(1, 64), st.booleans(), st.booleans())
-def test_payload_bytes_are_linear_in_rank(shape, rank, router, attention):
+def test_adapter_bytes_are_linear_in_rank(shape, rank, router, attention):
     def upload(r):
-        return payload_bytes(shape, r, Trained(router, attention)).upload_bytes
+        return adapter_traffic(shape, r, Trained(router, attention)).upload_bytes
 
     fixed = upload(0)
     assert upload(rank) - fixed == rank * (upload(1) - fixed)
@@ -234,23 +240,26 @@ def test_payload_bytes_are_linear_in_rank(shape, rank, router, attention):
 @given(shapes, st.integers(1, 7), st.integers(1, 5))
 def test_all_missing_pairs_cost_what_the_missing_experts_would(shape, top_k, rank):
     def experts(k):
-        parts = forward_flops_per_token(shape, k, rank, 1), backward_flops_per_token(shape, k, rank, 1)
+        parts = forward_flops_per_token(shape, k, work(rank, 1)), backward_flops_per_token(shape, k, work(rank, 1))
         return sum(part.experts + part.expert_lora for part in parts)
 
-    extra = pseudo_gradient_flops_per_token(shape, top_k, rank, 1.0, through_hidden=True)
+    def pairs(fraction, reach_input=False):
+        return pseudo_gradient_flops_per_token(
+            shape, top_k, work(rank, pair_fraction=fraction, pairs_reach_input=reach_input)
+        )
+
+    extra = pairs(1.0, reach_input=True)
     assert extra == experts(shape.num_experts) - experts(top_k)
-    assert pseudo_gradient_flops_per_token(shape, top_k, rank, 0.0) == 0
-    assert pseudo_gradient_flops_per_token(shape, top_k, rank, 0.25) * 4 == pytest.approx(
-        pseudo_gradient_flops_per_token(shape, top_k, rank, 1.0)
-    )
+    assert pairs(0.0) == 0
+    assert pairs(0.25) * 4 == pytest.approx(pairs(1.0))
 
 
 @every_way
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2", "deepseek_v3"])
-def test_payload_bytes_are_those_of_the_adapters_a_client_gets(family, trained):
+def test_adapter_bytes_are_those_of_the_adapters_a_client_gets(family, trained):
     sparse, shape = build_trainable(family, top_k=2, trained=trained)
     size = sum(tensor.numel() * tensor.element_size() for tensor in sparse.adapter.values())
-    assert payload_bytes(shape, RANK, trained) == Payload(size, size)
+    assert adapter_traffic(shape, RANK, trained) == Traffic(size, size)
     counts = [
         torch.zeros(shape.num_moe_layers, shape.num_experts, dtype=torch.int64),
         torch.zeros(2, dtype=torch.int64),
@@ -276,7 +285,7 @@ def test_saved_activations_are_near_what_autograd_keeps(family, top_k, attention
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = sparse.model(ids, use_cache=False)
-    predicted = peak_memory_bytes(shape, top_k, RANK, BATCH, LENGTH, dtype_bytes=4, trained=trained).activations
+    predicted = peak_memory_bytes(shape, top_k, work(trained=trained)).activations
     measured = sum(storage.nbytes() for storage in kept.values())
     measured += sum(
         t.nbytes for name, t in sparse.adapter.items() if name.endswith(".B") and "attention" not in name
@@ -289,7 +298,8 @@ def test_memory_parts_of_a_model_worked_by_hand():
     shape = ModelShape(
         2, 2, hidden=6, expert_width=5, num_experts=4, k_max=2, heads=3, kv_heads=1, head_dim=2, vocab=50
     )
-    memory = peak_memory_bytes(shape, top_k=2, rank=1, batch_size=3, sequence_length=7, dtype_bytes=2)
+    workload = Workload(rank=1, batch=Batch.full(3, 7), dtype_bytes=2)
+    memory = peak_memory_bytes(shape, 2, workload)
     # per layer: q and o 36 each, k and v 12 each; router 24; 4 experts of 3 * 5 * 6; embeddings and head 300 each
     assert memory.weights == 2 * (2 * (96 + 24 + 360) + 600)
     # per layer and expert: gate_up 6 + 10, down 5 + 6
@@ -297,9 +307,9 @@ def test_memory_parts_of_a_model_worked_by_hand():
     assert memory.optimizer == 2 * memory.adapters
     assert memory.working == 21 * 50 * (2 + 12)
     assert memory.total == sum((memory.weights, memory.adapters * 4, memory.activations, memory.working))
-    held = peak_memory_bytes(shape, 2, 1, 3, 7, dtype_bytes=2, accumulating=True)
+    held = peak_memory_bytes(shape, 2, replace(workload, accumulating=True))
     assert held.gradients == held.adapters and held.total == memory.total + held.gradients
-    fewer = peak_memory_bytes(shape, 2, 1, 3, 7, dtype_bytes=2, labelled=20)
+    fewer = peak_memory_bytes(shape, 2, replace(workload, batch=Batch(3, 7, 21, labelled=20)))
     assert fewer.working == 20 * 50 * (2 + 12)
 
 
@@ -307,7 +317,7 @@ def test_a_large_adapter_peaks_where_the_optimiser_steps():
     shape = ModelShape(
         4, 4, hidden=6, expert_width=5, num_experts=4, k_max=2, heads=3, kv_heads=1, head_dim=2, vocab=50
     )
-    memory = peak_memory_bytes(shape, 1, rank=100, batch_size=1, sequence_length=1, dtype_bytes=4)
+    memory = peak_memory_bytes(shape, 1, Workload(rank=100, batch=Batch.full(1, 1)))
     assert memory.gradients == memory.adapters == 4 * 4 * 4 * 100 * 27 and memory.activations == 0
     assert memory.working == 2 * 4 * 4 * 100 * 10  # the largest tensor is gate_up's B, twice 5 wide
 
@@ -325,7 +335,7 @@ def test_olmoe_forward_flops_worked_by_hand():
     slope = 2 * 16 * (per_expert + per_adapter)
     assert (fixed, slope) == (814_219_264, 203_161_600)
 
-    flops = {k: forward_flops_per_token(olmoe, top_k=k, rank=8, sequence_length=512).total for k in (2, 4, 6, 8)}
+    flops = {k: forward_flops_per_token(olmoe, k, work(8, 512)).total for k in (2, 4, 6, 8)}
     assert flops == {2: 1_220_542_464, 4: 1_626_865_664, 6: 2_033_188_864, 8: 2_439_512_064}
     assert 1 - flops[2] / flops[8] == pytest.approx(0.49968, abs=1e-5)
 
@@ -333,8 +343,8 @@ def test_olmoe_forward_flops_worked_by_hand():
 def test_olmoe_savings_quoted_in_the_docstring_of_tier_costs():
     def saved(length, head=True, training=False, k=2):
         def cost(top_k):
-            passes = [forward_flops_per_token(olmoe, top_k, 8, length)]
-            passes += [backward_flops_per_token(olmoe, top_k, 8, length)] if training else []
+            passes = [forward_flops_per_token(olmoe, top_k, work(8, length))]
+            passes += [backward_flops_per_token(olmoe, top_k, work(8, length))] if training else []
             return sum(flops.total - (0 if head else flops.head) for flops in passes)
 
         return round(100 * (1 - cost(k) / cost(8)), 1)
@@ -342,55 +352,58 @@ def test_olmoe_savings_quoted_in_the_docstring_of_tier_costs():
     assert [saved(256, k=k) for k in (6, 4, 2)] == [16.9, 33.8, 50.7]
     assert (saved(256, head=False), saved(256, training=True)) == (55.4, 50.4)
     assert (saved(2048), saved(2560), saved(4096), saved(4096, head=False)) == (46.2, 45.0, 41.9, 45.1)
-    ranks = {r: forward_flops_per_token(olmoe, 8, r, 512).total for r in (4, 32, 64)}
+    ranks = {r: forward_flops_per_token(olmoe, 8, work(r, 512)).total for r in (4, 32, 64)}
     assert [round(100 * (1 - ranks[4] / ranks[r]), 1) for r in (32, 64)] == [2.1, 4.3]
 
 
-def test_tiers_of_olmoe_pay_for_their_budget_and_send_the_same_bytes():
-    bills = tier_costs(olmoe, (0.25, 0.5, 0.75, 1.0), rank=8, batch_size=4, sequence_length=256)
-    assert [bill.top_k for bill in bills] == [2, 4, 6, 8]
-    assert [round(bill.relative_to_top, 4) for bill in bills] == [0.4956, 0.6637, 0.8319, 1.0]
-    # 16 layers x 64 experts x 8 x (2 * 2048 + 3 * 1024) x 4 bytes
-    assert {bill.upload_bytes for bill in bills} == {234_881_024}
-    memory = [bill.peak_memory_bytes for bill in bills]
+def test_tiers_of_olmoe_cost_what_their_k_does_and_send_the_same_bytes():
+    tiers = [Tier(k / 8, k, rank=8) for k in (2, 4, 6, 8)]
+    costs = tier_costs(olmoe, tiers, work(8, 256))
+    assert [cost.top_k for cost in costs] == [2, 4, 6, 8]
+    assert [round(cost.relative_to_top, 4) for cost in costs] == [0.4956, 0.6637, 0.8319, 1.0]
+    # 16 layers x 64 experts x 8 x (2 * 2048 + 3 * 1024) x 4 bytes; up, a count of int64 per layer and expert, and two more
+    assert {cost.download_bytes for cost in costs} == {234_881_024}
+    assert {cost.upload_bytes for cost in costs} == {234_881_024 + 8 * (16 * 64 + 2)}
+    memory = [cost.peak_memory_bytes for cost in costs]
     assert memory == sorted(set(memory))
 
 
 def test_varying_the_rank_changes_the_bytes_and_hardly_the_flops():
-    bills = tier_costs(olmoe, (0.25, 1.0), rank=8, ranks=(4, 32), batch_size=4, sequence_length=256)
-    assert [(bill.top_k, bill.rank) for bill in bills] == [(8, 4), (8, 32)]
-    assert bills[1].upload_bytes == 8 * bills[0].upload_bytes
-    assert 0.95 < bills[0].relative_to_top < 1
+    weak, top = tier_costs(olmoe, [Tier(0.25, 8, rank=4), Tier(1.0, 8, rank=32)], work(8, 256))
+    assert (weak.rank, top.rank) == (4, 32)
+    assert top.download_bytes == 8 * weak.download_bytes
+    assert 0.95 < weak.relative_to_top < 1
 
 
-def test_a_tier_pays_for_its_pseudo_gradients():
-    def bill(fraction):
-        return tier_costs(olmoe, (0.25,), rank=8, batch_size=4, sequence_length=256, pseudo_gradient_fraction=fraction)[
-            0
-        ].train_flops_per_token
+def test_the_bytes_of_a_tier_are_those_of_what_is_trained_in_the_wires_dtype_or_the_methods_own():
+    whole = Trained(router=True, attention=True)
+    cost = one_tier(trained=whole, wire_dtype="bfloat16")
+    expected = adapter_traffic(olmoe, 8, whole, "bfloat16")
+    assert cost.download_bytes == expected.download_bytes
+    assert cost.upload_bytes == expected.upload_bytes + count_bytes(olmoe)
+    own = tier_costs(olmoe, [Tier(1.0, 8, rank=3)], work(8), lambda shape, rank: Traffic(100 * rank, 10 * rank))[0]
+    assert (own.download_bytes, own.upload_bytes) == (300, 30 + count_bytes(olmoe))
 
-    assert bill(0.5) - bill(0.0) == round(pseudo_gradient_flops_per_token(olmoe, 2, 8, 0.5))
+
+def test_a_tier_costs_its_pseudo_gradients_too():
+    extra = one_tier(pair_fraction=0.5).train_flops_per_token - one_tier().train_flops_per_token
+    assert extra == round(pseudo_gradient_flops_per_token(olmoe, 2, work(8, pair_fraction=0.5)))
 
 
 def test_pseudo_gradients_that_reach_the_hidden_state_cost_more_and_missing_pairs_take_memory():
-    def bill(**changes):
-        return tier_costs(olmoe, (0.25,), rank=8, batch_size=4, sequence_length=256, **changes)[0]
-
-    plain, pairs, deep = (
-        bill(),
-        bill(pseudo_gradient_fraction=0.5),
-        bill(pseudo_gradient_fraction=0.5, through_hidden=True),
-    )
+    plain, pairs = one_tier(), one_tier(pair_fraction=0.5)
+    deep = one_tier(pair_fraction=0.5, pairs_reach_input=True)
     extra = deep.train_flops_per_token - plain.train_flops_per_token
-    assert extra == round(pseudo_gradient_flops_per_token(olmoe, 2, 8, 0.5, through_hidden=True))
+    workload = work(8, pair_fraction=0.5, pairs_reach_input=True)
+    assert extra == round(pseudo_gradient_flops_per_token(olmoe, 2, workload))
     assert extra > pairs.train_flops_per_token - plain.train_flops_per_token
-    assert pairs.peak_memory_bytes > plain.peak_memory_bytes > bill(optimizer_moments=1).peak_memory_bytes
+    assert pairs.peak_memory_bytes > plain.peak_memory_bytes > one_tier(optimizer_moments=1).peak_memory_bytes
 
 
-def test_a_bill_is_json_with_the_promised_keys():
-    bill = tier_costs(olmoe, (1.0,), rank=8, batch_size=4, sequence_length=256)[0].as_dict()
-    assert json.loads(json.dumps(bill)) == bill
-    assert list(bill) == [
+def test_a_cost_is_json_with_the_promised_keys():
+    cost = one_tier().as_dict()
+    assert json.loads(json.dumps(cost)) == cost
+    assert list(cost) == [
         "tier",
         "budget",
         "top_k",
@@ -408,16 +421,14 @@ def test_a_bill_is_json_with_the_promised_keys():
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: forward_flops_per_token(olmoe, 65, 8, 16),
-        lambda: forward_flops_per_token(olmoe, 0, 8, 16),
-        lambda: forward_flops_per_token(olmoe, 8, -1, 16),
-        lambda: forward_flops_per_token(olmoe, 8, 8, 0),
-        lambda: backward_flops_per_token(olmoe, 8, 0, 16),
-        lambda: pseudo_gradient_flops_per_token(olmoe, 8, 8, 1.5),
-        lambda: peak_memory_bytes(olmoe, 65, 8, 1, 16, dtype_bytes=2),
-        lambda: tier_costs(olmoe, (), rank=8, batch_size=1, sequence_length=16),
-        lambda: tier_costs(olmoe, (0.5, 1.0), rank=8, ranks=(4,), batch_size=1, sequence_length=16),
-        lambda: tier_costs(olmoe, (1.5,), rank=8, batch_size=1, sequence_length=16),
+        lambda: forward_flops_per_token(olmoe, 65, work()),
+        lambda: forward_flops_per_token(olmoe, 0, work()),
+        lambda: backward_flops_per_token(olmoe, 65, work()),
+        lambda: backward_flops_per_token(olmoe, 8, work(rank=0)),
+        lambda: peak_memory_bytes(olmoe, 65, work()),
+        lambda: work(rank=-1),
+        lambda: work(length=0),
+        lambda: work(pair_fraction=1.5),
         lambda: replace(olmoe, k_max=65),
         lambda: replace(olmoe, num_moe_layers=17),
         lambda: replace(olmoe, num_moe_layers=15),

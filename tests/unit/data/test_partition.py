@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ubsmoe.config import ConfigError, PartitionSettings
-from ubsmoe.data.partition import partition, partition_report
+from ubsmoe.config import ConfigError, PartitionSettings, parse_run
+from ubsmoe.data.partition import partition, partition_report, tier_of_client
 from ubsmoe.data.tasks import Example
 
 
@@ -161,3 +161,9 @@ def test_an_unknown_field_lists_those_there_are(kind: str) -> None:
         partition(data, settings(kind, field="region"), 1, seed=0)
     with pytest.raises(ConfigError, match="fields of all examples: none"):
         partition([Example("q", "x")], settings(kind), 1, seed=0)
+
+
+def test_clients_are_dealt_to_the_tiers_in_turn() -> None:
+    settings = parse_run({"clients": {"count": 5}, "tiers": {"budgets": [0.25, 1.0]}})
+    expected = {"client-0": 0, "client-1": 1, "client-2": 0, "client-3": 1, "client-4": 0}
+    assert tier_of_client(settings) == expected

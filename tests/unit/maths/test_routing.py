@@ -1,4 +1,4 @@
-"""Budgets, candidates, phi and utilization: the identities of docs/equations.md as properties."""
+"""Candidates, phi and utilization: the identities of docs/equations.md as properties."""
 
 import math
 
@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ubsmoe.maths.routing import (
-    budget_top_k,
     candidates,
     mass_ratio,
     modulate,
@@ -25,28 +24,6 @@ seeds = st.integers(0, 2**31)
 
 def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@given(st.integers(1, 64), st.integers(1, 64))
-@few
-def test_a_budget_that_means_a_whole_number_of_experts_buys_exactly_it(k_max: int, wanted: int) -> None:
-    wanted = min(wanted, k_max)
-    assert budget_top_k(k_max, wanted / k_max) == wanted
-
-
-@given(st.integers(1, 64), st.floats(1e-3, 1.0))
-@few
-def test_a_budget_buys_between_one_and_k_max_and_never_more_than_it_pays(k_max: int, budget: float) -> None:
-    top_k = budget_top_k(k_max, budget)
-    assert 1 <= top_k <= k_max
-    assert top_k == 1 or top_k <= k_max * budget + 1e-6
-    assert top_k + 1 > k_max * budget
-
-
-@pytest.mark.parametrize("budget", [0.0, -0.5, 1.0001, math.nan])
-def test_a_budget_outside_its_range_is_refused(budget: float) -> None:
-    with pytest.raises(ValueError, match=r"budget must lie in \(0, 1\]"):
-        budget_top_k(8, budget)
 
 
 @given(seeds, st.integers(1, 9))

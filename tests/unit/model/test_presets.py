@@ -1,13 +1,14 @@
 """Presets load offline; other configurations become shapes or are refused with a reason."""
 
 import json
+from importlib import resources
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from ubsmoe.errors import UserError
-from ubsmoe.model.presets import FAMILIES, load_config, shape_from_config
+from ubsmoe.model.presets import FAMILIES, PRESETS, model_shape, shape_from_config
 
 
 @pytest.fixture(autouse=True)
@@ -15,28 +16,39 @@ def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
+def preset(name):
+    """The preset as a configuration of transformers."""
+    asset = resources.files("ubsmoe") / "assets" / PRESETS[name]
+    return AutoConfig.for_model(**json.loads(asset.read_text(encoding="utf-8")))
+
+
 def test_olmoe_preset_is_the_published_model():
-    shape = shape_from_config(load_config("olmoe-1b-7b"))
+    shape = model_shape("olmoe-1b-7b")
     assert (shape.num_layers, shape.num_moe_layers, shape.num_experts, shape.k_max) == (16, 16, 64, 8)
     assert (shape.hidden, shape.expert_width, shape.heads, shape.kv_heads, shape.head_dim) == (2048, 1024, 16, 16, 128)
     assert (shape.vocab, shape.tied_embeddings, shape.shared_width, shape.dense_width) == (50304, False, 0, 0)
-    config = load_config("olmoe-1b-7b")
+    config = preset("olmoe-1b-7b")
     assert (config.norm_topk_prob, config.max_position_embeddings) == (False, 4096)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_read_as_transformers_would(name):
+    assert model_shape(name) == shape_from_config(preset(name))
 
 
 def test_olmoe_preset_has_the_published_number_of_parameters():
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config("olmoe-1b-7b"))
+        model = AutoModelForCausalLM.from_config(preset("olmoe-1b-7b"))
     total = sum(parameter.numel() for parameter in model.parameters())
     assert total == 6_919_161_856
     norms = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 1)
-    assert shape_from_config(load_config("olmoe-1b-7b")).parameters == total - norms
+    assert model_shape("olmoe-1b-7b").parameters == total - norms
 
 
 def test_a_folder_is_read_as_it_was_saved(tmp_path):
     config = AutoConfig.for_model("mixtral", hidden_size=32, num_local_experts=6, num_experts_per_tok=3)
     config.save_pretrained(tmp_path)
-    assert shape_from_config(load_config(tmp_path)) == shape_from_config(config)
+    assert model_shape(tmp_path) == shape_from_config(config)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +68,7 @@ def test_dense_layers_are_told_from_moe_layers(family, settings, expected):
 def test_a_dense_model_is_refused_by_name(tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="dense model"):
-        load_config(tmp_path)
+        model_shape(tmp_path)
     with pytest.raises(UserError, match="has no experts"):
         shape_from_config(LlamaConfig())
 
@@ -79,9 +91,9 @@ def test_code_that_ships_with_a_model_is_never_run(tmp_path):
     table = {"model_type": "trap", "auto_map": {"AutoConfig": "configuration_trap.TrapConfig"}}
     (tmp_path / "config.json").write_text(json.dumps(table))
     with pytest.raises(UserError, match="no usable model configuration"):
-        load_config(tmp_path)
+        model_shape(tmp_path)
 
 
 def test_an_unknown_name_says_what_is_accepted():
     with pytest.raises(UserError, match=r"olmoe-1b-7b.*folder.*Hugging Face"):
-        load_config("no-such-base")
+        model_shape("no-such-base")

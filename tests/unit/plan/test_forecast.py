@@ -1,4 +1,4 @@
-"""What `ubsmoe plan` foresees, against what then happens."""
+"""What `ubsmoe plan` estimates, against what then happens."""
 
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ubsmoe.client.train import train
 from ubsmoe.config import ConfigError, RunSettings, parse_run, to_json, with_overrides
+from ubsmoe.costs.workload import Batch
 from ubsmoe.data.tokens import IGNORED, Tokens, collate
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.messages import Task
-from ubsmoe.plan.forecast import GIB, RUNTIME_BYTES, fitting, forecast
-from ubsmoe.plan.work import Batch, assumed_work, batch_shape
+from ubsmoe.plan.devices import GIB, RUNTIME_BYTES, fitting, smallest_device
+from ubsmoe.plan.forecast import forecast
+from ubsmoe.plan.work import assumed_work, batch_shape
 from ubsmoe.server.federation import build_federation
 from ubsmoe.server.rounds import run
 from ubsmoe.server.start import start_state
@@ -24,7 +26,7 @@ ATEN = torch.ops.aten
 COUNTED: dict[Any, Any] = {
     ATEN.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
     ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    # fused attention computes its scores once more; costs.py counts eager attention
+    # fused attention computes its scores once more; costs count eager attention
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
         2 * sdpa_flop_count(q, k, v)
     ),
@@ -121,18 +123,20 @@ def test_a_whole_run_worked_by_hand() -> None:
 
 
 def test_a_device_holds_the_tiers_that_fit_beside_the_libraries() -> None:
-    plan = {"tiers": [{"tier": 0, "memory_bytes": GIB}, {"tier": 1, "memory_bytes": GIB + 1}]}
+    tiers = [{"tier": 0, "peak_memory_bytes": GIB}, {"tier": 1, "peak_memory_bytes": GIB + 1}]
     just = f"{(GIB + RUNTIME_BYTES) / GIB:.9f}GiB"
-    assert fitting(plan, just)["tiers"] == [0]
-    assert fitting(plan, "80GB")["tiers"] == [0, 1] and fitting(plan, "1 GiB")["tiers"] == []
+    assert fitting(tiers, just)["tiers"] == [0]
+    assert fitting(tiers, "80GB")["tiers"] == [0, 1] and fitting(tiers, "1 GiB")["tiers"] == []
     with pytest.raises(ConfigError, match="expected a size in GiB or GB"):
-        fitting(plan, "lots")
+        fitting(tiers, "lots")
+    assert [smallest_device(gib * GIB - RUNTIME_BYTES) for gib in (4, 16, 80)] == [4, 16, 80]
+    assert (smallest_device(4 * GIB - RUNTIME_BYTES + 1), smallest_device(80 * GIB)) == (8, None)
 
 
 def test_olmoe_on_a_small_device_is_told_so() -> None:
     """Seven thousand million weights in bfloat16 alone are 13.8 GB."""
     settings = parse_run({"model": {"base": "olmoe-1b-7b", "dtype": "bfloat16"}, "train": {"local_steps": 1}})
     plan = forecast(settings, examples=100, flops_per_second=1e12)
-    assert fitting(plan, "12GiB")["tiers"] == []
-    memories = [tier["memory_bytes"] for tier in plan["tiers"]]
+    assert fitting(plan["tiers"], "12GiB")["tiers"] == []
+    memories = [tier["peak_memory_bytes"] for tier in plan["tiers"]]
     assert memories == sorted(memories) and memories[0] > 2 * plan["parameters"]

@@ -1,0 +1,69 @@
+"""What a client trains in one step, and how: all that a cost depends on beside the base's shape and K."""
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from ubsmoe.costs.shape import EXPERTS_ONLY, Trained
+
+WireDtype = Literal["float32", "bfloat16", "int8"]
+"""Precisions in which an update can travel."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The shape of one forward pass: sequences, their padded length, tokens that are no padding, positions with a label."""
+
+    rows: int
+    length: int
+    real: int
+    labelled: int
+
+    @classmethod
+    def full(cls, rows: int, length: int) -> Self:
+        """The batch of this size that costs most: no padding, a label at every position."""
+        return cls(rows, length, rows * length, rows * length)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens, padding included."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training step of a client.
+
+    Attributes:
+        rank: LoRA rank of every expert matrix; 0 for none.
+        batch: of one forward pass.
+        trained: what is trained beside the experts, and travels.
+        dtype_bytes: of an element of the base and of the activations: 4 for float32, 2 for bfloat16.
+        pair_fraction: q, the share of the missing (token, expert) pairs that a pseudo-gradient runs too, in [0, 1].
+        pairs_reach_input: whether these pairs also send a gradient to the layer's input; if not, to their adapters only.
+        optimizer_moments: float32 numbers kept per trained element: 2 for AdamW, 1 for SGD with momentum.
+        accumulating: whether gradients of an earlier forward pass are there already.
+        recomputing: gradient checkpointing: layers keep their input alone and run a second time, without the head.
+        wire_dtype: precision of an update; a task travels in float32.
+
+    Raises:
+        ValueError: if rank, length or fraction is impossible.
+    """
+
+    rank: int
+    batch: Batch
+    trained: Trained = EXPERTS_ONLY
+    dtype_bytes: int = 4
+    pair_fraction: float = 0.0
+    pairs_reach_input: bool = False
+    optimizer_moments: int = 2
+    accumulating: bool = False
+    recomputing: bool = False
+    wire_dtype: WireDtype = "float32"
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or self.batch.length < 1:
+            raise ValueError(f"rank must be >= 0 and length >= 1; got {self.rank} and {self.batch.length}")
+        if not 0 <= self.pair_fraction <= 1:
+            raise ValueError(
+                f"pair_fraction is a share of the missing pairs, expected 0 to 1; got {self.pair_fraction}"
+            )
