@@ -183,7 +183,7 @@ def run_events(settings: Any, folder: Path) -> tuple[list[dict[str, Any]], dict[
                     kept[update.client] = stayed_home(update.adapters, task.payload)
                     yield update
 
-    with RunFolder.create(folder, to_json(settings)) as place:
+    with RunFolder.open_or_create(folder, to_json(settings)) as place:
         run(federation, place, Watched(), lambda *_: None)
     events = read_events(folder / "events.jsonl")
     return [event for event in events if (event["event"], event["round"]) == ("client", 2)], kept

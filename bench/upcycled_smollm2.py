@@ -1,7 +1,7 @@
 """SmolLM2-135M as a mixture of experts: what is left of it at each K, before and after a short federated run.
 
     python bench/upcycled_smollm2.py records data/commonsense data/texts       # the same questions, answered in words
-    ubsmoe upcycle SmolLM2-135M-Instruct.Q4_1.gguf --out out/smollm2-moe --experts 8 --top-k 4 --slices 4 --shared 0.5 \
+    ubsmoe base upcycle SmolLM2-135M-Instruct.Q4_1.gguf --out out/smollm2-moe --experts 8 --top-k 4 --slices 4 --shared 0.5 \
         --warm-up data/texts/train.jsonl --warm-up-steps 10
     ubsmoe run runs/smollm2.toml --out out/smollm2-ubsmoe
     ubsmoe run runs/smollm2.toml --out out/smollm2-fedavg --set method.name=fedavg

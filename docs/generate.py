@@ -18,11 +18,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import click
 import typer
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from ubsmoe import cli
 from ubsmoe.bases.pretrain.settings import PretrainSettings
 from ubsmoe.config import MethodSettings, RunSettings
+from ubsmoe.config.template import section_of, toml_value
 from ubsmoe.methods import build
 from ubsmoe.methods.method import PROPERTIES, RunShape
 from ubsmoe.methods.table import METHODS, PARTS, describe, part_settings
@@ -57,7 +57,7 @@ def write_pages(folder: Path) -> None:
 
 
 def run_file_page() -> str:
-    """Every section and key of a run file, and of a file for `ubsmoe pretrain`."""
+    """Every section and key of a run file, and of a file for `ubsmoe base pretrain`."""
     lines = [
         "# Run file",
         "A run file is TOML. Every key has a default; an unknown one is refused with the nearest name. On the command line, "
@@ -74,8 +74,8 @@ def run_file_page() -> str:
         if section is MethodSettings:
             lines.append("Each method's own settings, and the parts that any method can have: [methods](methods.md).")
     lines += [
-        "## A file for ubsmoe pretrain",
-        "Not a run file: `ubsmoe pretrain` reads these keys, all on top level.",
+        "## A file for ubsmoe base pretrain",
+        "Not a run file: `ubsmoe base pretrain` reads these keys, all on top level.",
         _table(_scalars(PretrainSettings)),
     ]
     return _page(lines)
@@ -263,26 +263,19 @@ def _verbs(verb: click.Command, name: str) -> Iterator[str]:
 
 def _sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
     for name, field in model.model_fields.items():
-        section = _section_of(field)
+        section = section_of(field)
         if section:
             yield f"{prefix}{name}", section
             yield from _sections(section, f"{prefix}{name}.")
 
 
-def _section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The settings a field is a section of, `Settings` or `Settings | None`; None for a plain key."""
-    for kind in (field.annotation, *get_args(field.annotation)):
-        if inspect.isclass(kind) and issubclass(kind, BaseModel):
-            return kind
-    return None
-
-
 def _scalars(model: type[BaseModel]) -> list[list[str]]:
     rows = [["key", "value", "default", "what it does"]]
     for name, field in model.model_fields.items():
-        if _section_of(field) is None:
+        if section_of(field) is None:
             values = _kind_of_value(field.annotation, field.metadata)
-            rows.append([f"`{name}`", values, _code(field.default), html.escape(field.description or "", quote=False)])
+            default = "required" if field.is_required() else _code(field.default)
+            rows.append([f"`{name}`", values, default, html.escape(field.description or "", quote=False)])
     return rows
 
 
@@ -315,13 +308,7 @@ def _bounds(limits: Any) -> Iterator[str]:
 
 def _code(value: Any) -> str:
     """A value as TOML writes it."""
-    if value is None:
-        return "left out"
-    if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    if isinstance(value, str):
-        return f'`"{value}"`'
-    return f"`{list(value)}`".replace("'", '"') if isinstance(value, tuple) else f"`{value}`"
+    return "left out" if value is None else f"`{toml_value(value)}`"
 
 
 def _signs(text: str) -> str:

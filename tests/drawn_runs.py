@@ -16,7 +16,7 @@ def write_run(folder: Path, method: str = "ubsmoe", seed: int = 0, phi: bool = T
         {"seed": seed, "clients": {"count": 4}, "train": {"rounds": ROUNDS}, "method": {"name": method}}
     )
     draw = torch.Generator().manual_seed(seed)
-    with RunFolder.create(folder, to_json(settings)) as run:
+    with RunFolder.open_or_create(folder, to_json(settings)) as run:
         counts = {"task": 30 + seed, "<other>": 10}  # another seed, another split
         share = {"size": 40 + seed, "counts": counts}
         report = {

@@ -10,6 +10,7 @@ from rooms import SOURCE, arrows, imported, levels, modules, room_of
 MAY_IMPORT: dict[str, set[str]] = {
     # nouns that everybody may use
     "errors": set(),
+    "version": set(),
     "seeds": set(),
     "messages": set(),
     # tensors in, tensors out; arithmetic from a model's shape
@@ -17,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "costs": set(),
     # run files, folders, records, bytes
     "config": {"costs", "errors"},
-    "storage": {"errors"},
+    "storage": {"errors", "version"},
     "data": {"config", "errors", "seeds"},
     "wire": {"config", "errors", "maths", "messages"},
     "report": {"errors", "maths", "messages", "storage"},
@@ -44,10 +45,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *{"report", "seeds", "server", "storage"},
     },
     # what a user sees
-    "__init__": {"finished"},
+    "__init__": {"finished", "version"},
     "cli": {
         *{"__init__", "bases", "bases/pretrain", "client", "config", "data", "engines", "engines/flower", "errors"},
-        *{"export", "finished", "methods", "plan", "report", "server", "storage", "study"},
+        *{"export", "finished", "methods", "plan", "report", "server", "storage", "study", "version"},
     },
     "__main__": {"cli"},
 }

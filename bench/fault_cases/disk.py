@@ -197,7 +197,9 @@ def read_only(root: Path) -> Iterator[Row]:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     with on(broken):
-        yield refused("read-only folder", lambda: RunFolder.create(root / "read-only", "{}", {}), RunFolderError)
+        yield refused(
+            "read-only folder", lambda: RunFolder.open_or_create(root / "read-only", "{}", {}), RunFolderError
+        )
 
 
 def refused(name: str, work: Callable[[], Any], expected: type[Exception]) -> Row:
@@ -233,7 +235,7 @@ def versions_and_halves(root: Path) -> Iterator[Row]:
         else:
             found = load_newest(folder)
             yield judge("E", name, PREVIOUS, found is not None and found.round == 1, str(found and found.skipped))
-    with RunFolder.create(root / "two", "{}", {}):
+    with RunFolder.open_or_create(root / "two", "{}", {}):
         yield refused(
             "two servers on one run folder", lambda: RunFolder.open_or_create(root / "two", "{}", {}), RunFolderError
         )

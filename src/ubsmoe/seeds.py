@@ -1,8 +1,10 @@
 """One random generator per (run seed, client, round, purpose): never the global one, and no order of calls matters."""
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def seed_for(*key: str | int) -> int:
@@ -17,6 +19,8 @@ def seed_for(*key: str | int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def generator_for(*key: str | int) -> torch.Generator:
+def generator_for(*key: str | int) -> "torch.Generator":
     """A CPU generator seeded by `seed_for`."""
+    import torch  # here, because drawing data needs seeds and no torch
+
     return torch.Generator().manual_seed(seed_for(*key))

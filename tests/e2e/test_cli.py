@@ -315,16 +315,17 @@ def test_a_plan_needs_no_weights_and_says_what_a_device_holds(
     assert "--memory 'big'" in capsys.readouterr().err
 
 
-def test_a_comparison_is_estimated_from_a_file_of_methods(
+def test_a_comparison_is_estimated_from_a_file_of_variants(
     monkeypatch: pytest.MonkeyPatch, capsys: Any, tiny_run: dict, write_toml: WriteToml, tmp_path: Path
 ) -> None:
-    methods, out = tmp_path / "methods.txt", tmp_path / "never"
-    methods.write_text("fedavg\nfedavg(tiers.elastic_share=1.0)  # every step at K = 1\n")
-    assert ubsmoe(monkeypatch, "compare", write_toml(tiny_run), "--methods", methods, "--plan", "--out", out) == 0
+    variants, out = tmp_path / "variants.toml", tmp_path / "never"
+    plain = '[[variants]]\nmethod = {name = "fedavg"}\n'
+    variants.write_text(f"{plain}{plain}tiers.elastic_share = 1.0  # every step at K = 1\n")
+    assert ubsmoe(monkeypatch, "compare", write_toml(tiny_run), "--variants", variants, "--plan", "--out", out) == 0
     plain, elastic, whole = capsys.readouterr().out.splitlines()
     flops = [float(re.search(r"([\d.e+-]+) TFLOP", line)[1]) for line in (plain, elastic, whole)]
     assert plain.startswith("fedavg: 3 x ") and flops[1] < flops[0]
     assert whole.startswith("in all 6 runs") and flops[2] == pytest.approx(3 * (flops[0] + flops[1]), rel=0.02)
     assert not out.exists()
-    assert ubsmoe(monkeypatch, "compare", write_toml(tiny_run), "--methods", tmp_path / "none.txt") == 2
-    assert "--methods: cannot read" in capsys.readouterr().err
+    assert ubsmoe(monkeypatch, "compare", write_toml(tiny_run), "--variants", tmp_path / "none.toml") == 2
+    assert "no such file" in capsys.readouterr().err

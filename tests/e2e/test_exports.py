@@ -116,7 +116,10 @@ def test_export_import_and_generate_from_the_command_line(
     short = {"train.rounds": 1, "evaluate.max_examples": 1, "method.name": "fedavg"}
     again = with_overrides(tiny_run, {**short, "adapter.attention": "trained"})
     quoted = shutil.copytree(tmp_path / "peft", tmp_path / 'it\'s "mine"')
-    assert command(monkeypatch, "import", quoted, write_toml(again), "--out", tmp_path / "again") == 0
+    assert (
+        command(monkeypatch, "run", write_toml(again), "--set", f"adapter.start={quoted}", "--out", tmp_path / "again")
+        == 0
+    )
     goes_on, ended = (json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "again", place))
     assert goes_on["before"] == ended["after"] != ended["before"]
 
@@ -209,6 +212,6 @@ def test_what_cannot_be_served_is_refused(
         assert command(monkeypatch, "serve", tmp_path / place) == 2
         assert sentence in capsys.readouterr().err
     export_run(tmp_path / "run", tmp_path / "merged", "merged")
-    monkeypatch.setattr("ubsmoe.cli.models.find_spec", lambda name: None)
+    monkeypatch.setattr("ubsmoe.errors.find_spec", lambda name: None)
     assert command(monkeypatch, "serve", tmp_path / "merged") == 2
-    assert "this needs fastapi: pip install 'ubsmoe[serve]'" in capsys.readouterr().err
+    assert 'this needs fastapi: pip install "ubsmoe[serve]"' in capsys.readouterr().err

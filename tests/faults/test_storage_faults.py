@@ -232,7 +232,7 @@ def test_a_fault_at_every_call_of_a_start_can_be_started_again(tmp_path, monkeyp
 def test_a_read_only_place_is_told_in_a_sentence(tmp_path, monkeypatch):
     on(monkeypatch, FaultyDisk(1, "EROFS"))
     with pytest.raises(RunFolderError, match=r"cannot write in .*Read-only file system.*choose another --out"):
-        RunFolder.create(tmp_path / "out", "{}", {})
+        RunFolder.open_or_create(tmp_path / "out", "{}", {})
 
 
 def test_a_checkpoint_that_cannot_be_read_is_passed_over_and_reported(tmp_path):

@@ -9,11 +9,11 @@ import torch
 from methods.laboratory import aggregated
 from ubsmoe.client.train import Trainer, train
 from ubsmoe.config import TierSettings, TrainSettings
+from ubsmoe.costs.shape import Trained
 from ubsmoe.data.tokens import Tokens
 from ubsmoe.errors import UserError
 from ubsmoe.maths.pseudo_gradient import PseudoGradient
 from ubsmoe.messages import Task
-from ubsmoe.costs.shape import Trained
 from ubsmoe.methods import METHODS, build
 from ubsmoe.methods.fedavg import fedavg
 from ubsmoe.methods.method import PROPERTIES, Method, RunShape
@@ -89,7 +89,9 @@ def test_parts_add_what_they_cost_and_what_they_tell(lab):
     plain = build("fedavg", lab.shape)
 
     def extra(name, **settings):
-        adapter, own = (m.traffic(lab.sizes, 4, Trained(), "float32") for m in (plain, build(name, lab.shape, settings)))
+        adapter, own = (
+            m.traffic(lab.sizes, 4, Trained(), "float32") for m in (plain, build(name, lab.shape, settings))
+        )
         return (own.download_bytes - adapter.download_bytes) // 4, (own.upload_bytes - adapter.upload_bytes) // 4
 
     assert (extra("fedavg"), extra("ubsmoe"), extra("ubsmoe", dmr=False)) == ((0, 0), (12, 0), (0, 0))

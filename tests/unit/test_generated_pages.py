@@ -28,6 +28,7 @@ def test_the_run_file_page_has_every_key_with_its_default(generate: ModuleType) 
     assert '| `rescale` | `"none"`, `"mass"` | `"mass"` | ' in page
     assert "| `budgets` | list: number > 0 ≤ 1 | `[0.25, 0.5, 0.75, 1.0]` | " in page
     assert "| `k_max` | whole number > 0 | left out | " in page and "## [data.partition]" in page
+    assert "| `noise_multiplier` | number > 0 | required | " in page
     for key in [*TierSettings.model_fields, *(name for name in RunSettings.model_fields)]:
         assert f"`{key}`" in page or f"## [{key}]" in page
 
@@ -35,7 +36,7 @@ def test_the_run_file_page_has_every_key_with_its_default(generate: ModuleType) 
 def test_every_setting_has_a_description(generate: ModuleType) -> None:
     for prefix, section in [("", RunSettings), *generate._sections(RunSettings, "")]:
         for name, field in section.model_fields.items():
-            known = field.description or generate._section_of(field) or (prefix, name) == ("method", "name")
+            known = field.description or generate.section_of(field) or (prefix, name) == ("method", "name")
             assert known, f"{prefix}.{name} has no description: Field(..., description=...) in config/settings.py"
 
 
@@ -91,10 +92,8 @@ def test_a_formula_in_plain_text_gets_letters_and_indices(generate: ModuleType, 
 
 def test_the_command_line_page_has_every_verb_and_the_exit_codes(generate: ModuleType) -> None:
     page = generate.command_line_page()
-    assert (
-        "| 2 | something to change, in the input or on the machine" in page and "| `RUN_FILE` | run file (TOML)" in page
-    )
-    assert all(f"\n## ubsmoe {verb}\n" in page for verb in ("run", "eval", "data commonsense", "lab bias-floor"))
+    assert "| 2 | invalid input or environment" in page and "| `RUN_FILE` | run file (TOML)" in page
+    assert all(f"\n## ubsmoe {verb}\n" in page for verb in ("run", "eval", "data commonsense", "study bias-floor"))
 
 
 def test_pages_of_methods_that_are_gone_are_removed(generate: ModuleType, tmp_path: Path) -> None:

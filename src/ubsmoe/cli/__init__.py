@@ -1,6 +1,6 @@
 """The command line. Each verb calls one function; whatever is slow to import is imported inside the verb.
 
-Exit codes: 0 done; 1 a failure of ours; 2 something to change, in the input or on the machine (the message says what).
+Exit codes: 0 done; 1 internal error; 2 invalid input or environment (the message says what to fix).
 """
 
 import sys
@@ -14,10 +14,10 @@ from ubsmoe.errors import UserError
 
 # importing a module adds its verbs, here in the order of the help page
 # isort: off
-from ubsmoe.cli import run, inspect, probe, models, data, lab, flower
+from ubsmoe.cli import run, inspect, models, data, base, study, flower
 # isort: on
 
-__all__ = ["app", "data", "flower", "inspect", "lab", "main", "models", "probe", "run"]
+__all__ = ["app", "base", "data", "flower", "inspect", "main", "models", "run", "study"]
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
 
 @contextmanager
 def _exit_codes() -> Iterator[None]:
-    """A user's mistake, or a file that the system refuses, ends in a sentence and exit code 2; a bug keeps its traceback."""
+    """Print a user's mistake, or a file that the system refuses, as a sentence and exit with 2; a bug keeps its traceback."""
     try:
         yield
     except (UserError, OSError) as error:

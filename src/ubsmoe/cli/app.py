@@ -1,24 +1,69 @@
 """What the verbs share: the application, the kinds of arguments, and how a run file is read."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
 import typer.core
 
 from ubsmoe.errors import UserError
+from ubsmoe.version import __version__
+
+if TYPE_CHECKING:
+    from ubsmoe.config import RunSettings
 
 # plain help: rich would double the start-up time of every verb
 typer.core.HAS_RICH = False
 
+RENAMED_VERBS = {
+    "costs": "plan",
+    "figures": "study figures",
+    "import": "run --set adapter.start=FOLDER",
+    "lab": "study",
+    "pretrain": "base pretrain",
+    "probe": "study",
+    "upcycle": "base upcycle",
+    "watch": "report --watch",
+}
+"""Verbs before 0.2, and what they are called now."""
+
+
+class Verbs(typer.core.TyperGroup):
+    """The verbs of the command line. An old one is refused with its new name."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click, which looks a verb up. Raises UserError for one that has another name now."""
+        if args[0] in RENAMED_VERBS and args[0] not in self.commands:
+            raise UserError(f"ubsmoe {args[0]} is now ubsmoe {RENAMED_VERBS[args[0]]}")
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="ubsmoe",
-    help="Federated fine-tuning of sparse mixture-of-experts language models on unequal machines.",
+    cls=Verbs,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ubsmoe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def ubsmoe(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Federated fine-tuning of sparse mixture-of-experts language models on unequal machines."""
 
 
 def group(name: str, help: str) -> typer.Typer:
@@ -29,17 +74,20 @@ def group(name: str, help: str) -> typer.Typer:
 
 
 RunFile = Annotated[Path, typer.Argument(help="run file (TOML)", show_default=False)]
+Folder = Annotated[Path, typer.Argument(help="a run folder", show_default=False)]
 Out = Annotated[Path | None, typer.Option("--out", help="run folder; out/<name of the run file> when left out")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="change one setting, as in train.rounds=3; repeatable")]
 Runs = Annotated[list[Path], typer.Argument(help="run folders, or folders of ubsmoe compare", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 
-def read_settings(run_file: Path, changes: list[str] | None) -> Any:
+def read_settings(run_file: Path, changes: list[str] | None) -> "RunSettings":
     """The run file with --set applied, and its number of threads in force."""
     from ubsmoe.config import load_run
+    from ubsmoe.methods.table import check_names
 
     settings = load_run(run_file, overrides(changes))
+    check_names(settings.method.name, settings.method.settings)
     if settings.threads:
         import torch
 
@@ -58,14 +106,6 @@ def overrides(changes: list[str] | None) -> dict[str, Any]:
             raise ConfigError(f"--set {change!r}: expected key=value, as in train.rounds=3")
         found[key] = parse_value(value)
     return found
-
-
-def needs(package: str) -> None:
-    """Refuse in one sentence what an extra that is not installed would draw."""
-    from importlib.util import find_spec
-
-    if find_spec(package) is None:
-        raise UserError(f"this needs {package}: pip install 'ubsmoe[report]'")
 
 
 def print_json(value: Any) -> None:

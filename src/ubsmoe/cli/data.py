@@ -18,7 +18,7 @@ def commonsense_command(
     ] = None,
     seed: Annotated[int, typer.Option(help="draws the mixture")] = 0,
 ) -> None:
-    """Get the eight commonsense sets; write Commonsense-15K (rebuilt) and the eight tests."""
+    """Download and rebuild Commonsense-15K and its eight test sets."""
     from ubsmoe.data.commonsense import build_commonsense
 
     typer.echo(str(build_commonsense(out, "hub" if source == "hub" else Path(source) if source else None, seed)))
@@ -29,7 +29,7 @@ def teleqna_command(
     source: Annotated[Path, typer.Argument(help="TeleQnA.zip, or the TeleQnA.txt inside it", show_default=False)],
     out: Annotated[Path, typer.Option(help="the .jsonl.gz file to write")] = Path("data/teleqna.jsonl.gz"),
 ) -> None:
-    """Read TeleQnA into records whose task is their category."""
+    """Convert TeleQnA into records whose task is their category."""
     from ubsmoe.data.teleqna import build_teleqna
 
     counts = build_teleqna(source, out)

@@ -32,7 +32,10 @@ def up_command(
     simulate: Annotated[bool, typer.Option(help="nodes simulated with Ray instead of SuperNodes")] = False,
     run: Annotated[bool, typer.Option("--run", help="run the app once, then stop")] = False,
 ) -> None:
-    """Start a federation on this machine (SuperLink and SuperNodes, TLS, keys); Ctrl-C stops what was started."""
+    """Start a SuperLink and SuperNodes on this machine.
+
+    Connections use TLS and node keys. Ctrl-C stops what was started.
+    """
     import signal
 
     from ubsmoe.engines.flower.localhost import local_federation
@@ -53,7 +56,10 @@ def keys_command(
     host: Annotated[list[str], typer.Option(help="name or address of the server; repeatable", show_default=False)],
     node: Annotated[list[str] | None, typer.Option(help="name of a node; repeatable")] = None,
 ) -> None:
-    """Make an authority, the server's certificate and keys of nodes; what is there already stays."""
+    """Make a certificate authority, certificates and node keys.
+
+    Files that exist already are kept.
+    """
     from ubsmoe.engines.flower.keys import make_keys
 
     for path in make_keys(folder, host, node or []):

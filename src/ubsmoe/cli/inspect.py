@@ -1,58 +1,65 @@
-"""Verbs that show: what a run did, what it costs, which methods there are."""
+"""Verbs that show: what a run costs, what runs did, which methods there are."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ubsmoe.cli.app import AsJson, Runs, Set, app, needs, overrides, print_json, read_settings
-from ubsmoe.errors import UserError
+from ubsmoe.cli.app import AsJson, Runs, Set, app, overrides, print_json, read_settings
+from ubsmoe.errors import UserError, require
 
-
-@app.command("watch")
-def watch_command(run_folder: Annotated[Path, typer.Argument(help="a run folder", show_default=False)]) -> None:
-    """Follow a run that another process carries out: rounds, balance, scores; ends when it does."""
-    import time
-
-    from ubsmoe.report.console import RunConsole, watch
-
-    with RunConsole() as shown:
-        watch(run_folder, shown, lambda: time.sleep(1))
-
-
-@app.command("figures")
-def figures_command(
-    runs: Runs, out: Annotated[Path, typer.Option(help="where the files go")] = Path("out/figures")
-) -> None:
-    """Draw the paper's Figures 2-7 from these runs, as SVG, PNG and CSV."""
-    needs("matplotlib")
-    from ubsmoe.report.figures import write_figures
-    from ubsmoe.report.series import read_series
-
-    for path in write_figures(read_series(runs), _figure_costs(), out):
-        typer.echo(str(path))
+if TYPE_CHECKING:
+    from ubsmoe.storage.record import RunRecord, TierCosts
 
 
 @app.command("report")
 def report_command(
-    runs: Runs, out: Annotated[Path, typer.Option(help="the file to write")] = Path("out/report.html")
+    runs: Runs,
+    out: Annotated[Path, typer.Option(help="the file to write")] = Path("out/report.html"),
+    watch: Annotated[
+        bool, typer.Option("--watch", help="follow one run in the terminal until it ends instead")
+    ] = False,
 ) -> None:
-    """Say what these runs did in one HTML file that opens without a network."""
-    needs("plotly")
-    from ubsmoe.config import parse_run
-    from ubsmoe.plan.tiers import run_costs
+    """Write one HTML file about runs; it opens without a network."""
+    if watch:
+        return _watch(runs)
+    require("plotly", "report")
     from ubsmoe.report.page import write_report
     from ubsmoe.report.series import read_series
 
     found = read_series(runs)
-    costs = [[cost.as_dict() for cost in run_costs(parse_run(run.record.config))] for run in found]
-    write_report(found, costs, out)
+    write_report(found, [_costs(run.record) for run in found], out)
     typer.echo(str(out))
+
+
+def _watch(runs: list[Path]) -> None:
+    """Show a run's rounds, balance and scores as another process writes them."""
+    import time
+
+    from ubsmoe.report.console import RunConsole, watch
+
+    if len(runs) != 1:
+        raise UserError(f"--watch follows one run, got {len(runs)} folders; give one run folder")
+    with RunConsole() as shown:
+        watch(runs[0], shown, lambda: time.sleep(1))
+
+
+def _costs(record: "RunRecord") -> "list[TierCosts]":
+    """What the run noted, which needs no torch; else, as for a run of a Flower app, counted now."""
+    if record.costs is not None:
+        return record.costs
+    from ubsmoe.cli.run import known_costs
+    from ubsmoe.config import parse_run
+
+    return known_costs(parse_run(record.config)) or []
 
 
 @app.command("methods")
 def methods_command(json_: AsJson = False) -> None:
-    """List the federated methods with their settings, the parts that any method can have, and what a method is exempt from."""
+    """List the federated methods, their settings and their parts.
+
+    Also the properties of the test battery that a method does not satisfy.
+    """
     from dataclasses import asdict
 
     from ubsmoe.methods.table import METHODS, PARTS, describe, part_settings
@@ -73,12 +80,6 @@ def methods_command(json_: AsJson = False) -> None:
         typer.echo(f"[method.{part}]")
         for key, value in settings.items():
             typer.echo(f"  {key} = {value!r}")
-
-
-@app.command("costs", hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-def costs_command() -> None:
-    """Refuse the old name of a verb."""
-    raise UserError("ubsmoe costs is now ubsmoe plan")
 
 
 @app.command("plan")
@@ -104,7 +105,11 @@ def plan_command(
     set_: Set = None,
     json_: AsJson = False,
 ) -> None:
-    """Estimate memory, FLOPs, bytes and seconds per tier, of a run or of a base alone. Loads no weights."""
+    """Estimate memory, FLOPs, bytes and seconds per tier.
+
+    Of a run file, or of a base alone (--model). Loads no weights. A method's
+    own traffic needs a run file, or --set method.name=...
+    """
     from ubsmoe.config import ConfigError
     from ubsmoe.plan.devices import fitting
 
@@ -150,15 +155,3 @@ def _plan_of_base(changes: dict[str, Any]) -> dict[str, Any]:
         "parameters": plan.shape.parameters,
         "tiers": [cost.as_dict() for cost in plan.costs],
     }
-
-
-def _figure_costs() -> dict[str, list[dict[str, Any]]]:
-    """Figure 3's bars: OLMoE-1B-7B with heterogeneous rank and with heterogeneous sparsity, in the run file's defaults."""
-    from ubsmoe.config import parse_run
-    from ubsmoe.plan.tiers import run_costs
-
-    def tiers(method: str) -> list[dict[str, Any]]:
-        settings = parse_run({"model": {"base": "olmoe-1b-7b"}, "method": {"name": method}})
-        return [cost.as_dict() for cost in run_costs(settings)]
-
-    return {"rank": tiers("hetlora"), "sparsity": tiers("fedavg")}

@@ -1,24 +1,25 @@
-"""Verbs that train and score: run, import, compare, eval."""
+"""Verbs that train and score: new, run, compare, eval."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from ubsmoe.cli.app import AsJson, Out, RunFile, Set, app, overrides, print_json, read_settings
+from ubsmoe.cli.app import AsJson, Folder, Out, RunFile, Set, app, overrides, print_json, read_settings
 from ubsmoe.errors import UserError
 
 if TYPE_CHECKING:
     from ubsmoe.config import RunSettings
+    from ubsmoe.storage.record import Summary, TierCosts
+    from ubsmoe.study.variants import Variant
 
 WorkerCount = Annotated[int, typer.Option("--workers", min=1, help="processes that train clients, one thread each")]
 
 Track = Annotated[
-    list[str] | None, typer.Option("--track", help="also draw curves in tensorboard, wandb or mlflow; repeatable")
+    list[str] | None, typer.Option("--track", help="also log metrics to tensorboard, wandb or mlflow; repeatable")
 ]
 
 
@@ -28,6 +29,19 @@ class EngineName(StrEnum):
     local = "local"
     simulation = "simulation"
     superlink = "superlink"
+
+
+@app.command("new")
+def new_command(run_file: RunFile) -> None:
+    """Write a run file with every key, its default and what it does."""
+    from ubsmoe.config.template import run_file_template
+
+    try:
+        with run_file.open("x", encoding="utf-8") as file:
+            file.write(run_file_template())
+    except FileExistsError:
+        raise UserError(f"{run_file} exists already; choose another name or remove it") from None
+    typer.echo(f"{run_file}: change what you need, then `ubsmoe run {run_file}`")
 
 
 @app.command("run")
@@ -42,16 +56,14 @@ def run_command(
     ] = EngineName.local,
     track: Track = None,
 ) -> None:
-    """Fine-tune across clients; on an existing folder, go on where it stopped."""
+    """Fine-tune across clients; resume where an existing run stopped."""
     if engine is not EngineName.local:
         if workers != 1:
             raise UserError(
                 f"--workers is {workers}, but with --engine {engine.value} nodes train, each its own; leave it out"
             )
         if track:
-            raise UserError(
-                f"--track {track[0]}: curves are drawn by runs in this process; leave out --engine or --track"
-            )
+            raise UserError(f"--track {track[0]}: only runs in this process log metrics; leave out --engine or --track")
         return _run_on_flower(run_file, out, set_, engine is EngineName.simulation)
     settings = read_settings(run_file, set_)
     from functools import partial
@@ -70,7 +82,8 @@ def run_command(
 
     check_workers(workers, settings)
     keep_freed_memory()
-    console = Console()
+    console, costs = Console(), known_costs(settings)
+    shown = RunConsole(console)
     place = out or Path("out") / run_file.stem
     tracking = Tracking(track or [], place, settings.model_dump(mode="json"))
     federation = build_federation(settings)
@@ -83,23 +96,25 @@ def run_command(
         _resumable(place, settings.train.rounds),
         process_pool(federation, workers) as pool,
         RunFolder.open_or_create(place, to_json(settings)) as folder,
-        RunConsole(console) as shown,
+        shown,
         tracking,
     ):
+        if costs:
+            folder.write_costs(costs)
         shown.plan(settings.train.rounds, settings.clients_per_round)
         clients = LocalEngine(federation.trainer, federation.examples, federation.clients, shown.on_step, pool)
         score_all = partial(score_in, pool) if pool else None
         summary = run(federation, folder, as_simulated(clients, federation), on_event, score_all)
-    show(console, result_table(summary, _known_costs(settings)))
+    show(console, result_table(cast("Summary", summary), costs))
     console.print(f"adapter {place / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}", soft_wrap=True)
 
 
-def _known_costs(settings: "RunSettings") -> list[dict[str, Any]] | None:
-    """What each tier costs; None for a base of a family whose sizes nobody has verified, which can be trained all the same."""
+def known_costs(settings: "RunSettings") -> "list[TierCosts] | None":
+    """What each tier costs; None for a base whose sizes are not known, which can be trained all the same."""
     from ubsmoe.plan.tiers import run_costs
 
     try:
-        return [cost.as_dict() for cost in run_costs(settings)]
+        return cast("list[TierCosts]", [cost.as_dict() for cost in run_costs(settings)])
     except UserError:
         return None
 
@@ -135,27 +150,13 @@ def _run_on_flower(run_file: Path, out: Path | None, changes: list[str] | None, 
     read_adapter(place)  # flwr run tells nobody that the server failed
 
 
-@app.command("import")
-def import_command(
-    adapter: Annotated[Path, typer.Argument(help="folder of a PEFT adapter", show_default=False)],
-    run_file: RunFile,
-    out: Out = None,
-    set_: Set = None,
-) -> None:
-    """Start a run from a PEFT adapter: `run` with adapter.start set to it."""
-    run_command(run_file, out, [*(set_ or []), f"adapter.start={json.dumps(str(adapter))}"])
-
-
 @app.command("compare")
 def compare_command(
     run_file: RunFile,
-    methods: Annotated[
-        str,
-        typer.Option(
-            help='such as "fedavg, ubsmoe, ubsmoe(pg_mode=off; train.learning_rate=1e-3)", or a .txt file of them',
-            show_default=False,
-        ),
-    ],
+    methods: Annotated[str | None, typer.Option(help="names of methods, as in fedavg,ubsmoe")] = None,
+    variants: Annotated[
+        Path | None, typer.Option(help="TOML file of [[variants]]: methods with settings of their own")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="runs per method, with seeds 0, 1, ...")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="the first of these seeds")] = 0,
     reference: Annotated[
@@ -165,59 +166,54 @@ def compare_command(
     out: Annotated[Path | None, typer.Option(help="folder; out/<name of the run file>-compare when left out")] = None,
     set_: Set = None,
     track: Track = None,
-    plan: Annotated[bool, typer.Option("--plan", help="only say what it will take")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="only estimate FLOPs and time")] = False,
 ) -> None:
-    """Run several methods on the same work; write comparison.csv and comparison.md. Goes on where it stopped."""
+    """Run several methods on the same work and compare their scores.
+
+    Writes comparison.csv and comparison.md. The same command resumes a comparison that was stopped.
+    """
     settings = read_settings(run_file, set_)
     from rich.console import Console
 
-    from ubsmoe.config import ConfigError
-    from ubsmoe.report.comparison import comparison_markdown
-    from ubsmoe.storage.runfolder import atomic_write
-    from ubsmoe.study.compare import compare, parse_variants
+    from ubsmoe.study.variants import choose_variants
 
     console = Console()
-    variants = parse_variants(_methods_text(methods))
-    labels = [variant.label for variant in variants]
+    chosen = choose_variants(methods, variants)
+    labels = [variant.label for variant in chosen]
     against = "".join((reference or labels[0]).split())
     if against not in labels:
-        raise ConfigError(f"--reference {reference!r} is not among --methods: {', '.join(labels)}")
-    place, total = out or Path("out") / f"{run_file.stem}-compare", len(variants) * seeds
-
+        raise UserError(f"--reference {reference!r} is not among the compared: {', '.join(labels)}")
+    place, total = out or Path("out") / f"{run_file.stem}-compare", len(chosen) * seeds
     if plan:
-        from ubsmoe.study.compare import estimate
-
-        in_all = [0.0, 0.0]
-        for label, *work in estimate(settings, variants, first_seed):
-            in_all = [all_ + seeds * one for all_, one in zip(in_all, work, strict=True)]
-            typer.echo(f"{label}: {seeds} x {work[0] / 1e12:.3g} TFLOP, {work[1]:.0f} s")
-        typer.echo(
-            f"in all {total} runs, {in_all[0] / 1e12:.3g} TFLOP, {in_all[1] / 3600:.2g} h of training on one core"
-        )
-        return
+        return _estimate(settings, chosen, seeds, first_seed)
+    from ubsmoe.report.comparison import comparison_markdown
+    from ubsmoe.storage.runfolder import atomic_write
+    from ubsmoe.study.compare import compare
 
     def done(label: str, seed: int, count: int) -> None:
         console.print(f"{count}/{total}  {label}  seed {seed}", highlight=False)
 
-    rows = compare(settings, variants, range(first_seed, first_seed + seeds), place, jobs, done, track or [])
+    rows = compare(settings, chosen, range(first_seed, first_seed + seeds), place, jobs, done, track or [])
     text = comparison_markdown(rows, against)
     atomic_write(place / "comparison.md", text.encode())
     typer.echo(text)
 
 
-def _methods_text(methods: str) -> str:
-    """--methods itself, or the text of the file it names."""
-    if not methods.endswith(".txt"):
-        return methods
-    try:
-        return Path(methods).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--methods: cannot read {methods}: {error.strerror}") from None
+def _estimate(settings: "RunSettings", variants: "list[Variant]", seeds: int, first_seed: int) -> None:
+    """Print what each variant will take, and all together."""
+    from ubsmoe.study.compare import estimate
+
+    flops = seconds = 0.0
+    for label, one_flops, one_seconds in estimate(settings, variants, first_seed):
+        flops, seconds = flops + seeds * one_flops, seconds + seeds * one_seconds
+        typer.echo(f"{label}: {seeds} x {one_flops / 1e12:.3g} TFLOP, {one_seconds:.0f} s")
+    total = seeds * len(variants)
+    typer.echo(f"in all {total} runs, {flops / 1e12:.3g} TFLOP, {seconds / 3600:.2g} h of training on one core")
 
 
 @app.command("eval")
 def eval_command(
-    run_folder: Annotated[Path, typer.Argument(help="a run folder", show_default=False)],
+    run_folder: Folder,
     tier: Annotated[int | None, typer.Option(help="one tier, counted from 1; all when left out")] = None,
     top_k: Annotated[
         int | None, typer.Option(help="at so many experts per token; each tier's own when left out")
@@ -230,19 +226,22 @@ def eval_command(
     include: Annotated[Path | None, typer.Option(help="for --harness: folder of task files of your own")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="for --harness: examples per task")] = None,
 ) -> None:
-    """Score a finished run's adapter, each tier at its own budget; --set changes how (evaluate.*, data.test)."""
+    """Score a finished run's adapter, each tier at its own budget.
+
+    --set changes how it is scored: evaluate.*, data.* and model.device.
+    """
     from rich.console import Console
 
     from ubsmoe.report.console import harness_table, show, task_table
 
     if harness is not None:
-        from ubsmoe.config import ConfigError
         from ubsmoe.finished.harness import harness_scores
 
-        if set_:
-            raise ConfigError("--set changes our own evaluation, and --harness replaces it; leave one of them out")
-        if top_k is not None:
-            raise ConfigError("--top-k is for our own evaluation, and --harness replaces it; leave one of them out")
+        if set_ or top_k is not None:
+            option = "--set" if set_ else "--top-k"
+            raise UserError(
+                f"{option} changes ubsmoe's own evaluation, and --harness replaces it; leave one of them out"
+            )
         results = harness_scores(run_folder, harness.split(","), tier, include, limit)
     else:
         from ubsmoe.finished.run import evaluate_run

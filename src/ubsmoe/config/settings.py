@@ -8,7 +8,7 @@ from ubsmoe.costs.workload import WireDtype
 
 Budget = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Rank = Annotated[int, Field(ge=1, le=4096)]  # far above any use: a slip of the hand must not eat the machine's memory
+Rank = Annotated[int, Field(ge=1, le=4096)]  # sanity limit: a typo must not exhaust memory
 
 
 class Settings(BaseModel):
@@ -29,7 +29,7 @@ class AdapterSettings(Settings):
     """[adapter]: what is trained on top of the base."""
 
     rank: Rank = Field(8, description="LoRA rank on every expert matrix")
-    alpha: PositiveFloat = Field(16.0, description="LoRA numerator: the update is alpha / rank * B A")
+    alpha: PositiveFloat = Field(16.0, description="the update is alpha / rank * B A (PEFT: lora_alpha)")
     # measured, like router: docs/results.md, Screening, the rows of their names
     shared_a: bool = Field(True, description="start all experts of a layer from one A (pseudo-gradients need it)")
     router: Literal["frozen", "trained"] = Field("frozen", description="whether the routers' weights are trained too")
@@ -75,7 +75,7 @@ class SyntheticSettings(Settings):
     """[data.synthetic]: questions about invented facts, when train = "synthetic"."""
 
     seed: int | None = Field(None, description="which facts; the run's seed when left out")
-    entities: PositiveInt = Field(48, description="how many things there are facts about: more are harder")
+    entities: PositiveInt = Field(48, description="entities that the facts are about; more are harder")
     train_examples: PositiveInt = Field(4000, description="questions to train on")
     test_examples: PositiveInt = Field(400, description="questions to test on, over all tasks")
 
@@ -86,7 +86,7 @@ class PartitionSettings(Settings):
     kind: Literal["iid", "natural", "dirichlet", "quantity"] = Field("iid", description="rule of the split")
     field: str = Field("task", description="the examples' field that natural and dirichlet group by")
     alpha: Annotated[float, Field(gt=0, le=1e6)] = Field(
-        0.5, description="Dirichlet concentration; small is more unequal"
+        0.5, description="Dirichlet concentration; smaller is more unequal"
     )
     min_examples: PositiveInt = Field(1, description="a client with fewer examples is refused")
 
@@ -104,7 +104,7 @@ class DataSettings(Settings):
     synthetic: SyntheticSettings = SyntheticSettings()
     partition: PartitionSettings = PartitionSettings()
     template: Literal["plain", "llm_adapters"] = Field("plain", description="prompt around an instruction")
-    loss_on_prompt: bool = Field(False, description="train on the prompt's tokens too")
+    loss_on_prompt: bool = Field(False, description="train on the prompt's tokens too (TRL: not completion_only_loss)")
     max_length: PositiveInt = Field(256, description="tokens; a longer prompt loses its left end, never the answer")
 
 
@@ -141,7 +141,7 @@ class TrainSettings(Settings):
         0.0, description="decoupled (adamw) or L2 (sgd); shrinks unused experts too"
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="linear warm-up of each round's local steps")
-    clip_norm: PositiveFloat | None = Field(1.0, description="global norm of the local gradient")
+    clip_norm: PositiveFloat | None = Field(1.0, description="norm of the local gradient (transformers: max_grad_norm)")
 
 
 class RoundSettings(Settings):
@@ -169,16 +169,16 @@ class WireSettings(Settings):
 
 
 class RobustSettings(Settings):
-    """[robust]: what holds against clients that pass the gate and lie (docs/robustness.md)."""
+    """[robust]: aggregation that is robust to malicious (Byzantine) clients (docs/robustness.md)."""
 
     rule: Literal["mean", "trimmed_mean", "median", "multi_krum"] = Field(
         "mean", description="how updates are averaged; all but mean hold every update of a round at once"
     )
     attackers: Annotated[int, Field(ge=0)] = Field(
-        0, description="clients of a round that may lie, for trimmed_mean and multi_krum"
+        0, description="malicious clients per round that the rule must tolerate, for trimmed_mean and multi_krum"
     )
     clip_norm: PositiveFloat | None = Field(
-        None, description="longest change (Euclidean) of a client's weights; a longer one is shortened, not dropped"
+        None, description="largest norm of a client's change of weights; a larger one is scaled down, not dropped"
     )
     utilization_cap: Annotated[float, Field(ge=1)] | None = Field(
         None, description="factor by which a client's share of an expert may differ from the clients' median"
@@ -200,7 +200,7 @@ class RobustSettings(Settings):
 
 
 class PrivacySettings(Settings):
-    """[privacy]: client-level differential privacy (docs/robustness.md); a section that is left out protects nothing."""
+    """[privacy]: client-level differential privacy (docs/robustness.md); off when the section is left out."""
 
     noise_multiplier: PositiveFloat = Field(
         description="standard deviation of the noise on a round's sum, in units of clip_norm"
@@ -208,12 +208,12 @@ class PrivacySettings(Settings):
     clip_norm: PositiveFloat = Field(description="longest contribution of a client, weights and counts together")
     delta: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="of (epsilon, delta); below 1 / clients.count")
     seed: int | None = Field(
-        None, description="fixes the noise, for studies: who knows it can take the noise off; secret when left out"
+        None, description="fixes the noise, for studies: who knows it can subtract the noise; secret when left out"
     )
 
 
 class SimulationSettings(Settings):
-    """[simulation]: unequal clients on a virtual clock, in this process; a section that is left out simulates nothing."""
+    """[simulation]: unequal clients on a virtual clock, in this process; off when the section is left out."""
 
     flops_per_second: PositiveFloat = Field(1e12, description="speed at budget 1; a budget of beta has beta of it")
     speed_spread: Annotated[float, Field(ge=0)] = Field(
@@ -246,7 +246,7 @@ class RunSettings(Settings):
         None, le=1024, description="torch threads; results are bitwise equal only at equal threads"
     )
     keep_checkpoints: PositiveInt = Field(
-        2, description="newest states kept; resuming needs one, `ubsmoe probe` sees what is kept (rounds + 1 for all)"
+        2, description="newest states kept (transformers: save_total_limit); `ubsmoe study alignment` reads them"
     )
     model: ModelSettings = ModelSettings()
     adapter: AdapterSettings = AdapterSettings()

@@ -8,15 +8,16 @@ A record may name its `task`, its `answer` (the part of the completion that is s
 its other plain values become fields that a partition can group by. Which files they come in: `ubsmoe.data.rows`.
 """
 
-import importlib
 import re
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ubsmoe.config import ConfigError
 from ubsmoe.data.rows import SUFFIXES, read_rows, stem
 from ubsmoe.data.tasks import TASKS, Example
+from ubsmoe.errors import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +59,7 @@ def read_hub(name: str, split: str, tokenizer: "PreTrainedTokenizerBase") -> lis
     """Read a split of a Hugging Face data set whose rows have one of this module's formats.
 
     Raises:
-        ConfigError: if the optional library is missing, the hub does not give the data set, or a row does not fit.
+        UserError: if the optional library is missing, the hub does not give the data set, or a row does not fit.
     """
     rows = load_hub(name, split)
     where = f"hub data set {name} ({split})"
@@ -66,13 +67,9 @@ def read_hub(name: str, split: str, tokenizer: "PreTrainedTokenizerBase") -> lis
 
 
 def load_hub(name: str, split: str, config: str | None = None, revision: str | None = None) -> Iterable[dict[str, Any]]:
-    """The raw rows of a hub data set. Raises ConfigError if the library is missing or the hub does not give them."""
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError:
-        raise ConfigError(
-            f"reading {name} from the Hugging Face hub needs an optional library: pip install ubsmoe[datasets]"
-        ) from None
+    """The raw rows of a hub data set. Raises UserError if the library is missing or the hub does not give them."""
+    require("datasets", "datasets")
+    datasets = import_module("datasets")
     try:
         rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, config, split=split, revision=revision)
     # The library raises many unrelated types (network, missing name, missing split); all mean the same to the user.

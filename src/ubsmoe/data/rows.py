@@ -9,16 +9,17 @@ All but Parquet may be gzipped (.gz).
 
 import csv
 import gzip
-import importlib
 import json
 import re
 import zlib
 from collections.abc import Iterator
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from ubsmoe.config import ConfigError
+from ubsmoe.errors import require
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz", ".parquet")
 _LISTS = {"messages", "candidates"}  # the fields of a record that are no text
@@ -30,7 +31,7 @@ def stem(name: str) -> str:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each record of a file with the words that say where it stands. Raises ConfigError if the file cannot be read."""
+    """Each record of a file with the words that say where it stands. Raises UserError if the file cannot be read."""
     if path.suffix == ".parquet":
         yield from _parquet(path)
         return
@@ -63,10 +64,8 @@ def _csv(text: str, path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        parquet = importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        raise ConfigError(f"reading {path} needs an optional library: pip install ubsmoe[datasets]") from None
+    require("pyarrow", "datasets")
+    parquet = import_module("pyarrow.parquet")
     try:
         rows = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's own errors are among these

@@ -1,7 +1,7 @@
-"""A small made-up world whose facts can be asked about at length: the project's own offline data.
+"""The synthetic QA data set: questions about invented facts, the package's own offline data.
 
-The world has entities with invented names ("Morkus"), each living in a region and having one value of every relation
-(colour, home, food, ...) from a short list of plain English words, and one friend, another entity. Its rules:
+A data set has entities with invented names ("Morkus"). Each lives in a region, has one value of every relation (colour, home,
+food, ...) from a short list of plain English words, and one friend, another entity. Its properties:
 
 - **Facts are shared, questions are not.** Training and test questions ask about the same facts; a question's identity
   (its task, wording, entity and claim) falls into exactly one split, by a hash. Learning the facts is the only way up.
@@ -14,8 +14,8 @@ The world has entities with invented names ("Morkus"), each living in a region a
   of pretraining.
 - **Deterministic.** All is a function of the seeds, through `random.Random` and SHA-256, in every process and on
   every machine.
-- **Two families of names.** Names of the `pretraining` family never occur in an `evaluation` world: a base pretrained
-  on one knows the formats and how to recall a fact, and none of the facts it is going to be fine-tuned on.
+- **Two families of names.** Names of the `pretraining` family never occur in an `evaluation` data set: a base pretrained
+  on one knows the formats and how to recall a fact, and none of the facts that it will be fine-tuned on.
 
 The eight tasks of Commonsense-15K (see `tasks.py`) ask about different relations, so a split by task or by region is
 far from IID.
@@ -176,8 +176,7 @@ ASKS: dict[str, tuple[Ask, ...]] = {
     ),
 }
 
-# 40 heads by 40 tails: short enough that a small tokenizer gives a name about two tokens, many enough for many
-# worlds.
+# 40 heads by 40 tails: short enough that a small tokenizer gives a name about two tokens, many enough for many data sets.
 _HEADS = tuple(c + v for c in ("B", "D", "F", "K", "L", "M", "N", "R") for v in ("al", "er", "in", "or", "um"))
 _TAILS = tuple(c + v for c in ("b", "d", "f", "k", "m", "n", "t", "v") for v in ("a", "ex", "is", "o", "us"))
 
@@ -187,7 +186,7 @@ def _digest(*parts: object) -> int:
 
 
 def names(family: Family) -> list[str]:
-    """All names a family of worlds draws from; the two families share none."""
+    """All names that a family of data sets draws from; the two families share none."""
     wanted = 0 if family == "evaluation" else 1
     return [h + t for h in _HEADS for t in _TAILS if _digest("name", h, t) % 2 == wanted]
 
@@ -206,40 +205,40 @@ def options_around(relation: str, value: str, size: int) -> tuple[str, ...]:
 class SyntheticQA:
     """Entities and their facts, the sentences that state them and the questions that ask for them.
 
-    >>> world = SyntheticQA(seed=0, num_entities=8)
-    >>> question = world.examples("test", count=1, seed=0)[0]
+    >>> data = SyntheticQA(seed=0, num_entities=8)
+    >>> question = data.examples("test", count=1, seed=0)[0]
     >>> question.answer in question.candidates
     True
     """
 
     def __init__(self, seed: int, num_entities: int = 48, family: Family = "evaluation") -> None:
-        """Draw the world.
+        """Draw the facts.
 
         Args:
-            seed: which world of the family; another seed gives other names and other facts.
+            seed: which data set of the family; another seed gives other names and other facts.
             num_entities: how many entities, the dial of difficulty; at least 8, so that every value is somebody's.
             family: which names to use, see the module's text.
         """
         pool = names(family)
         if not 8 <= num_entities <= len(pool):
             raise ValueError(f"num_entities must be between 8 and {len(pool)}, got {num_entities}")
-        rng = random.Random(_digest("world", family, seed))
+        rng = random.Random(_digest("world", family, seed))  # the text is part of every seed: it must not change
         self.seed, self.family = seed, family
         self.entities: list[str] = rng.sample(pool, num_entities)
         self.facts: dict[str, dict[str, str]] = {
-            relation: _deal(values, self.entities, rng) for relation, values in RELATIONS.items()
+            relation: _assign(values, self.entities, rng) for relation, values in RELATIONS.items()
         }
         # The entities are in random order already, so a ring is a random friend for each, and each has one
         # who likes it.
         self.facts["friend"] = dict(zip(self.entities, self.entities[1:] + self.entities[:1], strict=True))
-        self.region: dict[str, str] = _deal(REGIONS, self.entities, rng)
+        self.region: dict[str, str] = _assign(REGIONS, self.entities, rng)
 
     def statement(self, name: str, relation: str, rng: random.Random) -> str:
         """One fact as a sentence, in a random wording."""
         return rng.choice(_STATEMENTS[relation]).format(name=name, value=self.facts[relation][name])
 
     def sentences(self, rng: random.Random) -> list[str]:
-        """Every fact of the world stated once, in a random wording and order."""
+        """Every fact stated once, in a random wording and order."""
         stated = [self.statement(name, relation, rng) for relation, fact in self.facts.items() for name in fact]
         rng.shuffle(stated)
         return stated
@@ -285,8 +284,8 @@ class SyntheticQA:
         return TASKS[task].example(wording.format(name=name), worded, options.index(truth), **fields)
 
 
-def _deal(values: tuple[str, ...], entities: list[str], rng: random.Random) -> dict[str, str]:
+def _assign(values: tuple[str, ...], entities: list[str], rng: random.Random) -> dict[str, str]:
     """Give every entity a value, each value to equally many entities, give or take one."""
-    dealt = (list(values) * -(-len(entities) // len(values)))[: len(entities)]
-    rng.shuffle(dealt)
-    return dict(zip(entities, dealt, strict=True))
+    assigned = (list(values) * -(-len(entities) // len(values)))[: len(entities)]
+    rng.shuffle(assigned)
+    return dict(zip(entities, assigned, strict=True))

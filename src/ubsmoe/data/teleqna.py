@@ -8,13 +8,13 @@ Source: TeleQnA (Maatouk et al. 2023, arXiv 2310.15051), github.com/netop-team/T
 """
 
 import gzip
-import importlib
 import json
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from ubsmoe.config import ConfigError
+from ubsmoe.errors import UserError, require
 
 PASSWORD = b"teleqnadataset"
 
@@ -30,7 +30,7 @@ def build_teleqna(source: Path, out: Path) -> dict[str, int]:
         Questions per category.
 
     Raises:
-        ConfigError: if the source cannot be read or is laid out otherwise, or `out` exists.
+        UserError: if the source cannot be read or is laid out otherwise, or `out` exists.
     """
     if not out.name.endswith(".jsonl.gz") or out.exists():
         raise ConfigError(f"--out must be a new file ending in .jsonl.gz, got {out}")
@@ -53,10 +53,11 @@ def _text(source: Path) -> bytes:
     try:
         if source.suffix != ".zip":
             return source.read_bytes()
-        with _pyzipper().AESZipFile(source) as zipped:
+        require("pyzipper", "teleqna")
+        with import_module("pyzipper").AESZipFile(source) as zipped:
             content: bytes = zipped.read("TeleQnA.txt", pwd=PASSWORD)
             return content
-    except ConfigError:
+    except UserError:
         raise
     except Exception as error:  # the library has error classes of its own, and all mean the same to the user
         raise ConfigError(f"{source} cannot be read as TeleQnA's archive: {error}") from None
@@ -79,12 +80,3 @@ def _record(row: dict[str, str], name: str) -> dict[str, str]:
         "task": row["category"],
         "category": row["category"],
     }
-
-
-def _pyzipper() -> Any:
-    try:
-        return importlib.import_module("pyzipper")
-    except ImportError:
-        raise ConfigError(
-            "TeleQnA.zip is encrypted with AES: pip install ubsmoe[teleqna], or give the TeleQnA.txt you unpacked"
-        ) from None

@@ -1,11 +1,12 @@
 """lm-evaluation-harness on a finished run, each tier with its own adapter and budget: the optional second opinion on `evaluate`."""
 
-import importlib
 import logging
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ubsmoe.config import ConfigError
+from ubsmoe.errors import require
 from ubsmoe.finished.run import open_run
 
 
@@ -31,9 +32,12 @@ def harness_scores(
         Per tier: tier, top_k, rank and the harness' metrics by task, such as "acc,none".
 
     Raises:
-        ConfigError: if the harness is missing, does not know a task, or cannot get its data.
+        UserError: if the harness is not installed, does not know a task, or cannot get its data.
     """
-    evaluator, tasks_module, huggingface = map(_harness, ("evaluator", "tasks", "models.huggingface"))
+    require("lm_eval", "harness")
+    evaluator, tasks_module, huggingface = (
+        import_module(f"lm_eval.{name}") for name in ("evaluator", "tasks", "models.huggingface")
+    )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if include is not None and not include.is_dir():
         raise ConfigError(f"--include: {include} is no folder; expected one with task files in YAML")
@@ -59,10 +63,3 @@ def harness_scores(
         }
         results.append({"tier": profile.tier, "top_k": profile.top_k, "rank": profile.rank, "scores": scores})
     return results
-
-
-def _harness(name: str) -> Any:
-    try:
-        return importlib.import_module(f"lm_eval.{name}")
-    except ImportError:
-        raise ConfigError("--harness needs an optional library: pip install ubsmoe[harness]") from None

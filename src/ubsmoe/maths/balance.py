@@ -104,29 +104,3 @@ def dead_experts(utilization: Tensor) -> Tensor:
     2
     """
     return (utilization == 0).sum(-1)
-
-
-def pearson(x: Tensor, y: Tensor) -> Tensor:
-    """Linear correlation of two series over the last dimension; NaN where one of them does not vary.
-
-    >>> round(float(pearson(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([6.0, 4.0, 2.0]))), 9)
-    -1.0
-    """
-    x, y = x.double() - x.double().mean(-1, keepdim=True), y.double() - y.double().mean(-1, keepdim=True)
-    scale = x.square().sum(-1).sqrt() * y.square().sum(-1).sqrt()
-    return torch.where(scale > 0, ((x * y).sum(-1) / scale.clamp_min(1e-300)).clamp(-1, 1), math.nan)
-
-
-def spearman(x: Tensor, y: Tensor) -> Tensor:
-    """Correlation of the ranks over the last dimension, ties sharing their mean rank; NaN where one does not vary.
-
-    >>> round(float(spearman(torch.tensor([1.0, 10.0, 100.0]), torch.tensor([0.1, 0.2, 5.0]))), 9)
-    1.0
-    """
-    return pearson(_ranks(x), _ranks(y))
-
-
-def _ranks(x: Tensor) -> Tensor:
-    """How many are smaller, ties counting half: the rank less a constant, which no correlation sees."""
-    here, others = x[..., :, None], x[..., None, :]
-    return (here > others).sum(-1) + (here == others).sum(-1) / 2

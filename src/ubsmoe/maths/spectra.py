@@ -121,17 +121,6 @@ def tail_energy(singular_values: Float[Tensor, "*E S"]) -> Float[Tensor, "*E S1"
     return torch.nn.functional.pad(squares, (0, 1))
 
 
-def retained_energy(singular_values: Float[Tensor, "*E S"]) -> Float[Tensor, "*E S1"]:
-    """Share of the energy Σ σ_i² that each cut keeps, for c = 0 ... S; 1 throughout where the sum is zero.
-
-    >>> retained_energy(torch.tensor([2.0, 1.0, 0.0]))
-    tensor([0.0000, 0.8000, 1.0000, 1.0000])
-    """
-    tail = tail_energy(singular_values)
-    total = tail[..., :1]
-    return torch.where(total > 0, 1 - tail / total, torch.ones_like(tail))
-
-
 def energy_rank(singular_values: Float[Tensor, "*E S"], energy: float) -> Int[Tensor, "*E"]:
     """The smallest rank that keeps a share `energy` of Σ σ_i², per expert; 0 where the sum is zero.
 

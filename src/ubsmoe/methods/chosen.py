@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 
 from ubsmoe.config import ConfigError, RobustSettings, RunSettings
 from ubsmoe.costs.shape import ModelShape
+from ubsmoe.errors import require
 from ubsmoe.maths import robust
 from ubsmoe.maths.means import Mean, WeightedMean
 from ubsmoe.messages import Profile
@@ -60,8 +60,7 @@ def chosen_method(settings: RunSettings, shape: RunShape) -> Method:
         refuse(method, "robust")
     if settings.privacy is not None:
         refuse(method, "privacy")
-        if find_spec("dp_accounting") is None:
-            raise ConfigError('[privacy] needs dp-accounting for its epsilon; pip install "ubsmoe[dp]"')
+        require("dp_accounting", "dp")
     return method
 
 

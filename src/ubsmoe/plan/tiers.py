@@ -35,7 +35,6 @@ def plan_tiers(settings: RunSettings) -> TierPlan:
         run_workload(settings), pair_fraction=method.pair_fraction, pairs_reach_input=method.pairs_reach_input
     )
 
-
     def traffic(shape: ModelShape, rank: int) -> Traffic:
         return method.traffic(shape, rank, workload.trained, workload.wire_dtype)
 

@@ -1,29 +1,20 @@
 """The report's charts as plotly's own plain data: traces and a layout, ready for JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from ubsmoe.maths import balance
-from ubsmoe.report.series import Series, by_label
+from ubsmoe.report.series import COLOURS, ENTROPY, GINI, PHI, Array, Series, mean, over_rounds
+from ubsmoe.storage.record import Scores, TierCosts
 
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#B07D00",
-    "#56B4E9",
-    "#808080",
-)  # readable on white and on black
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "x", "star", "pentagon", "hexagon")
 DASHES = ("solid", "dash", "dot", "dashdot")
 MOST_HEAT_CELLS = 60_000  # about 400 kB of JSON; longer runs show every n-th round
 
-COSTS = {  # what is paid -> title of its chart, and its axis
+COSTS = {  # unit -> title of its chart, and its axis
     "MFLOPs": ("Compute against accuracy", "training MFLOPs per token"),
     "seconds": ("Time against accuracy", "seconds of a client in a round"),
     "MB": ("Traffic against accuracy", "MB of a client in a round, both ways"),
@@ -43,9 +34,8 @@ class Chart:
 
 def loss_over_rounds(runs: Sequence[Series]) -> Chart:
     """Training loss over rounds: per tier of a single run, else per run, mean over its tiers."""
-    clients = [(run, run.events("client")) for run in runs]
     # a private run tells no client's loss
-    points = [(run, [(c["round"], c["tier"], c["loss"]) for c in events if "loss" in c]) for run, events in clients]
+    points = [(run, [(c["round"], c["tier"], c["loss"]) for c in run.record.clients if "loss" in c]) for run in runs]
     caption = f"Mean loss of the clients{_each(runs)} while they trained, nats per token."
     return _over_rounds("loss", "Training loss", caption, "loss, nats per token", _learning(points))
 
@@ -53,7 +43,7 @@ def loss_over_rounds(runs: Sequence[Series]) -> Chart:
 def accuracy_over_rounds(runs: Sequence[Series]) -> Chart:
     """Test accuracy at the rounds that were evaluated: per tier of a single run, else per run, mean over its tiers."""
     points = [
-        (run, [(e["round"], e["tier"], 100 * e["scores"]["macro"]["accuracy"]) for e in run.events("evaluated")])
+        (run, [(e["round"], e["tier"], 100 * e["scores"]["macro"]["accuracy"]) for e in run.record.evaluated])
         for run in runs
     ]
     caption = f"Accuracy on the test questions{_each(runs)}, mean over tasks; round 0 is before training."
@@ -69,7 +59,7 @@ def _learning(points: Sequence[tuple[Series, list[tuple[int, int, float]]]]) -> 
     lines: dict[str, dict[int, list[float]]] = {}
     for run, own in points:
         for number, tier, value in own:
-            name = f"tier {tier + 1}" if len(points) == 1 else run_name(run)
+            name = f"tier {tier + 1}" if len(points) == 1 else run.name
             lines.setdefault(name, {}).setdefault(number, []).append(value)
     return [
         _line(name, list(means), [sum(values) / len(values) for values in means.values()], index)
@@ -77,8 +67,8 @@ def _learning(points: Sequence[tuple[Series, list[tuple[int, int, float]]]]) -> 
     ]
 
 
-def cost_against_accuracy(runs: Sequence[Series], costs: Sequence[list[dict[str, Any]]], unit: str) -> Chart | None:
-    """What a tier pays against what it gets; one line per run, one point per tier; None if no run has ended."""
+def cost_against_accuracy(runs: Sequence[Series], costs: Sequence[list[TierCosts]], unit: str) -> Chart | None:
+    """What a tier costs against its accuracy; one line per run, one point per tier; None if no run has ended."""
     traces = []
     for index, (run, tiers) in enumerate(zip(runs, costs, strict=True)):
         if run.record.summary is None:
@@ -87,7 +77,7 @@ def cost_against_accuracy(runs: Sequence[Series], costs: Sequence[list[dict[str,
         points = [(tier, tier_costs(run, tier)) for tier in tiers if tier["tier"] in last]
         points = [(tier, paid) for tier, paid in points if unit in paid]
         accuracy = [100 * last[tier["tier"]]["macro"]["accuracy"] for tier, _ in points]
-        trace = _line(run_name(run), [paid[unit] for _, paid in points], accuracy, index)
+        trace = _line(run.name, [paid[unit] for _, paid in points], accuracy, index)
         trace["customdata"] = [[t["tier"] + 1, t["top_k"], t["rank"]] for t, _ in points]
         trace["hovertemplate"] = (
             f"tier %{{customdata[0]}}, K = %{{customdata[1]}}, rank %{{customdata[2]}}: %{{x:.3g}} {unit}, %{{y:.1f}} %"
@@ -99,54 +89,38 @@ def cost_against_accuracy(runs: Sequence[Series], costs: Sequence[list[dict[str,
     return Chart(f"cost-{unit}", title, caption, traces, layout) if traces else None
 
 
-def tier_costs(run: Series, tier: dict[str, Any]) -> dict[str, float]:
-    """What a client of a tier pays: MFLOPs per token as counted; seconds and MB per round as noted, MB else as planned."""
-    own = [event for event in run.events("client") if event["tier"] == tier["tier"]]
-
-    def mean(key: str, planned: float) -> float:
-        values = [event[key] for event in own if key in event]
-        return sum(values) / len(values) if values else planned
-
-    up, down = (mean(key, tier[key]) / 1e6 for key in ("upload_bytes", "download_bytes"))
-    found = {"MFLOPs": tier["train_flops_per_token"] / 1e6, "MB up": up, "MB down": down, "MB": up + down}
-    return found | ({"seconds": sum(event["seconds"] for event in own) / len(own)} if own else {})
-
-
-def balance_over_rounds(runs: Sequence[Series], measure: str) -> Chart:
-    """Entropy or Gini, mean over layers, per method, mean over its seeds."""
-    traces = []
-    for index, (label, seeds) in enumerate(by_label(runs).items()):
-        rounds = min((run.rounds for run in seeds), key=len)
-        values = torch.stack([getattr(run, measure)[: len(rounds)].mean(1) for run in seeds]).mean(0)
-        traces.append(_line(label, rounds, _short(values), index))
-    words = {
-        "entropy": ("Entropy of expert use", "H / ln M", "1 when all experts of a layer work alike"),
-        "gini": ("Gini coefficient of expert use", "Gini", "0 when all experts of a layer work alike"),
+def tier_costs(run: Series, tier: TierCosts) -> dict[str, float]:
+    """Costs of a client of a tier: MFLOPs per token as counted; seconds and MB per round as noted, MB else as planned."""
+    own = [event for event in run.record.clients if event["tier"] == tier["tier"]]
+    up = [event["upload_bytes"] for event in own if "upload_bytes" in event] or [tier["upload_bytes"]]
+    down = [event["download_bytes"] for event in own] or [tier["download_bytes"]]
+    found = {
+        "MFLOPs": tier["train_flops_per_token"] / 1e6,
+        "MB up": fmean(up) / 1e6,
+        "MB down": fmean(down) / 1e6,
+        "MB": (fmean(up) + fmean(down)) / 1e6,
     }
-    title, unit, meaning = words[measure]
-    return _over_rounds(measure, title, f"{title}, mean over layers and seeds: {meaning}.", unit, traces)
+    return found | ({"seconds": fmean(event["seconds"] for event in own)} if own else {})
 
 
-def phi_correlation(runs: Sequence[Series]) -> Chart | None:
-    """Pearson correlation of phi with use, mean over layers; None when no run was modulated."""
-    traces = []
-    for index, run in enumerate(run for run in runs if run.phi is not None):
-        assert run.phi is not None
-        traces.append(
-            _line(run_name(run), run.rounds, _short(balance.pearson(run.phi, run.utilization).nanmean(1)), index)
-        )
-    caption = (
-        "Pearson correlation of the modulation φ with use, over experts, mean over layers: negative where it works."
-    )
-    chart = _over_rounds("phi", "φ against utilization", caption, "Pearson r", traces)
-    return chart if traces else None
+def expert_use(runs: Sequence[Series]) -> Iterator[Chart]:
+    """Entropy and Gini of the experts' use, and phi against it where runs were modulated; mean over layers and seeds."""
+    modulated = [run for run in runs if run.phi is not None]
+    for id, quantity, drawn in (("entropy", ENTROPY, runs), ("gini", GINI, runs), ("phi", PHI, modulated)):
+        traces = [
+            _line(seeds[0].label, rounds, _short(mean(values, (0, 2))), index)
+            for index, (seeds, rounds, values) in enumerate(over_rounds(drawn, quantity))
+        ]
+        if traces:
+            caption = f"{quantity.title}, {quantity.unit}, mean over layers and seeds: {quantity.meaning}."
+            yield _over_rounds(id, quantity.title, caption, quantity.unit, traces)
 
 
 def partitions(runs: Sequence[Series]) -> list[Chart]:
     """One chart for each different split of the data among the runs; none where the data have no kinds."""
     holders: list[tuple[dict[str, Any], list[Series]]] = []
     for run in runs:
-        report = next((event["report"] for event in run.events("partition")), None)
+        report = next((event["report"] for event in run.record.named("partition")), None)
         same = next((own for other, own in holders if other == report), None)
         if same is not None:
             same.append(run)
@@ -160,7 +134,7 @@ def partitions(runs: Sequence[Series]) -> list[Chart]:
 
 def _these(runs: Sequence[Series]) -> str:
     if len(runs) == 1:
-        return run_name(runs[0])
+        return runs[0].name
     return f"{len(runs)} runs with seed {', '.join(map(str, sorted({run.seed for run in runs})))}"
 
 
@@ -184,12 +158,13 @@ def _partition(id: str, report: dict[str, Any], where: str) -> Chart:
 
 def heat_maps(runs: Sequence[Series]) -> list[dict[str, Any]]:
     """Use of the experts, and phi, per run and round, for the slider."""
-    cells = sum(run.utilization.numel() * (1 if run.phi is None else 2) for run in runs)
+    cells = sum(run.utilization.size * (1 if run.phi is None else 2) for run in runs)
     step = -(-cells // MOST_HEAT_CELLS)
     maps = []
     for run in runs:
         kept = sorted({*range(0, len(run.rounds), step), len(run.rounds) - 1})
-        share = run.utilization[kept] / run.utilization[kept].sum(-1, keepdim=True).clamp_min(1e-300)
+        used = run.utilization[kept]
+        share = used / np.maximum(used.sum(-1, keepdims=True), 1e-300)
         phi = None if run.phi is None else run.phi[kept]
         maps.append(
             {
@@ -197,20 +172,15 @@ def heat_maps(runs: Sequence[Series]) -> list[dict[str, Any]]:
                 "use": _short(share),
                 "most": float(share.max()),
                 "phi": None if phi is None else _short(phi),
-                "span": 1.0 if phi is None else max(float(phi.abs().max()), 1e-6),
+                "span": 1.0 if phi is None else max(float(np.abs(phi).max()), 1e-6),
             }
         )
     return maps
 
 
-def run_name(run: Series) -> str:
-    """Label and seed."""
-    return f"{run.label}, seed {run.seed}"
-
-
-def last_scores(run: Series) -> dict[int, dict[str, Any]]:
+def last_scores(run: Series) -> dict[int, Scores]:
     """Tier -> scores by task, at the last evaluation."""
-    return {event["tier"]: event["scores"] for event in run.events("evaluated")}
+    return {event["tier"]: event["scores"] for event in run.record.evaluated}
 
 
 def _line(name: str, x: list[Any], y: list[Any], index: int) -> dict[str, Any]:
@@ -232,7 +202,7 @@ def _over_rounds(id: str, title: str, caption: str, unit: str, traces: list[dict
     return Chart(id, title, caption, traces, layout)
 
 
-def _short(values: Tensor) -> list[Any]:
+def _short(values: Array) -> list[Any]:
     """Nested lists with four digits behind the point; JSON knows no NaN."""
     return _rounded(values.tolist())
 

@@ -4,9 +4,40 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
-from scipy import stats
+
+class Balance(TypedDict):
+    """How the last round of a run used its experts."""
+
+    entropy: float | None
+    gini: float | None
+    dead_experts: int | None
+
+
+class Row(Balance):
+    """A row of comparison.csv: one task of one tier of one run; tiers count from 1, None stands for what was not measured."""
+
+    method: str
+    seed: int
+    tier: int
+    top_k: int
+    rank: int
+    task: str
+    accuracy: float
+    unparsed: float
+    mc_accuracy: float | None
+    loss: float
+    accuracy_before: float | None
+    unparsed_before: float | None
+    mc_accuracy_before: float | None
+    loss_before: float | None
+    chance: float | None
+    examples: int
+    train_flops_per_token: float
+    upload_bytes: int
+    download_bytes: int
+    client_seconds: float | None
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -19,8 +50,10 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, math.nan
+    from scipy.special import stdtrit  # scipy.stats, whose t.ppf this is, takes a second to import
+
     error = statistics.stdev(values) / math.sqrt(len(values))
-    return mean, float(stats.t.ppf(0.975, len(values) - 1)) * error
+    return mean, float(stdtrit(len(values) - 1, 0.975)) * error
 
 
 @dataclass(frozen=True)
@@ -35,7 +68,7 @@ class Metric:
 
 METRICS = (
     Metric("accuracy", "Generation accuracy, %", 100, 1),
-    Metric("mc_accuracy", "Likelihood accuracy, %", 100, 1),
+    Metric("mc_accuracy", "MC accuracy, %", 100, 1),
     Metric("unparsed", "Unparsed answers, %", 100, 1),
     Metric("loss", "Loss, nats per token of the right answer", 1, 4),
 )
@@ -46,7 +79,7 @@ BALANCE = (
 )
 
 
-def comparison_markdown(rows: Sequence[dict[str, Any]], reference: str) -> str:
+def comparison_markdown(rows: Sequence[Row], reference: str) -> str:
     """Method by tier, mean over tasks: each metric, its differences to a reference paired by seed, then the costs.
 
     Args:
@@ -67,8 +100,8 @@ def comparison_markdown(rows: Sequence[dict[str, Any]], reference: str) -> str:
         f"Chance: {_percent(macro, 'chance')} %.",
     ]
     for metric in METRICS:
-        by_seed = {(row["method"], row["tier"], row["seed"]): row[metric.name] for row in macro}
-        before = {(row["method"], row["tier"], row["seed"]): row[f"{metric.name}_before"] for row in macro}
+        by_seed = {(row["method"], row["tier"], row["seed"]): _of(row, metric.name) for row in macro}
+        before = {(row["method"], row["tier"], row["seed"]): _of(row, f"{metric.name}_before") for row in macro}
         body = [
             [f"before training, K = {ks}", *(_cell(metric, [before[m, t, s] for s in seeds]) for t in tiers)]
             for ks, m in _first_of_each_k(macro).items()
@@ -90,7 +123,7 @@ def comparison_markdown(rows: Sequence[dict[str, Any]], reference: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _first_of_each_k(macro: Sequence[dict[str, Any]]) -> dict[str, str]:
+def _first_of_each_k(macro: Sequence[Row]) -> dict[str, str]:
     """The Ks of the tiers, as text, and the first method that runs them: before training all methods of one K are alike."""
     methods: dict[str, str] = {}
     for method in _distinct(macro, "method"):
@@ -99,12 +132,12 @@ def _first_of_each_k(macro: Sequence[dict[str, Any]]) -> dict[str, str]:
     return methods
 
 
-def _balance(macro: Sequence[dict[str, Any]], methods: Sequence[str]) -> list[str]:
+def _balance(macro: Sequence[Row], methods: Sequence[str]) -> list[str]:
     """How evenly the last round used the experts: why a balancing method does what it does, or does not."""
     body = []
     for method in methods:
         runs = {row["seed"]: row for row in macro if row["method"] == method}.values()  # alike in every tier
-        body.append([method, *(_cell(metric, [run[metric.name] for run in runs]) for metric in BALANCE)])
+        body.append([method, *(_cell(metric, [_of(run, metric.name) for run in runs]) for metric in BALANCE)])
     heading = "### Use of experts in the last round, mean over layers; dead: experts without a token, in all layers"
     return ["", heading, "", *_table(["method", *(metric.heading for metric in BALANCE)], body)]
 
@@ -125,7 +158,7 @@ def _cell(metric: Metric, values: Sequence[float | None], signed: bool = False) 
     return text if math.isnan(half) else f"{text} ± {half:.{metric.decimals}f}"
 
 
-def _cost(macro: Sequence[dict[str, Any]], method: str, tier: int) -> str:
+def _cost(macro: Sequence[Row], method: str, tier: int) -> str:
     rows = [row for row in macro if row["method"] == method and row["tier"] == tier]
     seconds = [row["client_seconds"] for row in rows if row["client_seconds"] is not None]
     measured = f"{statistics.median(seconds):.2f}" if seconds else "–"
@@ -134,8 +167,8 @@ def _cost(macro: Sequence[dict[str, Any]], method: str, tier: int) -> str:
     return f"{one['top_k']}, {one['rank']} / {one['train_flops_per_token'] / 1e6:.2f} / {sizes} / {measured}"
 
 
-def _percent(macro: Sequence[dict[str, Any]], name: str) -> str:
-    values = [row[name] * 100 for row in macro if row[name] is not None]
+def _percent(macro: Sequence[Row], name: str) -> str:
+    values = [value * 100 for value in (_of(row, name) for row in macro) if value is not None]
     return f"{statistics.fmean(values):.1f}" if values else "–"
 
 
@@ -143,5 +176,9 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in body)]
 
 
-def _distinct(rows: Sequence[dict[str, Any]], key: str) -> list[Any]:
-    return list(dict.fromkeys(row[key] for row in rows))
+def _distinct(rows: Sequence[Row], key: str) -> list[Any]:
+    return list(dict.fromkeys(_of(row, key) for row in rows))
+
+
+def _of(row: Row, column: str) -> Any:
+    return row[column]  # type: ignore[literal-required]

@@ -1,17 +1,20 @@
 """A run in the terminal: a live line while it goes, plain lines when the output is not a terminal, a table at the end."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ubsmoe.messages import Task
+from ubsmoe.storage.record import Scores, Summary, TaskScore, TierCosts
 from ubsmoe.storage.runfolder import read_run
+
+if TYPE_CHECKING:
+    from ubsmoe.messages import Task
 
 
 class RunConsole:
@@ -45,7 +48,7 @@ class RunConsole:
         self._rounds, self._clients = rounds, clients
         self._progress.update(self._bar, total=rounds * clients)
 
-    def on_step(self, task: Task, step: int, num_steps: int, loss: float) -> None:
+    def on_step(self, task: "Task", step: int, num_steps: int, loss: float) -> None:
         """One optimiser step of one client."""
         self._progress.update(
             self._bar,
@@ -108,10 +111,10 @@ def watch(path: Path, shown: RunConsole, pause: Callable[[], None]) -> None:
         pause()
 
 
-def result_table(summary: dict[str, Any], costs: Sequence[dict[str, Any]] | None) -> Table:
+def result_table(summary: Summary, costs: Sequence[TierCosts] | None) -> Table:
     """Tier, K, FLOPs against the top tier, accuracy before and after: what a run is run for. A dash for unknown costs."""
     macro, tiers = summary["after"][0]["macro"], summary["tiers"]
-    nothing = [None] * len(tiers)
+    nothing: list[Any] = [None] * len(tiers)
     table = _table(
         f"{summary['method']}: per tier, {len(summary['after'][0]) - 1} tasks, "
         f"{macro['examples']} questions, before → after",
@@ -127,10 +130,7 @@ def result_table(summary: dict[str, Any], costs: Sequence[dict[str, Any]] | None
             str(profile["rank"]),
             f"{cost['train_flops_per_token'] / 1e6:.4g}" if cost else "–",
             f"{cost['relative_to_top']:.0%}" if cost else "–",
-            *(
-                _change(before and before["macro"][key], after["macro"][key])
-                for key in ("accuracy", "unparsed", "mc_accuracy")
-            ),
+            *_changes(before and before["macro"], after["macro"]),
         )
     if macro["chance"] is not None:
         table.caption = (
@@ -140,7 +140,7 @@ def result_table(summary: dict[str, Any], costs: Sequence[dict[str, Any]] | None
     return table
 
 
-def cost_table(model: str, tiers: Sequence[dict[str, Any]]) -> Table:
+def cost_table(model: str, tiers: Sequence[Mapping[str, Any]]) -> Table:
     """FLOPs, bytes and memory per tier."""
     table = _table(
         f"{model}: cost per tier",
@@ -163,7 +163,7 @@ def cost_table(model: str, tiers: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def task_table(results: Sequence[dict[str, dict[str, Any]]], labels: Sequence[str]) -> Table:
+def task_table(results: Sequence[Scores], labels: Sequence[str]) -> Table:
     """Accuracy per task, one column per tier, beside chance and majority."""
     table = _table("accuracy % per task (unparsed %)", (*labels, "chance", "majority"), words=["task"])
     for task in results[0]:
@@ -263,6 +263,15 @@ def show(console: Console, table: Table) -> None:
     console.width = max(before, console.measure(table).maximum)
     console.print(table, crop=False)
     console.width = before
+
+
+def _changes(before: TaskScore | None, after: TaskScore) -> list[str]:
+    """Accuracy, unparsed and MC accuracy, before and after."""
+    return [
+        _change(before and before["accuracy"], after["accuracy"]),
+        _change(before and before["unparsed"], after["unparsed"]),
+        _change(before and before["mc_accuracy"], after["mc_accuracy"]),
+    ]
 
 
 def _change(before: float | None, after: float | None) -> str:

@@ -1,7 +1,6 @@
 """The paper's Figures 2-7 from run folders: SVG and PNG to print, CSV to plot otherwise.
 
-The palette is Okabe and Ito's, told apart by colour-blind readers, and every method also has a marker and a dash of its own,
-told apart on a black-and-white print.
+Every method has a marker and a dash of its own beside its colour, told apart on a black-and-white print.
 """
 
 import csv
@@ -11,19 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import torch
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 
-from ubsmoe.maths import balance
-from ubsmoe.report.series import Series, by_label
+from ubsmoe.report.series import (
+    COLOURS,
+    ENTROPY,
+    GINI,
+    PHI,
+    PHI_RANKS,
+    Array,
+    Quantity,
+    Series,
+    correlation,
+    mean,
+    over_rounds,
+)
 from ubsmoe.storage.disk import atomic_write
+from ubsmoe.storage.record import TierCosts
 
 Rows = list[dict[str, Any]]
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "osD^vPX*<>hd"
 STYLE: Any = {  # typed by name in some releases of matplotlib and not in others
@@ -42,7 +51,7 @@ STYLE: Any = {  # typed by name in some releases of matplotlib and not in others
 OUTSIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
 
 
-def write_figures(runs: Sequence[Series], costs: dict[str, list[dict[str, Any]]], out: Path) -> list[Path]:
+def write_figures(runs: Sequence[Series], costs: dict[str, list[TierCosts]], out: Path) -> list[Path]:
     """Draw every figure the runs have data for.
 
     Args:
@@ -54,9 +63,9 @@ def write_figures(runs: Sequence[Series], costs: dict[str, list[dict[str, Any]]]
         The files written: .svg, .png and .csv per figure. Figures 6 and 7 need a run with phi.
     """
     figures: dict[str, Callable[[], tuple[Figure, Rows]]] = {
-        "fig2_entropy": lambda: over_rounds(runs, "entropy"),
+        "fig2_entropy": lambda: balance_over_rounds(runs, "entropy", ENTROPY),
         "fig3_flops": lambda: flops_per_tier(runs, costs),
-        "fig4_gini": lambda: over_rounds(runs, "gini"),
+        "fig4_gini": lambda: balance_over_rounds(runs, "gini", GINI),
         "fig5_layer_entropy": lambda: layer_entropy(runs),
     }
     modulated = [run for run in runs if run.phi is not None]
@@ -85,23 +94,21 @@ def save(figure: Figure, rows: Rows, stem: Path) -> list[Path]:
     return [*paths, stem.with_suffix(".csv")]
 
 
-def over_rounds(runs: Sequence[Series], measure: str) -> tuple[Figure, Rows]:
+def balance_over_rounds(runs: Sequence[Series], name: str, quantity: Quantity) -> tuple[Figure, Rows]:
     """Figures 2 and 4: entropy or Gini of the experts' use, mean over layers, per method; bands span the seeds."""
     figure, (axes,) = panels(1, (5.6, 3.4))
     rows: Rows = []
-    for index, (label, seeds) in enumerate(by_label(runs).items()):
-        values = torch.stack([getattr(run, measure).mean(1) for run in _same_length(seeds)])
-        rounds = seeds[0].rounds[: values.shape[1]]
-        axes.plot(rounds, values.mean(0), label=label, **look(index))
+    for index, (seeds, rounds, per_layer) in enumerate(over_rounds(runs, quantity)):
+        values, style = per_layer.mean(2), look(index)
+        axes.plot(rounds, values.mean(0), label=seeds[0].label, **style)
         if len(values) > 1:
-            axes.fill_between(rounds, values.amin(0), values.amax(0), color=look(index)["color"], alpha=0.12, lw=0)
+            axes.fill_between(rounds, values.min(0), values.max(0), color=style["color"], alpha=0.12, lw=0)
         rows += [
-            {"method": label, "seed": run.seed, "round": number, measure: float(value)}
-            for run, series in zip(seeds, values, strict=True)
-            for number, value in zip(rounds, series, strict=True)
+            {"method": run.label, "seed": run.seed, "round": number, name: float(value)}
+            for run, own in zip(seeds, values, strict=True)
+            for number, value in zip(rounds, own, strict=True)
         ]
-    names = {"entropy": "entropy of expert use, H / ln M", "gini": "Gini coefficient of expert use"}
-    axes.set(xlabel="round", ylabel=f"{names[measure]}\n(mean over layers)")
+    axes.set(xlabel="round", ylabel=f"{quantity.title}, {quantity.unit}\n(mean over layers)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(**OUTSIDE)
     return figure, rows
@@ -111,21 +118,19 @@ def layer_entropy(runs: Sequence[Series]) -> tuple[Figure, Rows]:
     """Figure 5: entropy per layer after the last round, mean over seeds."""
     figure, (axes,) = panels(1, (5.6, 3.4))
     rows: Rows = []
-    for index, (label, seeds) in enumerate(by_label(runs).items()):
-        mean = torch.stack([run.entropy[-1] for run in seeds]).mean(0)
-        layers = list(range(1, len(mean) + 1))
-        axes.plot(layers, mean, label=label, **look(index))
+    for index, (seeds, _, values) in enumerate(over_rounds(runs, ENTROPY)):
+        last = values[:, -1].mean(0)
+        axes.plot(range(1, len(last) + 1), last, label=seeds[0].label, **look(index))
         rows += [
-            {"method": label, "layer": layer, "entropy": float(value)}
-            for layer, value in zip(layers, mean, strict=True)
+            {"method": seeds[0].label, "layer": layer, "entropy": float(value)} for layer, value in enumerate(last, 1)
         ]
-    axes.set(xlabel="SMoE layer", ylabel="entropy of expert use, H / ln M\n(last round)")
+    axes.set(xlabel="SMoE layer", ylabel=f"{ENTROPY.title}, {ENTROPY.unit}\n(last round)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(**OUTSIDE)
     return figure, rows
 
 
-def flops_per_tier(runs: Sequence[Series], costs: dict[str, list[dict[str, Any]]]) -> tuple[Figure, Rows]:
+def flops_per_tier(runs: Sequence[Series], costs: dict[str, list[TierCosts]]) -> tuple[Figure, Rows]:
     """Figure 3: training FLOPs per tier, counted for OLMoE-1B-7B, and the seconds of these runs' clients beside them."""
     figure, (counted, measured) = panels(2, (7.6, 3.2))
     seconds = {"rank": _tier_seconds(runs, "rank"), "sparsity": _tier_seconds(runs, "sparsity")}
@@ -164,32 +169,30 @@ def flops_per_tier(runs: Sequence[Series], costs: dict[str, list[dict[str, Any]]
 
 
 def phi_correlation(runs: Sequence[Series]) -> tuple[Figure, Rows]:
-    """Figure 6: Pearson and Spearman correlation of phi with use, over experts, round by round."""
+    """Figure 6: Pearson and Spearman correlation of phi with use, over experts, round by round; bands span seeds and layers."""
     figure, both = panels(2, (7.6, 3.0), share_y=True)
     rows: Rows = []
-    for axes, name, correlate in zip(
-        both, ("Pearson r", "Spearman ρ"), (balance.pearson, balance.spearman), strict=True
-    ):
-        for index, (label, seeds) in enumerate(by_label(runs).items()):
-            values = torch.stack([correlate(_phi(run), run.utilization) for run in _same_length(seeds)])
-            rounds = seeds[0].rounds[: values.shape[1]]
-            axes.plot(rounds, values.nanmean((0, 2)), label=label, **look(index))
-            low, high = _range(values)
-            axes.fill_between(rounds, low, high, color=look(index)["color"], alpha=0.12, lw=0)
+    for axes, quantity in zip(both, (PHI, PHI_RANKS), strict=True):
+        for index, (seeds, rounds, values) in enumerate(over_rounds(runs, quantity)):
+            axes.plot(rounds, mean(values, (0, 2)), label=seeds[0].label, **look(index))
+            known = np.ma.masked_invalid(values)
+            axes.fill_between(
+                rounds, known.min((0, 2)), known.max((0, 2)), color=look(index)["color"], alpha=0.12, lw=0
+            )
             rows += [
                 {
-                    "method": label,
+                    "method": run.label,
                     "seed": run.seed,
                     "round": number,
-                    "layer": layer + 1,
-                    "measure": name,
-                    "value": value,
+                    "layer": layer,
+                    "measure": quantity.unit,
+                    "value": float(value),
                 }
-                for run, series in zip(seeds, values, strict=True)
-                for number, of_round in zip(rounds, series, strict=True)
-                for layer, value in enumerate(of_round.tolist())
+                for run, own in zip(seeds, values, strict=True)
+                for number, layers in zip(rounds, own, strict=True)
+                for layer, value in enumerate(layers, 1)
             ]
-        axes.set(xlabel="round", ylabel=name, ylim=(-1.05, 0.3), title=f"{name}: φ against utilization")
+        axes.set(xlabel="round", ylabel=quantity.unit, ylim=(-1.05, 0.3), title=f"{quantity.unit}: {quantity.title}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.axhline(0, color="#888888", lw=0.8)
     figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -198,8 +201,10 @@ def phi_correlation(runs: Sequence[Series]) -> tuple[Figure, Rows]:
 
 def phi_scatter(run: Series, most: int = 6) -> tuple[Figure, Rows]:
     """Figure 7: phi against use, one point per expert, one panel per round; at most six rounds, evenly spread."""
-    phi, count = _phi(run), min(most, len(run.rounds))
-    shown = torch.linspace(0, len(run.rounds) - 1, count).round().int().tolist()
+    assert run.phi is not None, "only a run with phi has this figure"
+    phi: Array = run.phi
+    count = min(most, len(run.rounds))
+    shown = np.linspace(0, len(run.rounds) - 1, count).round().astype(int)
     figure, grid = panels(
         count, (7.6, 2.6 if count <= 3 else 4.6), share_y=True, columns=min(3, count) if count != 4 else 2
     )
@@ -210,7 +215,7 @@ def phi_scatter(run: Series, most: int = 6) -> tuple[Figure, Rows]:
                 run.utilization[index, layer], phi[index, layer], s=13, alpha=0.8, lw=0,
                 color=marks["color"], marker=marks["marker"], label=f"layer {layer + 1}",
             )  # fmt: skip
-        r = float(balance.pearson(run.utilization[index].flatten(), phi[index].flatten()))
+        r = float(correlation(run.utilization[index].ravel(), phi[index].ravel()))
         axes.set_title(f"round {run.rounds[index]}, r = {r:.2f}")
     figure.supxlabel("utilization ũ (experts' share of tokens)", fontsize=9)
     figure.supylabel("modulation φ", fontsize=9)
@@ -250,33 +255,13 @@ def look(index: int) -> dict[str, Any]:
     }
 
 
-def _phi(run: Series) -> Tensor:
-    assert run.phi is not None, "only runs with phi are drawn here"
-    return run.phi
-
-
-def _same_length(seeds: Sequence[Series]) -> list[Series]:
-    """Seeds cut to the rounds that all of them have: one may still be running."""
-    rounds = min(len(run.rounds) for run in seeds)
-    return [
-        Series(run.label, run.seed, run.record, run.rounds[:rounds], run.utilization[:rounds],
-               None if run.phi is None else run.phi[:rounds])
-        for run in seeds
-    ]  # fmt: skip
-
-
-def _range(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and largest over seeds and layers, what is undefined left out."""
-    low = values.nan_to_num(nan=2.0).amin((0, 2))
-    return low, values.nan_to_num(nan=-2.0).amax((0, 2))
-
-
 def _tier_seconds(runs: Sequence[Series], kind: str) -> dict[int, float]:
     """Mean training seconds per client and round by tier, over the runs whose tiers differ in rank, or in K."""
     found: dict[int, list[float]] = {}
     for run in runs:
-        clients = run.events("client")
-        if len({client["top_k" if kind == "sparsity" else "rank"] for client in clients}) > 1:
+        clients = run.record.clients
+        varied = {client["top_k"] if kind == "sparsity" else client["rank"] for client in clients}
+        if len(varied) > 1:
             for client in clients:
                 found.setdefault(client["tier"], []).append(client["seconds"])
     return {tier: sum(values) / len(values) for tier, values in found.items()}

@@ -1,45 +1,56 @@
-"""Run folders as series over rounds: what figures and the report draw. Reads, never writes.
+"""Run folders as series over rounds, and the quantities that figures and the report draw from them. Reads, never writes.
 
-R  rounds seen      L  SMoE layers      M  experts
+S  seeds      R  rounds seen      L  SMoE layers      M  experts
 """
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from ubsmoe.maths import balance
-from ubsmoe.storage.runfolder import CONFIG, RunFolderError, RunRecord, read_run
+from ubsmoe.storage.record import RunRecord
+from ubsmoe.storage.runfolder import CONFIG, RunFolderError, flatten, read_run
+
+Array = NDArray[np.float64]
+
+# after Okabe and Ito, told apart by colour-blind readers; readable on white and on black
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B07D00", "#56B4E9", "#808080")
 
 
 @dataclass(frozen=True)
 class Series:
-    """One run: its label (method and settings), seed, and use of the experts, round by round; `phi` if it was modulated."""
+    """One run: its label (method and settings), seed, and use of the experts [R, L, M]; `phi` alike if it was modulated."""
 
     label: str
     seed: int
     record: RunRecord
     rounds: list[int]
-    utilization: Float[Tensor, "R L M"]
-    phi: Float[Tensor, "R L M"] | None
+    utilization: Array
+    phi: Array | None
 
     @property
-    def entropy(self) -> Float[Tensor, "R L"]:
-        """Entropy of use over ln M."""
-        return balance.normalised_entropy(self.utilization)
+    def name(self) -> str:
+        """Label and seed."""
+        return f"{self.label}, seed {self.seed}"
 
     @property
-    def gini(self) -> Float[Tensor, "R L"]:
-        """Inequality of use."""
-        return balance.gini(self.utilization)
+    def settings(self) -> str:
+        """The resolved run file, as JSON."""
+        return json.dumps(self.record.config, indent=2)
 
-    def events(self, name: str) -> list[dict[str, Any]]:
-        """The run's events of one kind, in order."""
-        return [event for event in self.record.events if event["event"] == name]
+
+@dataclass(frozen=True)
+class Quantity:
+    """What is drawn over rounds: its name, its unit, what its extremes mean, and its values [R, L] of a run."""
+
+    title: str
+    unit: str
+    meaning: str
+    of: Callable[[Series], Array]
 
 
 def read_series(paths: Iterable[Path]) -> list[Series]:
@@ -62,27 +73,26 @@ def run_folders(path: Path) -> list[Path]:
 
 def series(record: RunRecord) -> Series:
     """What a run's events say. Raises RunFolderError if it has no round yet."""
-    rounds = [event for event in record.events if event["event"] == "round"]
+    rounds = record.rounds
     if not rounds:
         raise RunFolderError(f"{record.path} has no finished round yet; let it run on")
-    phi = torch.tensor([event["phi"] for event in rounds]) if "phi" in rounds[0] else None
     return Series(
         record.config.get("label") or label_of(record.config["method"]),
         record.config["seed"],
         record,
         [event["round"] for event in rounds],
-        torch.tensor([event["utilization"] for event in rounds], dtype=torch.float64),
-        phi,
+        np.array([event["utilization"] for event in rounds]),
+        np.array([event["phi"] for event in rounds]) if "phi" in rounds[0] else None,
     )
 
 
-def label_of(method: dict[str, Any]) -> str:
-    """A method as `compare` labels it.
+def label_of(method: Mapping[str, Any]) -> str:
+    """A method with its settings, as tables name it.
 
-    >>> label_of({"name": "ubsmoe", "pg_mode": "off", "dmr": False})
-    'ubsmoe(pg_mode=off;dmr=false)'
+    >>> label_of({"name": "ubsmoe", "pg": {"mode": "oracle"}, "dmr": False})
+    'ubsmoe(pg.mode=oracle;dmr=false)'
     """
-    settings = [f"{key}={str(value).lower()}" for key, value in method.items() if key != "name"]
+    settings = [f"{key}={_plain(value)}" for key, value in flatten(method).items() if key != "name"]
     return method["name"] + (f"({';'.join(settings)})" if settings else "")
 
 
@@ -92,3 +102,52 @@ def by_label(runs: Sequence[Series]) -> dict[str, list[Series]]:
     for run in runs:
         groups.setdefault(run.label, []).append(run)
     return groups
+
+
+def over_rounds(runs: Sequence[Series], quantity: Quantity) -> Iterator[tuple[list[Series], list[int], Array]]:
+    """Per label its seeds, the rounds that all of them have (one may still be running), and the values [S, R, L]."""
+    for seeds in by_label(runs).values():
+        rounds = min((run.rounds for run in seeds), key=len)
+        yield seeds, rounds, np.stack([quantity.of(run)[: len(rounds)] for run in seeds])
+
+
+def mean(values: Array, axis: int | tuple[int, ...]) -> Array:
+    """The mean of what is defined; NaN where nothing is."""
+    return np.ma.masked_invalid(values).mean(axis).filled(np.nan)
+
+
+def correlation(x: Array, y: Array, ranks: bool = False) -> Array:
+    """Pearson's correlation over the last dimension, or Spearman's, of ranks; NaN where one of the two does not vary."""
+    if ranks:
+        from scipy.stats import rankdata  # here, because it takes a second to import
+
+        x, y = rankdata(x, axis=-1), rankdata(y, axis=-1)
+    pairs = zip(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), strict=True)
+    found = [np.corrcoef(a, b)[0, 1] if np.ptp(a) and np.ptp(b) else np.nan for a, b in pairs]
+    return np.array(found).reshape(x.shape[:-1])
+
+
+def _of_events(name: str) -> Callable[[Series], Array]:
+    return lambda run: np.array([event[name] for event in run.record.named("round")])
+
+
+def _phi_against_use(ranks: bool) -> Callable[[Series], Array]:
+    def values(run: Series) -> Array:
+        assert run.phi is not None, "only runs with phi have this quantity"
+        return correlation(run.phi, run.utilization, ranks)
+
+    return values
+
+
+ALIKE = "when all experts of a layer work alike"
+ENTROPY = Quantity("Entropy of expert use", "H / ln M", f"1 {ALIKE}", _of_events("entropy"))
+GINI = Quantity("Gini coefficient of expert use", "Gini", f"0 {ALIKE}", _of_events("gini"))
+PHI, PHI_RANKS = (
+    Quantity("φ against utilization", unit, "negative where the modulation works", _phi_against_use(ranks))
+    for unit, ranks in (("Pearson r", False), ("Spearman ρ", True))
+)
+
+
+def _plain(value: Any) -> str:
+    """A setting as a label shows it: TOML without spaces, and text without quotes."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

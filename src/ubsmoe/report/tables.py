@@ -1,24 +1,35 @@
-"""The report's tables: what was run, results, costs, clients. Columns sort when their heading is pressed."""
+"""The report's tables: what was run, results, costs, clients. The page lays them out."""
 
-import html
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from statistics import NormalDist, fmean
 
-from scipy import stats
-
-from ubsmoe.report.charts import last_scores, run_name, tier_costs
+from ubsmoe.report.charts import last_scores, tier_costs
 from ubsmoe.report.comparison import interval
 from ubsmoe.report.series import Series, by_label
+from ubsmoe.storage.record import TierCosts
 
 Cell = str | tuple[str, float]
 """Text, or text with the number to sort by."""
 
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its heading; without rows the note alone is shown."""
+
+    name: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+
+
 MOST_DROPS = 500
+SOFTWARE = ("ubsmoe", "torch", "transformers", "python")
 
 
-def runs_table(runs: Sequence[Series]) -> str:
+def runs_table(runs: Sequence[Series]) -> Table:
     """What was run, how long it took, with which versions."""
     rows: list[list[Cell]] = []
     for run in runs:
@@ -30,36 +41,22 @@ def runs_table(runs: Sequence[Series]) -> str:
                 _number(run.seed, "d"),
                 _number(len(run.rounds), "d"),
                 _number(seconds, ".0f") if summary else "not finished",
-                versions.get("ubsmoe", "–"),
-                versions.get("torch", "–"),
-                versions.get("transformers", "–"),
-                versions.get("python", "–"),
+                *(versions.get(name, "–") for name in SOFTWARE),
                 short_commit(versions.get("commit", "–")),
                 summary["adapter_sha256"][:12] if summary else "–",
             ]
         )
-    head = [
-        "method",
-        "seed",
-        "rounds",
-        "seconds",
-        "ubsmoe",
-        "torch",
-        "transformers",
-        "python",
-        "commit",
-        "adapter SHA-256",
-    ]
-    return _table("Runs", head, rows)
+    head = ["method", "seed", "rounds", "seconds", *SOFTWARE, "commit", "adapter SHA-256"]
+    return Table("Runs", head, rows)
 
 
-def results(runs: Sequence[Series]) -> str:
+def results(runs: Sequence[Series]) -> list[Table]:
     """Per method and tier, mean over tasks; then every task."""
     tiers: list[list[Cell]] = []
     tasks: list[list[Cell]] = []
     for label, seeds in by_label(runs).items():
         scores = [last_scores(run) for run in seeds]
-        for event in {e["tier"]: e for e in seeds[0].events("evaluated")}.values():
+        for event in {e["tier"]: e for e in seeds[0].record.evaluated}.values():
             for task, score in event["scores"].items():
                 same = [one[event["tier"]][task] for one in scores if event["tier"] in one]
                 accuracy, low, high = accuracy_interval([one["accuracy"] for one in same], score["examples"])
@@ -71,21 +68,20 @@ def results(runs: Sequence[Series]) -> str:
                     *([] if task == "macro" else [task]),
                     _number(100 * accuracy, ".1f"),
                     (f"{100 * low:.1f} – {100 * high:.1f}", low),
-                    *(_score(same, key) for key in ("unparsed", "mc_accuracy")),
-                    _number(sum(one["loss"] for one in same) / len(same), ".4f"),
-                    _number(100 * score["chance"], ".1f") if score["chance"] is not None else "–",
+                    _percent([one["unparsed"] for one in same]),
+                    _percent([one["mc_accuracy"] for one in same]),
+                    _number(fmean(one["loss"] for one in same), ".4f"),
+                    _percent([score["chance"]]),
                     _number(event["round"], "d"),
                 ]
                 (tiers if task == "macro" else tasks).append(row)
     head = ["method", "tier", "K", "rank"]
     tail = ["accuracy %", "95 % interval", "unparsed %", "MC acc. %", "loss", "chance %", "after round"]
     note = (
-        '<p class="note">Last evaluation, each tier at its own budget. Interval: Student, over seeds, where there are two or '
-        "more; else Wilson, over questions, as if tasks were alike. Ranked: accuracy when answers are ranked by likelihood.</p>"
+        "Last evaluation, each tier at its own budget. Interval: Student's, over seeds, where there are two or more; else "
+        "Wilson's, over questions, as if tasks were alike. MC acc.: multiple choice, by log-likelihood."
     )
-    return (
-        f"{note}{_table('Mean over tasks', [*head, *tail], tiers)}{_table('Per task', [*head, 'task', *tail], tasks)}"
-    )
+    return [Table("Mean over tasks", [*head, *tail], tiers, note), Table("Per task", [*head, "task", *tail], tasks)]
 
 
 def accuracy_interval(values: Sequence[float], questions: int) -> tuple[float, float, float]:
@@ -97,19 +93,22 @@ def accuracy_interval(values: Sequence[float], questions: int) -> tuple[float, f
     mean, half = interval(values)
     if len(values) > 1:
         return mean, max(mean - half, 0.0), min(mean + half, 1.0)
-    wilson = stats.binomtest(round(mean * questions), questions).proportion_ci(method="wilson")
-    return mean, float(wilson.low), float(wilson.high)
+    z = NormalDist().inv_cdf(0.975)  # by hand: scipy.stats, which has it, takes a second to import
+    right = round(mean * questions) / questions
+    middle = right + z * z / (2 * questions)
+    half = z * math.sqrt(right * (1 - right) / questions + (z / (2 * questions)) ** 2)
+    return mean, (middle - half) / (1 + z * z / questions), (middle + half) / (1 + z * z / questions)
 
 
-def cost_table(runs: Sequence[Series], costs: Sequence[list[dict[str, Any]]]) -> str:
-    """What a client of each tier pays; bytes as they were, where the run noted them, else as planned."""
+def cost_table(runs: Sequence[Series], costs: Sequence[list[TierCosts]]) -> Table:
+    """What a client of each tier costs; bytes as they were, where the run noted them, else as planned."""
     rows: list[list[Cell]] = []
     for run, tiers in zip(runs, costs, strict=True):
         for tier in tiers:
             paid = tier_costs(run, tier)
             rows.append(
                 [
-                    run_name(run),
+                    run.name,
                     _number(tier["tier"] + 1, "d"),
                     _number(paid["MFLOPs"], ".2f"),
                     _number(100 * tier["relative_to_top"], ".1f"),
@@ -122,23 +121,23 @@ def cost_table(runs: Sequence[Series], costs: Sequence[list[dict[str, Any]]]) ->
     head = ["run", "tier", "training MFLOPs/token", "% of top", "s per client, round", "MB up", "MB down", "MB memory"]
     virtual = any(run.record.config.get("simulation") for run in runs)
     clock = " Seconds are virtual where a run simulates its clients." if virtual else ""
-    note = f'<p class="note">Bytes of the tensors of one client in one round, mean over rounds; memory is an estimate.{clock}</p>'
-    return note + _table("Cost per tier", head, rows)
+    note = f"Bytes of the tensors of one client in one round, mean over rounds; memory is an estimate.{clock}"
+    return Table("Cost per tier", head, rows, note)
 
 
-def client_table(runs: Sequence[Series]) -> str:
-    """What each client could do and did, and the updates that did not count."""
+def client_table(runs: Sequence[Series]) -> Table:
+    """What each client could do and did."""
     rows: list[list[Cell]] = []
     for run in runs:
-        events, budgets = run.events("client"), run.record.config["tiers"]["budgets"]
-        drops = Counter(event["client"] for event in run.events("dropped"))
+        events, budgets = run.record.clients, run.record.config["tiers"]["budgets"]
+        drops = Counter(event["client"] for event in run.record.dropped)
         for name in dict.fromkeys([*(event["client"] for event in events), *drops]):
             own = [event for event in events if event["client"] == name]
             first = own[0] if own else None
             rows.append(
                 [
                     name,
-                    run_name(run),
+                    run.name,
                     *(
                         (
                             _number(first["tier"] + 1, "d"),
@@ -152,51 +151,34 @@ def client_table(runs: Sequence[Series]) -> str:
                     ),
                     (f"{len(own)} of {len(run.rounds)}", len(own)),
                     _number(drops[name], "d"),
-                    _number(sum(event["tokens"] for event in own), ",d") if own and "tokens" in own[0] else "–",
+                    _number(sum(event.get("tokens", 0) for event in own), ",d") if own and "tokens" in own[0] else "–",
                     _number(sum(event["seconds"] for event in own), ".1f"),
                     _number(own[-1]["loss"], ".4f") if own and "loss" in own[-1] else "–",
                 ]
             )
     head = ["client", "run", "tier", "β", "K", "rank", "examples", "rounds that counted", "dropped"]
-    return _table("Clients", [*head, "tokens", "seconds", "last loss"], rows) + _drop_table(runs)
+    return Table("Clients", [*head, "tokens", "seconds", "last loss"], rows)
 
 
-def _drop_table(runs: Sequence[Series]) -> str:
-    """Who did not count, when and why; nothing if everybody always did."""
+def drop_table(runs: Sequence[Series]) -> Table:
+    """Who did not count, when and why."""
     rows: list[list[Cell]] = [
-        [run_name(run), _number(event["round"], "d"), event["client"], event["stage"], event["reason"]]
+        [run.name, _number(event["round"], "d"), event["client"], event["stage"], event["reason"]]
         for run in runs
-        for event in run.events("dropped")
+        for event in run.record.dropped
     ]
-    if not rows:
-        return '<p class="note">No client was dropped in any round.</p>'
-    more = f'<p class="note">The first {MOST_DROPS} of {len(rows)}.</p>' if len(rows) > MOST_DROPS else ""
-    return _table("Dropped", ["run", "round", "client", "stage", "reason"], rows[:MOST_DROPS]) + more
-
-
-def _table(name: str, head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A table whose columns sort when their heading is pressed."""
-    heads = "".join(f'<th scope="col"><button type="button">{html.escape(text)}</button></th>' for text in head)
-    body = "".join(f"<tr>{''.join(_td(cell) for cell in row)}</tr>" for row in rows)
-    return (
-        f'<h3>{html.escape(name)}</h3><div class="scroll" role="region" tabindex="0" aria-label="{html.escape(name)}">'
-        f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _td(cell: Cell) -> str:
-    if isinstance(cell, str):
-        return f"<td>{html.escape(cell)}</td>"
-    return f'<td data-value="{cell[1]}">{html.escape(cell[0])}</td>'
+    note = f"The first {MOST_DROPS} of {len(rows)}." if len(rows) > MOST_DROPS else ""
+    head = ["run", "round", "client", "stage", "reason"]
+    return Table("Dropped", head, rows[:MOST_DROPS], note if rows else "No client was dropped in any round.")
 
 
 def _number(value: float, form: str) -> Cell:
     return format(value, form), float(value)
 
 
-def _score(scores: Sequence[dict[str, Any]], key: str) -> Cell:
-    values = [score[key] for score in scores]
-    return "–" if None in values else _number(100 * sum(values) / len(values), ".1f")
+def _percent(values: Sequence[float | None]) -> Cell:
+    known = [value for value in values if value is not None]
+    return _number(100 * fmean(known), ".1f") if len(known) == len(values) else "–"
 
 
 def short_commit(commit: str) -> str:

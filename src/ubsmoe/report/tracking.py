@@ -1,25 +1,24 @@
-"""A run's curves in the tracker people have open: TensorBoard, Weights & Biases, MLflow, behind two functions.
+"""Log a run's metrics to an experiment tracker: TensorBoard, Weights & Biases or MLflow, behind two functions.
 
 Every tracker gets the same names and the round as its step. Where it writes is the tracker's own business, by its own environment
 variables (WANDB_MODE, WANDB_PROJECT, MLFLOW_TRACKING_URI, ...); TensorBoard writes beside the run's other files.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from ubsmoe.errors import UserError
+from ubsmoe.errors import UserError, require
 from ubsmoe.storage.runfolder import flatten
 
 Scalars = dict[str, float]
 
 
 class Tracker(Protocol):
-    """Where curves go."""
+    """Where metrics are logged."""
 
     def log(self, values: Mapping[str, float], round: int) -> None:
-        """Add a point to each named curve."""
+        """Log the values of a round."""
         ...
 
     def close(self) -> None:
@@ -32,7 +31,7 @@ Open = Callable[[Path, Mapping[str, Any], int], Tracker]
 
 
 class Tracking:
-    """Turns a run's events into curves, for any number of trackers, opened at the first event: it says where the run stands.
+    """Turns a run's events into metrics, for any number of trackers, opened at the first event: it says where the run stands.
 
     Raises:
         UserError: for a tracker that does not exist or is not installed, before anything is written.
@@ -76,8 +75,7 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in TRACKERS:
             raise UserError(f"--track {name!r}: expected one of {', '.join(TRACKERS)}")
-        if find_spec(name) is None:
-            raise UserError(f"--track {name} needs {name}: pip install 'ubsmoe[{name}]'")
+        require(name, name)
 
 
 def round_scalars(fields: Mapping[str, Any], clients: Sequence[Mapping[str, Any]], dropped: int) -> Scalars:
@@ -118,7 +116,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1 if after else None)
 
     def log(self, values: Mapping[str, float], round: int) -> None:
-        """Add a point to each curve, and let a reader see it at once."""
+        """Log the values of a round, and let a reader see them at once."""
         for name, value in values.items():
             self._writer.add_scalar(name.replace(" ", "_"), value, round)
         self._writer.flush()
@@ -137,7 +135,7 @@ class Wandb:
         self._run = wandb.init(dir=str(folder), name=folder.name, group=folder.name, config=dict(settings))
 
     def log(self, values: Mapping[str, float], round: int) -> None:
-        """Add a point to each curve; the tiers' scores come after their round, so the round is a value, not W&B's own step."""
+        """Log the values of a round; the tiers' scores come after their round, so the round is a value, not W&B's own step."""
         self._run.log({"round": round, **values})
 
     def close(self) -> None:
@@ -159,7 +157,7 @@ class Mlflow:
             self._client.log_param(self._run, key, value)
 
     def log(self, values: Mapping[str, float], round: int) -> None:
-        """Add a point to each curve."""
+        """Log the values of a round."""
         for name, value in values.items():
             self._client.log_metric(self._run, name, value, step=round)
 

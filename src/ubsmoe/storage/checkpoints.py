@@ -17,14 +17,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ubsmoe.errors import UserError
 from ubsmoe.storage import disk
 from ubsmoe.storage.disk import file_sha256 as file_sha256
 from ubsmoe.storage.tensors import read_tensors, tensor_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
 STATE, FACTS, MANIFEST, SEAL = "state.safetensors", "facts.json", "manifest.json", "manifest.sha256"
@@ -44,13 +45,13 @@ class Checkpoint:
     """The state after `round`; `skipped` says, one sentence each, which newer checkpoints were unusable and why."""
 
     round: int
-    tensors: dict[str, Tensor]
+    tensors: dict[str, "Tensor"]
     facts: dict[str, Any]
     skipped: tuple[str, ...] = ()
 
 
 def save_checkpoint(
-    folder: str | Path, round: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int = 2
+    folder: str | Path, round: int, tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any], keep: int = 2
 ) -> Path:
     """Write the checkpoint of a round; it is durable when this returns.
 

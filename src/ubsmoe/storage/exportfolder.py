@@ -7,12 +7,13 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ubsmoe.errors import UserError
 from ubsmoe.storage import disk, tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIDECAR = "ubsmoe.json"
 
@@ -64,7 +65,7 @@ def check_free(path: str | Path) -> None:
         raise ExportError(f"{path} exists already; choose another --out or remove it")
 
 
-def write_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, named: Mapping[str, "Tensor"]) -> None:
     """A safetensors file of an export, with the header that PyTorch programs look for."""
     disk.write_new_file(path, tensors.tensor_bytes(named))
 
@@ -99,7 +100,7 @@ def read_export(path: str | Path) -> dict[str, Any]:
     return dict(facts)
 
 
-def read_export_tensors(path: str | Path) -> dict[str, Tensor]:
+def read_export_tensors(path: str | Path) -> dict[str, "Tensor"]:
     """The tensors of one file of an export or a PEFT adapter. Raises ExportError if it cannot be read."""
     try:
         return tensors.read_tensors(Path(path).read_bytes())

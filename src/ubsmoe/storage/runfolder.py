@@ -2,6 +2,7 @@
 
     config.json          the resolved settings; written last, so a folder without it is no run yet
     data.json            the data card: sources, hashes, sizes
+    costs.json           what a client of each tier costs, as planned
     versions.json        python, torch, transformers, ubsmoe, platform, commit of a checkout
     events.jsonl         one line per event
     checkpoints/         the newest states
@@ -14,35 +15,33 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Self
 
 from ubsmoe.errors import UserError
 from ubsmoe.storage import checkpoints, disk, tensors
 from ubsmoe.storage.checkpoints import Checkpoint
 from ubsmoe.storage.disk import atomic_write as atomic_write
-from ubsmoe.storage.events import Event, EventLog, read_events
+from ubsmoe.storage.events import EventLog, read_events
+from ubsmoe.storage.record import RunRecord
 from ubsmoe.storage.versions import current_versions
+from ubsmoe.version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG, VERSIONS, EVENTS, CHECKPOINTS = "config.json", "versions.json", "events.jsonl", "checkpoints"
-ADAPTER, SUMMARY, DATA, LOCK = "adapter.safetensors", "summary.json", "data.json", ".lock"
+ADAPTER, SUMMARY, DATA, COSTS = "adapter.safetensors", "summary.json", "data.json", "costs.json"
+LOCK = ".lock"
+OLDEST = (0, 2)
+"""The oldest version of ubsmoe whose run folders are read."""
 RESUMABLE_CHANGE = "rounds.quorum"
 """The one setting that may be another when a run goes on: where dropping out is seeded, the same round would stop it again."""
 RUN_FILES = {
-    CONFIG,
-    DATA,
-    VERSIONS,
-    EVENTS,
-    CHECKPOINTS,
-    ADAPTER,
-    SUMMARY,
-    LOCK,
-    f".{CONFIG}.draft",
-    f".{VERSIONS}.draft",
+    *(CONFIG, DATA, COSTS, VERSIONS, EVENTS, CHECKPOINTS, ADAPTER, SUMMARY, LOCK),
+    *(f".{CONFIG}.draft", f".{VERSIONS}.draft"),
 }
 
 
@@ -50,42 +49,14 @@ class RunFolderError(UserError):
     """A folder that cannot hold this run; the message says why and what to change."""
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """What a run folder tells a reader; `summary` is None until the run has ended."""
-
-    path: Path
-    config: dict[str, Any]
-    versions: dict[str, str]
-    events: list[Event]
-    summary: dict[str, Any] | None
-
-
 class RunFolder:
-    """A run folder, open for writing and locked against every other process until `close`.
-
-    Use `create` or `open_or_create`.
-    """
+    """A run folder that `open_or_create` opened for writing; it is locked against every other process until `close`."""
 
     def __init__(self, path: Path, lock: disk.Lock, versions_changed: dict[str, list[str | None]]) -> None:
         self.path = path
         self.events = EventLog(path / EVENTS)
         self._lock = lock
         self._versions_changed = versions_changed
-
-    @classmethod
-    def create(cls, path: str | Path, config_json: str, versions: Mapping[str, str] | None = None) -> Self:
-        """Start a run in a folder that holds none yet.
-
-        Args:
-            path: the folder; created when missing.
-            config_json: the resolved settings, as `config.to_json` gives them.
-            versions: what the run depends on; `current_versions()` when left out.
-
-        Raises:
-            RunFolderError: if the folder holds a run or anything else, is in use, or cannot be written.
-        """
-        return cls._open(Path(path), config_json, versions, may_exist=False)
 
     @classmethod
     def open_or_create(cls, path: str | Path, config_json: str, versions: Mapping[str, str] | None = None) -> Self:
@@ -97,21 +68,17 @@ class RunFolder:
             versions: what the run depends on; `current_versions()` when left out.
 
         Raises:
-            RunFolderError: if the folder holds a run with other settings (the message names them) or anything else, is
-                in use, or cannot be written.
+            RunFolderError: if the folder holds a run with other settings (the message names them) or of an older ubsmoe, or
+                anything else, is in use, or cannot be written.
         """
-        return cls._open(Path(path), config_json, versions, may_exist=True)
-
-    @classmethod
-    def _open(cls, path: Path, config_json: str, versions: Mapping[str, str] | None, may_exist: bool) -> Self:
-        now = dict(versions or current_versions())
+        path, now = Path(path), dict(versions or current_versions())
         lock = None
         try:
             _refuse_foreign(path)
             disk.make_folder(path)
             lock = disk.Lock(path / LOCK)
             exists = (path / CONFIG).exists()
-            before = _go_on(path, config_json, now, may_exist) if exists else _begin(path, config_json, now)
+            before = _go_on(path, config_json, now) if exists else _begin(path, config_json, now)
             return cls(path, lock, differing_settings(before, now))
         except (OSError, ValueError) as error:
             if lock:
@@ -140,12 +107,12 @@ class RunFolder:
             )
         return checkpoint
 
-    def save_checkpoint(self, round: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int) -> Path:
+    def save_checkpoint(self, round: int, tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any], keep: int) -> Path:
         """Save the state after a round; the events up to it become durable first. As `checkpoints.save_checkpoint`."""
         self.events.sync()
         return checkpoints.save_checkpoint(self.path / CHECKPOINTS, round, tensors, facts, keep)
 
-    def write_adapter(self, adapter: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> str:
+    def write_adapter(self, adapter: Mapping[str, "Tensor"], facts: Mapping[str, Any] | None = None) -> str:
         """Write the final adapter; `facts`, such as alpha, go into its header. Returns its SHA-256."""
         atomic_write(self.path / ADAPTER, tensors.tensor_bytes(adapter, facts))
         return disk.file_sha256(self.path / ADAPTER)
@@ -153,6 +120,10 @@ class RunFolder:
     def write_data_card(self, card: Mapping[str, Any]) -> None:
         """Write what the run's data are."""
         atomic_write(self.path / DATA, disk.encode_json(dict(card), indent=2))
+
+    def write_costs(self, costs: Sequence[Mapping[str, Any]]) -> None:
+        """Write what a client of each tier costs, as planned: a report then needs no model to say it."""
+        atomic_write(self.path / COSTS, disk.encode_json(list(costs), indent=2))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the final figures; once this file is there the run has ended."""
@@ -180,24 +151,27 @@ def read_run(path: str | Path) -> RunRecord:
     """Read a run folder, finished or not, without locking or changing it.
 
     Raises:
-        RunFolderError: if there is no run, or a file of it is damaged.
+        RunFolderError: if there is no run, an older ubsmoe wrote it, or a file of it is damaged.
         EventError: if the event file is damaged.
     """
     path = Path(path)
+    versions = _read_versions(path)
     summary = _read_json(path / SUMMARY) if (path / SUMMARY).exists() else None
     events = read_events(path / EVENTS) if (path / EVENTS).exists() else []
-    return RunRecord(path, _read_json(path / CONFIG), _read_json(path / VERSIONS), events, summary)
+    costs = _read_json(path / COSTS, list) if (path / COSTS).exists() else None
+    return RunRecord(path, _read_json(path / CONFIG), versions, events, summary, costs)
 
 
-def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_adapter(path: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """The final adapter of a run and the facts written with it (method, alpha, the base's hash).
 
     Raises:
-        RunFolderError: if the run has not ended, or the file is not the one that its summary tells of.
+        RunFolderError: if the run has not ended, an older ubsmoe wrote it, or the file is not the one that its summary tells of.
     """
     file, summary = Path(path) / ADAPTER, Path(path) / SUMMARY
     if not summary.exists():
         raise RunFolderError(f"{path} has no {SUMMARY}: the run has not ended; start it with the same --out to go on")
+    _read_versions(Path(path))
     expected = _read_json(summary).get("adapter_sha256")
     try:
         data = file.read_bytes()
@@ -212,9 +186,10 @@ def read_states(path: str | Path) -> Iterator[Checkpoint]:
     """Every checkpoint that a run has kept, oldest first, one in memory at a time.
 
     Raises:
-        RunFolderError: if it has none.
+        RunFolderError: if it has none, or an older ubsmoe wrote them.
         CheckpointError: on the way, if one is damaged.
     """
+    _read_versions(Path(path))
     found = checkpoints.saved_checkpoints(Path(path) / CHECKPOINTS)
     if not found:
         raise RunFolderError(f"{path} has no checkpoint yet; let it run on")
@@ -265,13 +240,12 @@ def _begin(path: Path, config_json: str, versions: dict[str, str]) -> dict[str, 
     return versions
 
 
-def _go_on(path: Path, config_json: str, versions: dict[str, str], may_exist: bool) -> dict[str, Any]:
+def _go_on(path: Path, config_json: str, versions: dict[str, str]) -> dict[str, str]:
     """The versions the run was started with, if it is the run that `config_json` asks for.
 
     A start that was refused or killed with nothing saved begins again, with whatever settings.
     """
-    if not may_exist:
-        raise RunFolderError(f"{path} holds a run already; choose another --out")
+    before = _read_versions(path)
     differing = differing_settings(_read_json(path / CONFIG), json.loads(config_json))
     if differing and checkpoints.newest_round(path / CHECKPOINTS) is None:
         return _begin(path, config_json, versions)
@@ -284,14 +258,27 @@ def _go_on(path: Path, config_json: str, versions: dict[str, str], may_exist: bo
             f"{path} holds a run with other settings: {', '.join(named[:5])}{more}; "
             "choose another --out, or set them as they are there to resume that run"
         )
-    return _read_json(path / VERSIONS)
+    return before
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_versions(path: Path) -> dict[str, str]:
+    """versions.json of a run folder. Raises RunFolderError if an older ubsmoe wrote it than is read."""
+    versions: dict[str, str] = _read_json(path / VERSIONS)
+    wrote = re.match(r"(\d+)\.(\d+)", str(versions.get("ubsmoe")))
+    if wrote and (int(wrote[1]), int(wrote[2])) < OLDEST:
+        this = ".".join(__version__.split(".")[:2])
+        raise RunFolderError(
+            f"{path} was written by ubsmoe {versions['ubsmoe']}; ubsmoe {this} does not read it: "
+            f"use {versions['ubsmoe']} or run it again"
+        )
+    return versions
+
+
+def _read_json(path: Path, kind: type = dict) -> Any:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path} cannot be read: {error}; is {path.parent} a run folder?") from error
-    if not isinstance(value, dict):
-        raise RunFolderError(f"{path} is damaged: expected a JSON object")
+    if not isinstance(value, kind):
+        raise RunFolderError(f"{path} is damaged: expected a JSON {'object' if kind is dict else 'list'}")
     return value

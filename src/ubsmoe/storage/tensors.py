@@ -2,16 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
-
-import safetensors.torch
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ubsmoe.storage import disk
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def tensor_bytes(tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> bytes:
+
+def tensor_bytes(tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any] | None = None) -> bytes:
     """A safetensors file, the same bytes whenever the tensors are the same.
 
     Args:
@@ -21,9 +20,14 @@ def tensor_bytes(tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None 
     Raises:
         ValueError: for the one name that safetensors keeps for itself.
 
+    >>> import torch
     >>> read_facts(tensor_bytes({"a": torch.zeros(2)}, {"rank": 4}))
     {'rank': 4}
     """
+    # here, because reading a run folder needs no torch unless its tensors are read
+    import safetensors.torch
+    import torch
+
     if "__metadata__" in tensors:
         raise ValueError("a tensor cannot be called __metadata__: safetensors keeps that name for its header")
     # Copies, because safetensors refuses tensors that share memory, as views of one fused tensor do.
@@ -34,12 +38,14 @@ def tensor_bytes(tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None 
     return safetensors.torch.save(packed, metadata)
 
 
-def read_tensors(data: bytes) -> dict[str, Tensor]:
+def read_tensors(data: bytes) -> dict[str, "Tensor"]:
     """The tensors of a safetensors file, in the order of their names: safetensors gives them in a random one.
 
     Raises:
         ValueError: if these are not the bytes of such a file.
     """
+    import safetensors.torch
+
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:

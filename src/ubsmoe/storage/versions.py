@@ -5,11 +5,13 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from ubsmoe.version import __version__
+
 
 def current_versions() -> dict[str, str]:
     """The versions that results depend on, asked of the installed packages without importing them."""
     versions = {
-        "ubsmoe": metadata.version("ubsmoe"),
+        "ubsmoe": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }

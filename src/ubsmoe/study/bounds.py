@@ -34,16 +34,6 @@ def sparse_bias(
     return -missed.view(-1, *(1,) * (inactive_gradient.dim() - 1)) * inactive_gradient
 
 
-def bias_bound(active_probability: Float[Tensor, " M"], gradient_bound: float) -> float:
-    """Largest ||B||^2 that these probabilities allow: G^2 sum_i (1 - p_i)^2; for a fixed K smallest when p is uniform.
-
-    >>> import torch
-    >>> bias_bound(torch.tensor([1.0, 0.5, 0.5]), gradient_bound=2.0)
-    2.0
-    """
-    return gradient_bound**2 * float((1 - active_probability).square().sum())
-
-
 def budget_bias_bound(num_experts: int, top_k: int, gradient_bound: float) -> float:
     """Largest ||B||^2 at a budget, however the tokens are routed: G^2 (M - K), since (1 - p)^2 <= 1 - p.
 
@@ -55,19 +45,6 @@ def budget_bias_bound(num_experts: int, top_k: int, gradient_bound: float) -> fl
     """
     _check(num_experts, top_k)
     return gradient_bound**2 * (num_experts - top_k)
-
-
-def balanced_bias_bound(num_experts: int, top_k: int, gradient_bound: float) -> float:
-    """`bias_bound` under perfect balance, p_i = K / M: G^2 (M - K)^2 / M. Balance alone lowers the bound by (M - K) / M.
-
-    Raises:
-        ValueError: if K is not in 1..M.
-
-    >>> balanced_bias_bound(num_experts=8, top_k=2, gradient_bound=1.0)
-    4.5
-    """
-    _check(num_experts, top_k)
-    return gradient_bound**2 * (num_experts - top_k) ** 2 / num_experts
 
 
 def sgd_floor(squared_bias: float, monotonicity: float) -> float:

@@ -1,4 +1,4 @@
-"""Several methods on the same work: the same base, data, clients, rounds and seeds; what differs stands in a method's name.
+"""Several methods on the same work: the same base, data, clients, rounds and seeds; what differs stands in a variant.
 
 Every cell of the grid is an ordinary run folder, so an interrupted comparison goes on where it stopped.
 """
@@ -8,75 +8,19 @@ import io
 import re
 import signal
 import statistics
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ubsmoe.config import ConfigError, RunSettings, parse_run, to_json, with_overrides
+from ubsmoe.config import ConfigError, RunSettings, to_json
 from ubsmoe.plan.tiers import run_costs
+from ubsmoe.report.comparison import Balance, Row
 from ubsmoe.report.tracking import Tracking, check_trackers
-from ubsmoe.storage.runfolder import RunFolder, RunRecord, atomic_write, differing_settings, read_run
-
-METRICS = ("accuracy", "unparsed", "mc_accuracy", "loss")
-TUNABLE = ("adapter", "tiers", "train", "wire", "robust")
-"""Sections of the run file that a variant may change for itself."""
-WORK = (
-    *("train.rounds", "train.local_steps", "train.local_epochs", "train.batch_size", "train.gradient_accumulation"),
-    *("tiers.budgets", "tiers.k_max"),
-)
-"""Settings within them that it may not: they are how much work is done, and by whom."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row of the comparison: a method with settings of its own, and what it changes in the rest of the run file."""
-
-    label: str
-    name: str
-    settings: dict[str, Any]
-    changes: dict[str, Any] = field(default_factory=dict)
-
-    def settings_in(self, settings: RunSettings, seed: int) -> RunSettings:
-        """The run file of one cell. Raises ConfigError for a change that makes no sense."""
-        # a label of the run file's own would be that of every method
-        label = self.label if self.changes else None
-        own = {"method": {"name": self.name, **self.settings}, "seed": seed, "label": label, **self.changes}
-        return parse_run(with_overrides(settings.model_dump(mode="json"), own))
-
-
-def parse_variants(text: str) -> list[Variant]:
-    """Read "ubsmoe, fedavg, ubsmoe(pg_mode=off; train.learning_rate=1e-3)"; names may also stand on lines of their own.
-
-    A key without a dot is a setting of the method; one with a dot changes the rest of the run file for this variant alone.
-
-    Raises:
-        ConfigError: for text that is not a list of names, each with optional settings in parentheses; for a repeated one;
-            for a change that would give a variant other work than the rest has.
-
-    >>> [variant.settings for variant in parse_variants("fedavg, ubsmoe(pg_mode=off; momentum=0.5)")]
-    [{}, {'pg_mode': 'off', 'momentum': 0.5}]
-    """
-    variants = []
-    lines = (line.partition("#")[0].strip() for line in text.splitlines())
-    for part in re.findall(r"[^,(]+(?:\([^)]*\))?", ", ".join(line for line in lines if line)):
-        found = re.fullmatch(r"\s*(\w+)\s*(?:\(([^)]*)\))?\s*", part)
-        if not found:
-            raise ConfigError(f'--methods: cannot read {part!r}; expected names like "fedavg, ubsmoe(pg_mode=off)"')
-        settings = dict(_setting(item) for item in (found[2] or "").split(";") if item.strip())
-        changes = {key: value for key, value in settings.items() if "." in key}
-        for key in changes:
-            if key.partition(".")[0] not in TUNABLE or key in WORK:
-                raise ConfigError(
-                    f"--methods: {part.strip()} changes {key}, so it would not do the work of the others; set it for all with --set"
-                )
-        own = {key: value for key, value in settings.items() if key not in changes}
-        variants.append(Variant("".join(part.split()), found[1], own, changes))
-    if len({variant.label for variant in variants}) < len(variants) or not variants:
-        raise ConfigError(f"--methods: expected a list of different methods, got {text!r}")
-    return variants
+from ubsmoe.storage.record import RunRecord, Scores
+from ubsmoe.storage.runfolder import RunFolder, atomic_write, differing_settings, read_run
+from ubsmoe.study.variants import Variant
 
 
 def compare(
@@ -87,7 +31,7 @@ def compare(
     jobs: int = 1,
     report: Callable[[str, int, int], None] | None = None,
     track: Sequence[str] = (),
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Run the grid, or what is left of it, and write comparison.csv.
 
     Args:
@@ -97,7 +41,7 @@ def compare(
         out: the comparison's folder.
         jobs: runs at a time, each in a process of its own with its share of the threads.
         report: called with (label, seed, runs done) after each run.
-        track: where each run draws its curves too (`report/tracking.py`); its name there is its folder's.
+        track: where each run logs its metrics too (`report/tracking.py`); its name there is its folder's.
 
     Returns:
         Tidy rows: method, seed, tier, task, metrics, costs.
@@ -165,6 +109,7 @@ def run_cell(settings: RunSettings, folder: Path, track: Sequence[str] = ()) -> 
     federation = build_federation(settings)
     tracking = Tracking(track, folder, settings.model_dump(mode="json"))
     with RunFolder.open_or_create(folder, to_json(settings)) as opened, tracking:
+        opened.write_costs([cost.as_dict() for cost in run_costs(settings)])
         engine = as_simulated(LocalEngine(federation.trainer, federation.examples, federation.clients), federation)
         run(federation, opened, engine, tracking.on_event)
 
@@ -187,23 +132,21 @@ def check_same_work(records: Iterable[RunRecord], varied: Collection[str] = ()) 
             raise ConfigError(
                 f"{first.path} and {record.path} are not the same work: {key} is {here!r} in one and {there!r} in the other"
             )
-        hashes = [(one.summary or {}).get("base_sha256") for one in (first, record)]
+        hashes = [one.summary and one.summary["base_sha256"] for one in (first, record)]
         if hashes[0] != hashes[1]:
             raise ConfigError(f"{first.path} and {record.path} were trained on different bases")
 
 
-def tidy_rows(label: str, seed: int, record: RunRecord) -> list[dict[str, Any]]:
+def tidy_rows(label: str, seed: int, record: RunRecord) -> list[Row]:
     """One row per tier and task of a finished run, costs beside the scores."""
-    assert record.summary is not None
-    settings = parse_run(record.config)
-    costs = run_costs(settings)
-    seconds = _client_seconds(record)
-    balance = _balance(record)
+    assert record.summary is not None and record.costs is not None
+    seconds, balance = _client_seconds(record), _balance(record)
     tiers, after_training = record.summary["tiers"], record.summary["after"]
-    before_training = record.summary["before"] or [None] * len(tiers)
-    rows = []
-    for profile, cost, before, after in zip(tiers, costs, before_training, after_training, strict=True):
+    before_training: Sequence[Scores | None] = record.summary["before"] or [None] * len(tiers)
+    rows: list[Row] = []
+    for profile, cost, before, after in zip(tiers, record.costs, before_training, after_training, strict=True):
         for task, score in after.items():
+            start = before[task] if before else None
             rows.append(
                 {
                     "method": label,
@@ -212,13 +155,19 @@ def tidy_rows(label: str, seed: int, record: RunRecord) -> list[dict[str, Any]]:
                     "top_k": profile["top_k"],
                     "rank": profile["rank"],
                     "task": task,
-                    **{metric: score[metric] for metric in METRICS},
-                    **{f"{metric}_before": before and before[task][metric] for metric in METRICS},
+                    "accuracy": score["accuracy"],
+                    "unparsed": score["unparsed"],
+                    "mc_accuracy": score["mc_accuracy"],
+                    "loss": score["loss"],
+                    "accuracy_before": start and start["accuracy"],
+                    "unparsed_before": start and start["unparsed"],
+                    "mc_accuracy_before": start and start["mc_accuracy"],
+                    "loss_before": start and start["loss"],
                     "chance": score["chance"],
                     "examples": score["examples"],
-                    "train_flops_per_token": cost.train_flops_per_token,
-                    "upload_bytes": cost.upload_bytes,
-                    "download_bytes": cost.download_bytes,
+                    "train_flops_per_token": cost["train_flops_per_token"],
+                    "upload_bytes": cost["upload_bytes"],
+                    "download_bytes": cost["download_bytes"],
                     "client_seconds": seconds.get(profile["tier"]),
                     **balance,
                 }
@@ -226,7 +175,7 @@ def tidy_rows(label: str, seed: int, record: RunRecord) -> list[dict[str, Any]]:
     return rows
 
 
-def to_csv(rows: Sequence[dict[str, Any]]) -> str:
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as CSV text; every row has the same columns."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
@@ -238,29 +187,22 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
 def _client_seconds(record: RunRecord) -> dict[int, float]:
     """Mean training seconds per client and round, by tier."""
     seconds: dict[int, list[float]] = {}
-    for event in record.events:
-        if event["event"] == "client":
-            seconds.setdefault(event["tier"], []).append(event["seconds"])
-    return {tier: sum(values) / len(values) for tier, values in seconds.items()}
+    for event in record.clients:
+        seconds.setdefault(event["tier"], []).append(event["seconds"])
+    return {tier: statistics.fmean(values) for tier, values in seconds.items()}
 
 
-def _balance(record: RunRecord) -> dict[str, Any]:
+def _balance(record: RunRecord) -> Balance:
     """How the last round used the experts, mean over layers: entropy over its maximum, Gini; dead experts in all layers."""
-    last = next((event for event in reversed(record.events) if event["event"] == "round"), None)
-    if last is None:
-        return dict.fromkeys(("entropy", "gini", "dead_experts"))
-    return {**{key: statistics.fmean(last[key]) for key in ("entropy", "gini")}, "dead_experts": last["dead_experts"]}
+    if not record.rounds:
+        return {"entropy": None, "gini": None, "dead_experts": None}
+    last = record.rounds[-1]
+    entropy, gini = statistics.fmean(last["entropy"]), statistics.fmean(last["gini"])
+    return {"entropy": entropy, "gini": gini, "dead_experts": last["dead_experts"]}
 
 
 def _work(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("method", "seed")}
-
-
-def _setting(item: str) -> tuple[str, Any]:
-    from ubsmoe.config import parse_value
-
-    key, _, value = item.partition("=")
-    return key.strip(), parse_value(value.strip())
 
 
 def _file_name(label: str) -> str:

@@ -1,12 +1,26 @@
 """Figures of what is measured beside the runs themselves: the lab's floors, the alignment of pseudo-gradients."""
 
 from pathlib import Path
+from typing import cast
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ubsmoe.config import parse_run
+from ubsmoe.plan.tiers import run_costs
 from ubsmoe.report.figures import STYLE, Rows, look, panels, save
+from ubsmoe.storage.record import TierCosts
+
+
+def olmoe_costs() -> dict[str, list[TierCosts]]:
+    """Figure 3's bars: OLMoE-1B-7B with heterogeneous rank and with heterogeneous sparsity, at the run file's defaults."""
+
+    def tiers(method: str) -> list[TierCosts]:
+        settings = parse_run({"model": {"base": "olmoe-1b-7b"}, "method": {"name": method}})
+        return cast(list[TierCosts], [cost.as_dict() for cost in run_costs(settings)])
+
+    return {"rank": tiers("hetlora"), "sparsity": tiers("fedavg")}
 
 
 def write_bias_floor(rows: Rows, out: Path) -> list[Path]:
@@ -37,7 +51,7 @@ def bias_floor(rows: Rows) -> Figure:
 
 
 def write_alignment(rows: Rows, out: Path) -> list[Path]:
-    """The cosines of `ubsmoe probe alignment` as a figure and a table."""
+    """The cosines of `ubsmoe study alignment` as a figure and a table."""
     with matplotlib.rc_context(STYLE):
         return save(alignment(rows), rows, out / "alignment")
 

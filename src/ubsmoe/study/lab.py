@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
+from scipy.stats import pearsonr
 from torch import Tensor
 
-from ubsmoe.maths import balance
 from ubsmoe.maths.pseudo_gradient import PseudoGradient, parameter_signal, routing_mass
 from ubsmoe.seeds import generator_for
 from ubsmoe.study import bounds
@@ -172,9 +172,8 @@ def floor_markdown(rows: Sequence[dict[str, Any]]) -> str:
         lines += ["|---" * (len(budgets) + 1) + "|"]
         for name, values in (table | known).items():
             lines.append(f"| {name} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
-        missing = torch.tensor([max(budgets) - k for k in budgets]).double()
-        floors = torch.tensor(table["off"]).double()
-        line, exponential = (float(balance.pearson(missing, y)) ** 2 for y in (floors, floors.log()))
+        missing, floors = [max(budgets) - k for k in budgets], torch.tensor(table["off"]).double()
+        line, exponential = (pearsonr(missing, y).statistic ** 2 for y in (floors, floors.log()))
         fits = f"R^2 of a straight line {line:.3f}, of an exponential {exponential:.3f}"
         lines += ["", f"top-K alone against M - K: {fits}", ""]
     return "\n".join(lines)

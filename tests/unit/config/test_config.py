@@ -41,7 +41,7 @@ def test_a_fault_is_named_with_what_came_and_what_is_expected(table: dict, sente
 
 
 def test_a_missing_run_file_is_named(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="no such run file"):
+    with pytest.raises(ConfigError, match="no such file"):
         load_run(tmp_path / "none.toml")
 
 

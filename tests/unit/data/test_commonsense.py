@@ -110,7 +110,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
         (task,) = (t for t, o in ORIGINS.items() if o.hub == name and o.hub_config == config)
         return rows(HUB_ROWS, task, "train" if split == "train" else "test")
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, __spec__="found"))
     return asked
 
 

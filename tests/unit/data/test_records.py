@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from ubsmoe.config import ConfigError
 from ubsmoe.data.records import SCIENCE, read_file, read_folder, read_hub
 from ubsmoe.data.tasks import TASKS
+from ubsmoe.errors import UserError
 
 Write = Callable[..., Path]
 QUESTION = {"instruction": "Is it?\n\nAnswer format: true/false", "input": "", "output": "it is true", "answer": "true"}
@@ -182,8 +183,8 @@ def test_parquet_gives_the_examples_of_json_lines(write: Write, tokenizer: Token
 def test_parquet_without_its_library_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ConfigError, match=r"pip install ubsmoe\[datasets\]"):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r'this needs pyarrow: pip install "ubsmoe\[datasets\]"'):
         read_file(tmp_path / "a.parquet", tokenizer)
 
 
@@ -284,12 +285,12 @@ def test_a_hub_data_set_without_the_library_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"own/set .* pip install ubsmoe\[datasets\]"):
+    with pytest.raises(UserError, match=r'this needs datasets: pip install "ubsmoe\[datasets\]"'):
         read_hub("own/set", "train", tokenizer)
 
 
 def fake_hub(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load, __spec__="found"))
 
 
 def test_hub_rows_are_read_like_file_records(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:

@@ -88,7 +88,7 @@ def test_a_hub_id_gives_its_training_and_its_test_split(monkeypatch: pytest.Monk
     def load_dataset(name: str, config: str | None, split: str, revision: str | None) -> list[dict[str, str]]:
         return rows(2, f"{name}:{split}")
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, __spec__="found"))
     splits = load_examples(DataSettings(train="own/set", test="own/other.set"), tokenizer, seed=0)
     assert {example.task for example in splits.train} == {"own/set:train"}
     assert list(splits.test) == ["own/other.set:test"]

@@ -68,13 +68,13 @@ def test_another_layout_is_refused(rows: list[dict[str, str]], sentence: str, tm
 
 def test_without_its_library_the_archive_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyzipper", None)
-    with pytest.raises(UserError, match=r"^TeleQnA.zip is encrypted with AES: pip install ubsmoe\[teleqna\], or give"):
+    with pytest.raises(UserError, match=r'^this needs pyzipper: pip install "ubsmoe\[teleqna\]"'):
         build_teleqna(tmp_path / "T.zip", tmp_path / "out.jsonl.gz")
 
 
 def test_what_is_no_archive_or_is_taken_is_refused(tmp_path: Path) -> None:
     (tmp_path / "T.zip").write_bytes(b"no zip")
-    with pytest.raises(UserError, match=r"T.zip cannot be read|pip install ubsmoe\[teleqna\]"):
+    with pytest.raises(UserError, match=r'T.zip cannot be read|pip install "ubsmoe\[teleqna\]"'):
         build_teleqna(tmp_path / "T.zip", tmp_path / "out.jsonl.gz")
     source = write(tmp_path / "TeleQnA.txt", [question(0, "Lexicon", 3, 2)])
     (tmp_path / "taken.jsonl.gz").touch()

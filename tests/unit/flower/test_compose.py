@@ -42,8 +42,23 @@ def test_flower_knows_the_options(name: str) -> None:
     done = subprocess.run(
         [str(Path(sys.executable).parent / program), "--help"], capture_output=True, text=True, check=True
     )
-    for option in (word.partition("=")[0] for word in words if word.startswith("--")):
-        assert option in done.stdout, option
+    # at the start of a line of the list of options, with a value exactly where the help has one
+    known = {name: value for line in done.stdout.splitlines() for name, value in options_of(line)}
+    for name, _, value in (word.partition("=") for word in words if word.startswith("--")):
+        assert name in known and bool(value or follows(words, name)) == known[name], name
+
+
+def options_of(line: str) -> list[tuple[str, bool]]:
+    """The options that a line of an argparse help page introduces, and whether they take a value."""
+    if not re.match(r" {2,4}-", line):
+        return []
+    return [(name, bool(value)) for name, value in re.findall(r"(--[\w-]+)(?:[ =]([A-Z_\[{]+))?", line.split("   ")[0])]
+
+
+def follows(words: list[str], option: str) -> bool:
+    """Whether the next word is the option's value."""
+    rest = words[words.index(option) + 1 :] if option in words else []
+    return bool(rest) and not rest[0].startswith("-")
 
 
 SPEC = {

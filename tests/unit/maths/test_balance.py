@@ -6,9 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
-from ubsmoe.maths.balance import entropy, gini, normalised_entropy, pearson, spearman
+from ubsmoe.maths.balance import entropy, gini, normalised_entropy
 
 few = settings(max_examples=40, deadline=None)
 uses = st.lists(st.floats(0, 1e6), min_size=2, max_size=9).filter(lambda u: sum(u) > 1e-3)
@@ -66,20 +65,3 @@ def test_an_example_worked_by_hand() -> None:
 def test_unused_layers_give_finite_numbers() -> None:
     for measure in (entropy, normalised_entropy, gini):
         assert math.isfinite(float(measure(torch.zeros(5))))
-
-
-series = st.lists(st.integers(-4, 4).map(float), min_size=5, max_size=5).filter(lambda v: len(set(v)) > 1)
-
-
-@given(series, series)
-@few
-def test_correlations_equal_scipys_with_ties(x: list[float], y: list[float]) -> None:
-    a, b = torch.tensor(x), torch.tensor(y)
-    assert float(pearson(a, b)) == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-9)
-    assert float(spearman(a, b)) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-9)
-
-
-def test_correlation_with_what_does_not_vary_is_undefined() -> None:
-    layers = torch.tensor([[1.0, 2.0, 4.0], [5.0, 5.0, 5.0]])
-    assert torch.isnan(pearson(layers, layers)).tolist() == [False, True]
-    assert torch.isnan(spearman(layers, layers)).tolist() == [False, True]

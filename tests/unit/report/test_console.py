@@ -1,6 +1,7 @@
 """What a terminal shows: plain lines when there is none, whole figures when it is narrow."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,12 @@ def shown(renderable: Any, width: int = 100) -> str:
     return text.getvalue()
 
 
+def cells(text: str) -> list[str]:
+    """The cells of the only tier's row."""
+    (row,) = [line for line in text.splitlines() if re.match(r" +1 +0\.25 ", line)]
+    return re.split(r" {2,}", row.strip())
+
+
 def summary(**after: Any) -> dict[str, Any]:
     before = {"boolq": MACRO, "macro": MACRO}
     return {"method": "fedavg", "tiers": [TIER], "before": [before], "after": [{**before, "macro": {**MACRO, **after}}]}
@@ -56,19 +63,19 @@ def test_events_are_plain_lines_where_there_is_no_terminal() -> None:
 
 def test_the_result_shows_before_and_after_beside_the_cost() -> None:
     text = shown(result_table(summary(accuracy=0.75, mc_accuracy=None), [COST]))
-    assert "fedavg: per tier, 1 tasks, 40 questions" in text
-    assert all(part in text for part in ("0.25", "12.35", "55%", "25.0 → 75.0", "10.0 → 10.0", "–"))
+    assert "fedavg: per tier, 1 tasks, 40 questions, before → after" in " ".join(text.split())
+    assert cells(text) == ["1", "0.25", "2", "8", "12.35", "55%", "25.0 → 75.0", "10.0 → 10.0", "–"]
     assert "chance 25.0%, majority 30.0%" in " ".join(text.split())
 
 
 def test_a_base_whose_costs_nobody_can_count_has_a_result_all_the_same() -> None:
     text = shown(result_table(summary(accuracy=0.75), None))
-    assert "25.0 → 75.0" in text and "12.35" not in text and "–" in text
+    assert cells(text) == ["1", "0.25", "2", "8", "–", "–", "25.0 → 75.0", "10.0 → 10.0", "50.0 → 50.0"]
 
 
 def test_without_an_evaluation_before_training_the_result_shows_what_is_there_after_it() -> None:
     text = shown(result_table({**summary(accuracy=0.75, mc_accuracy=None), "before": None}, [COST]))
-    assert "75.0" in text and "→ 75.0" not in text and "–" in text
+    assert cells(text) == ["1", "0.25", "2", "8", "12.35", "55%", "75.0", "10.0", "–"]
 
 
 def test_free_text_has_no_chance_to_speak_of() -> None:

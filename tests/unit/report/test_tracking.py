@@ -82,8 +82,8 @@ def test_a_run_that_fails_closes_its_trackers_and_one_without_any_is_silent(
 def test_unknown_and_missing_trackers_are_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--track 'tensorbord': expected one of tensorboard, wandb, mlflow"):
         Tracking(["tensorbord"], tmp_path, SETTINGS)
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'ubsmoe\[wandb\]'"):
+    monkeypatch.setattr("ubsmoe.errors.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'this needs wandb: pip install "ubsmoe\[wandb\]"'):
         Tracking(["wandb"], tmp_path, SETTINGS)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ubsmoe.config import ConfigError, PrivacySettings, parse_run, to_json, with_overrides
+from ubsmoe.config import PrivacySettings, parse_run, to_json, with_overrides
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.errors import UserError
 from ubsmoe.messages import Profile, Task, Update
@@ -161,6 +161,6 @@ def test_what_cannot_be_private_is_refused(changes: dict[str, Any], sentence: st
 
 
 def test_without_the_accountant_the_extra_is_named(tiny_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ubsmoe.methods.chosen.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r'pip install "ubsmoe\[dp\]"'):
+    monkeypatch.setattr("ubsmoe.errors.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'this needs dp_accounting: pip install "ubsmoe\[dp\]"'):
         run_costs(parse_run(with_overrides(tiny_run, PRIVATE)))

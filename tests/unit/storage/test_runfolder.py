@@ -22,6 +22,7 @@ from ubsmoe.storage.runfolder import (
     differing_settings,
     read_adapter,
     read_run,
+    read_states,
 )
 from ubsmoe.storage.versions import current_versions
 
@@ -35,7 +36,7 @@ def other(**changes):
 
 
 def test_a_new_folder_holds_settings_versions_and_places_for_the_rest(tmp_path):
-    with RunFolder.create(tmp_path / "out" / "run", CONFIG, VERSIONS):
+    with RunFolder.open_or_create(tmp_path / "out" / "run", CONFIG, VERSIONS):
         pass
     record = read_run(tmp_path / "out" / "run")
     assert (record.config, record.versions, record.events, record.summary) == (json.loads(CONFIG), VERSIONS, [], None)
@@ -55,25 +56,37 @@ def test_versions_are_those_of_this_machine():
 
 
 def test_the_same_settings_open_the_run_again(tmp_path):
-    RunFolder.create(tmp_path, CONFIG, VERSIONS).close()
+    RunFolder.open_or_create(tmp_path, CONFIG, VERSIONS).close()
     shuffled = json.dumps(dict(reversed(json.loads(CONFIG).items())))
     RunFolder.open_or_create(tmp_path, shuffled, VERSIONS).close()
 
 
-def test_create_refuses_a_folder_that_holds_a_run(tmp_path):
-    RunFolder.create(tmp_path, CONFIG, VERSIONS).close()
-    with pytest.raises(RunFolderError, match="holds a run already; choose another --out"):
-        RunFolder.create(tmp_path, CONFIG, VERSIONS)
+@pytest.mark.parametrize("read", [read_run, read_adapter, read_states])
+def test_a_folder_of_an_older_ubsmoe_is_refused_in_one_sentence(tmp_path, read):
+    finish(tmp_path)
+    (tmp_path / "versions.json").write_text(json.dumps({"ubsmoe": "0.1.0"}))
+    sentence = f"{tmp_path} was written by ubsmoe 0.1.0; ubsmoe 0.2 does not read it: use 0.1.0 or run it again"
+    with pytest.raises(RunFolderError, match=f"^{re.escape(sentence)}$"):
+        read(tmp_path)
+    with pytest.raises(RunFolderError, match=f"^{re.escape(sentence)}$"):
+        RunFolder.open_or_create(tmp_path, CONFIG, VERSIONS)
+
+
+def test_reading_a_run_imports_no_torch(tmp_path):
+    finish(tmp_path)
+    program = "import sys; from ubsmoe.storage.runfolder import read_run; read_run(sys.argv[1])"
+    program += "; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
 
 
 def begun(path, config):
     """A run with something to lose."""
-    with RunFolder.create(path, config, VERSIONS) as folder:
+    with RunFolder.open_or_create(path, config, VERSIONS) as folder:
         folder.save_checkpoint(0, {"total": torch.zeros(())}, {}, keep=2)
 
 
 def test_a_start_with_nothing_saved_begins_again_with_other_settings(tmp_path):
-    RunFolder.create(tmp_path, CONFIG, VERSIONS).close()
+    RunFolder.open_or_create(tmp_path, CONFIG, VERSIONS).close()
     RunFolder.open_or_create(tmp_path, other(seed=3), VERSIONS).close()
     assert read_run(tmp_path).config["seed"] == 3
 
@@ -128,15 +141,15 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path):
 
 
 def test_a_start_that_was_killed_before_config_was_written_is_begun_again(tmp_path):
-    RunFolder.create(tmp_path, CONFIG, VERSIONS).close()
+    RunFolder.open_or_create(tmp_path, CONFIG, VERSIONS).close()
     (tmp_path / "config.json").rename(tmp_path / ".config.json.draft")
-    RunFolder.create(tmp_path, other(seed=3), VERSIONS).close()
+    RunFolder.open_or_create(tmp_path, other(seed=3), VERSIONS).close()
     assert read_run(tmp_path).config["seed"] == 3
 
 
 @pytest.mark.parametrize("data", [b"{", b"[1]", b"\xff"])
 def test_damaged_settings_are_refused(tmp_path, data):
-    RunFolder.create(tmp_path, CONFIG, VERSIONS).close()
+    RunFolder.open_or_create(tmp_path, CONFIG, VERSIONS).close()
     (tmp_path / "config.json").write_bytes(data)
     with pytest.raises(RunFolderError, match=r"config\.json"):
         RunFolder.open_or_create(tmp_path, CONFIG, VERSIONS)
@@ -148,7 +161,7 @@ def test_reading_a_folder_without_a_run_says_so(tmp_path):
 
 
 def test_two_writers_on_one_folder_are_refused_until_the_first_lets_go(tmp_path):
-    first = RunFolder.create(tmp_path, CONFIG, VERSIONS)
+    first = RunFolder.open_or_create(tmp_path, CONFIG, VERSIONS)
     with pytest.raises(RunFolderError, match=rf"in use by another process \(pid {os.getpid()}\); stop it or choose"):
         RunFolder.open_or_create(tmp_path, CONFIG, VERSIONS)
     assert read_run(tmp_path).versions == VERSIONS
@@ -174,10 +187,10 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdout.readline() == "locked\n"
         with pytest.raises(RunFolderError, match=f"pid {process.pid}"):
-            RunFolder.create(tmp_path, CONFIG, VERSIONS)
+            RunFolder.open_or_create(tmp_path, CONFIG, VERSIONS)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        RunFolder.create(tmp_path, CONFIG, VERSIONS).close()
+        RunFolder.open_or_create(tmp_path, CONFIG, VERSIONS).close()
 
 
 def run_rounds(folder, first, last, total=0.0):
@@ -189,10 +202,10 @@ def run_rounds(folder, first, last, total=0.0):
 
 
 def test_a_resumed_run_has_the_events_and_state_of_one_that_never_stopped(tmp_path):
-    with RunFolder.create(tmp_path / "whole", CONFIG, VERSIONS) as folder:
+    with RunFolder.open_or_create(tmp_path / "whole", CONFIG, VERSIONS) as folder:
         assert folder.resume() is None
         expected = run_rounds(folder, 0, 4)
-    with RunFolder.create(tmp_path / "broken", CONFIG, VERSIONS) as folder:
+    with RunFolder.open_or_create(tmp_path / "broken", CONFIG, VERSIONS) as folder:
         run_rounds(folder, 0, 2)
         folder.events.append("round_done", 3, total=-1)
     with RunFolder.open_or_create(tmp_path / "broken", CONFIG, VERSIONS) as folder:
@@ -207,7 +220,7 @@ def test_a_resumed_run_has_the_events_and_state_of_one_that_never_stopped(tmp_pa
 
 
 def test_resuming_tells_what_was_skipped_and_which_versions_changed(tmp_path):
-    with RunFolder.create(tmp_path, CONFIG, VERSIONS) as folder:
+    with RunFolder.open_or_create(tmp_path, CONFIG, VERSIONS) as folder:
         run_rounds(folder, 1, 2)
     (tmp_path / "checkpoints/round-00002/facts.json").write_text("{}")
     with RunFolder.open_or_create(tmp_path, CONFIG, VERSIONS | {"torch": "2.14.0"}) as folder:
@@ -219,7 +232,7 @@ def test_resuming_tells_what_was_skipped_and_which_versions_changed(tmp_path):
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path):
-    with RunFolder.create(tmp_path, CONFIG, VERSIONS) as folder:
+    with RunFolder.open_or_create(tmp_path, CONFIG, VERSIONS) as folder:
         run_rounds(folder, 1, 1)
         (tmp_path / "checkpoints/round-00001/facts.json").unlink()
         with pytest.raises(CheckpointError, match="start anew"):
@@ -228,7 +241,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path):
 
 
 def finish(path):
-    with RunFolder.create(path, CONFIG, VERSIONS) as folder:
+    with RunFolder.open_or_create(path, CONFIG, VERSIONS) as folder:
         sha256 = folder.write_adapter({"B": torch.ones(3, 2), "A": torch.zeros(2, 5)}, {"rank": 2, "alpha": 16.0})
         folder.write_summary({"accuracy": 0.75, "loss": float("nan"), "adapter_sha256": sha256})
     return sha256
@@ -245,7 +258,7 @@ def test_the_result_is_an_adapter_with_its_hash_and_a_summary(tmp_path):
 
 
 def test_the_adapter_of_a_run_that_has_not_ended_is_not_read(tmp_path):
-    with RunFolder.create(tmp_path, CONFIG, VERSIONS) as folder:
+    with RunFolder.open_or_create(tmp_path, CONFIG, VERSIONS) as folder:
         folder.write_adapter({"A": torch.ones(1)})
     with pytest.raises(RunFolderError, match="has not ended; start it with the same --out"):
         read_adapter(tmp_path)

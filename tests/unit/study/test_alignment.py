@@ -22,7 +22,7 @@ def federation_of(tiny_run: dict[str, Any], **changes: Any) -> Federation:
 
 
 def finished(federation: Federation, folder: Path) -> Path:
-    with RunFolder.create(folder, to_json(federation.settings)) as place:
+    with RunFolder.open_or_create(folder, to_json(federation.settings)) as place:
         run(
             federation, place, LocalEngine(federation.trainer, federation.examples, federation.clients), lambda *_: None
         )
@@ -83,6 +83,6 @@ def test_what_cannot_be_probed_is_refused(tiny_run: dict[str, Any], tmp_path: Pa
     with pytest.raises(ConfigError, match="hfedmoe picks who learns"):
         next(probe_run(folder))
     settings = federation_of(tiny_run).settings
-    RunFolder.create(tmp_path / "empty", to_json(settings)).close()
+    RunFolder.open_or_create(tmp_path / "empty", to_json(settings)).close()
     with pytest.raises(RunFolderError, match="no checkpoint yet"):
         next(probe_run(tmp_path / "empty"))

@@ -1,4 +1,4 @@
-"""Comparisons: reading --methods, refusing other work, the tables."""
+"""Comparisons: reading --methods and --variants, refusing other work, the tables."""
 
 import copy
 import csv
@@ -12,35 +12,58 @@ import pytest
 from ubsmoe.config import ConfigError, parse_run, with_overrides
 from ubsmoe.errors import UserError
 from ubsmoe.report.comparison import comparison_markdown, interval
-from ubsmoe.storage.runfolder import RunRecord
-from ubsmoe.study.compare import Variant, check_same_work, compare, parse_variants, to_csv
+from ubsmoe.storage.record import RunRecord
+from ubsmoe.study.compare import check_same_work, compare, to_csv
+from ubsmoe.study.variants import Variant, choose_variants
 
 
-def test_variants_are_names_with_optional_settings() -> None:
-    assert parse_variants('fedavg , ubsmoe(pg_mode=oracle; pg_scope=["router", "hidden"]),ubsmoe') == [
-        Variant("fedavg", "fedavg", {}),
-        Variant(
-            'ubsmoe(pg_mode=oracle;pg_scope=["router","hidden"])',
-            "ubsmoe",
-            {"pg_mode": "oracle", "pg_scope": ["router", "hidden"]},
-        ),
-        Variant("ubsmoe", "ubsmoe", {}),
+def variants_of(tmp_path: Path, text: str) -> list[Variant]:
+    (tmp_path / "variants.toml").write_text(text)
+    return choose_variants(None, tmp_path / "variants.toml")
+
+
+def test_methods_are_plain_names() -> None:
+    assert choose_variants("fedavg , ubsmoe,flame", None) == [
+        Variant(name, {"name": name}) for name in ("fedavg", "ubsmoe", "flame")
     ]
 
 
-def test_a_variant_may_change_how_it_trains_but_not_how_much(tiny_run: dict[str, Any]) -> None:
-    text = "fedavg\nubsmoe(pg_mode=off; tiers.elastic_share=0.5)  # ours\n\n# a line of its own\nfedavg(train.optimizer=sgd)"
-    plain, elastic, sgd = parse_variants(text)
-    assert (elastic.settings, elastic.changes) == ({"pg_mode": "off"}, {"tiers.elastic_share": 0.5})
+def test_a_file_of_variants_has_methods_with_settings_changes_and_labels(tmp_path: Path) -> None:
+    text = """
+    [[variants]]
+    method = {name = "ubsmoe", dmr = false, pg = {mode = "oracle", scope = ["router", "hidden"]}}
+    train.learning_rate = 1e-3
+    [[variants]]
+    label = "mine"
+    method = {name = "fedavg"}
+    """
+    first, second = variants_of(tmp_path, text)
+    assert first.label == 'ubsmoe(dmr=false;pg.mode=oracle;pg.scope=["router","hidden"];train.learning_rate=0.001)'
+    assert first.method["pg"] == {"mode": "oracle", "scope": ["router", "hidden"]}
+    assert first.changes == {"train.learning_rate": 1e-3}
+    assert second == Variant("mine", {"name": "fedavg"})
+
+
+def test_a_variant_may_change_how_it_trains_but_not_how_much(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    elastic = Variant("e", {"name": "smoe_llb", "coefficient": 0.1}, {"tiers.elastic_share": 0.5})
     cell = elastic.settings_in(parse_run(tiny_run), 7)
-    assert (cell.tiers.elastic_share, cell.seed, cell.label) == (0.5, 7, "ubsmoe(pg_mode=off;tiers.elastic_share=0.5)")
-    assert sgd.settings_in(parse_run(tiny_run), 0).train.optimizer == "sgd"
-    assert plain.settings_in(parse_run(tiny_run), 0).label is None
+    assert (cell.tiers.elastic_share, cell.seed, cell.label) == (0.5, 7, "e")
+    assert (cell.method.name, cell.method.settings) == ("smoe_llb", {"coefficient": 0.1})
+    (plain,) = choose_variants("fedavg", None)
     labelled = parse_run(with_overrides(tiny_run, {"label": "mine"}))
     assert plain.settings_in(labelled, 0).label is None  # else every method would have the one name
     for key in ("train.rounds", "tiers.budgets", "data.train", "clients.count", "model.base", "evaluate.max_examples"):
-        with pytest.raises(ConfigError, match=f"changes {key}, so it would not do the work of the others"):
-            parse_variants(f"fedavg, fedavg({key}=3)")
+        with pytest.raises(ConfigError, match=f"variant 1 changes {key}, so it would not do the work of the others"):
+            variants_of(tmp_path, f'[[variants]]\nmethod = {{name = "fedavg"}}\n{key} = 3')
+
+
+@pytest.mark.parametrize("name", ["screening", "learning_rates", "confirmation", "tiers"])
+def test_the_studys_variants_are_the_rows_that_were_measured(name: str) -> None:
+    root = Path(__file__).parents[3]
+    with (root / "docs" / "data" / f"{name}.csv").open(encoding="utf-8") as file:
+        measured = {row["method"] for row in csv.DictReader(file)}
+    labels = {variant.label for variant in choose_variants(None, root / "runs" / "study" / f"{name}_variants.toml")}
+    assert labels == measured - {"ubsmoe(pg_mode=server)"}  # a mode that is gone
 
 
 def test_what_a_variant_changes_may_differ_and_nothing_else() -> None:
@@ -53,18 +76,38 @@ def test_what_a_variant_changes_may_differ_and_nothing_else() -> None:
         )
 
 
+@pytest.mark.parametrize("text", ["", " ", "fedavg, fed avg", "fedavg; ubsmoe", "methods.txt", "ubsmoe(pg_mode=off)"])
+def test_what_is_no_list_of_names_is_refused_with_the_toml_for_settings(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--methods takes names (.|\n)*method = {name = \"ubsmoe\", pg = false}"):
+        choose_variants(text, None)
+
+
 @pytest.mark.parametrize(
-    "text", ["", " ", "fedavg,fedavg", "fedavg, fed avg", "ubsmoe(a=1", "fedavg; ubsmoe", "a(b)(c)"]
+    ("text", "sentence"),
+    [
+        ("", r"expected \[\[variants\]\]"),
+        ("variants = 3", r"expected \[\[variants\]\]"),
+        ("[[variants]]\nmethod = 'fedavg'", "variant 1: expected method = "),
+        ("[[variants]]\nmethod = {name = 'fedavg'}\n[[variants]]\nlabel = 'x'", "variant 2: expected method = "),
+        ("[[variants]]\nmethod = {name = 'fedavg'}\n" * 2, "different variants, got fedavg, fedavg"),
+        ("[[variants]", "not valid TOML"),
+    ],
 )
-def test_what_is_no_list_of_methods_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="--methods"):
-        parse_variants(text)
+def test_what_is_no_file_of_variants_is_refused(text: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        variants_of(tmp_path, text)
+
+
+def test_methods_and_variants_exclude_each_other(tmp_path: Path) -> None:
+    for methods, file in ((None, None), ("fedavg", tmp_path / "x.toml")):
+        with pytest.raises(ConfigError, match="give either --methods"):
+            choose_variants(methods, file)
 
 
 def test_a_misspelt_method_or_setting_fails_before_anything_runs(tiny_run: dict[str, Any], tmp_path: Path) -> None:
-    for text in ("fedavg, ubsmoo", "fedavg, ubsmoe(pg_mod=off)", "fedavg, ubsmoe(pg_mode=sideways)"):
+    for method in ({"name": "ubsmoo"}, {"name": "smoe_llb", "coeficient": 1}, {"name": "smoe_llb", "coefficient": "x"}):
         with pytest.raises(UserError, match="method"):
-            compare(parse_run(tiny_run), parse_variants(text), [0], tmp_path / "out")
+            compare(parse_run(tiny_run), [Variant("x", method)], [0], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -72,9 +115,9 @@ def test_every_run_of_the_grid_draws_its_curves(tiny_run: dict[str, Any], tmp_pa
     pytest.importorskip("tensorboard")
     settings = parse_run(with_overrides(tiny_run, {"train.rounds": 1, "train.local_steps": 1}))
     with pytest.raises(UserError, match="--track 'paper': expected one of tensorboard"):
-        compare(settings, parse_variants("fedavg"), [0], tmp_path / "out", track=["paper"])
+        compare(settings, choose_variants("fedavg", None), [0], tmp_path / "out", track=["paper"])
     assert not (tmp_path / "out").exists()
-    compare(settings, parse_variants("fedavg"), [0, 1], tmp_path / "out", track=["tensorboard"])
+    compare(settings, choose_variants("fedavg", None), [0, 1], tmp_path / "out", track=["tensorboard"])
     assert len(list((tmp_path / "out" / "runs").glob("fedavg-seed*/tensorboard/events.*"))) == 2
 
 
@@ -129,7 +172,7 @@ def test_no_row_before_training_where_nothing_was_evaluated_then() -> None:
 
 def test_what_was_not_measured_is_a_dash() -> None:
     text = comparison_markdown([row(method, 0, 1, None, chance=None) for method in "ab"], reference="a")
-    accuracy = text[text.index("Generation accuracy") : text.index("Likelihood")]
+    accuracy = text[text.index("Generation accuracy") : text.index("MC accuracy")]
     assert "Chance: – %" in text and accuracy.count("| b | – |") == 2
 
 

@@ -1,12 +1,12 @@
-"""Pretraining of the small base that ships with the library: a sparse mixture of experts taught by books and a world.
+"""Pretraining of the small base that ships with the library: a sparse mixture of experts trained on books and synthetic QA.
 
 What it learns is a skill, not the facts it will be asked: to gather a name and a relation, recall the fact and answer
-in the formats of Commonsense-15K. Its text tells of a `pretraining` world, whose names never occur in an `evaluation`
-world (see `data/synthetic.py`). Two streams are mixed in every step: questions with their answers, the loss on the answer
-alone; and prose, books and sentences that state the world's facts, packed end to end.
+in the formats of Commonsense-15K. Its text comes from a `pretraining` synthetic QA data set, whose names never occur in an
+`evaluation` one (see `data/synthetic.py`). Two streams are mixed in every step: questions with their answers, the loss on the
+answer alone; and prose, books and sentences that state the data set's facts, packed end to end.
 
 Training is plain top-K with a load-balancing and a z-loss per layer, so the base is a stock mixture of experts: it
-was never taught to get by with fewer active experts.
+was never trained with fewer active experts.
 """
 
 import copy
@@ -56,18 +56,18 @@ def pretrain(settings: PretrainSettings, corpus_dir: Path | None, out_dir: Path)
             f"--out: {out_dir} holds something that pretraining did not make; expected a new or empty folder"
         )
     books = read_corpus(corpus_dir) if corpus_dir else []
-    world = SyntheticQA(settings.seed, settings.num_entities, "pretraining")
+    synthetic = SyntheticQA(settings.seed, settings.num_entities, "pretraining")
     tokenizer = train_tokenizer(books, settings.vocab_size, random.Random(settings.seed))
     model = build_model(settings, len(tokenizer))
     ALL_EXPERTS_FUNCTIONS.register("ubsmoe_blocks", block_experts)
     model.set_experts_implementation("ubsmoe_blocks")
     result: dict[str, Any] = {"settings": settings.model_dump(), "progress": []}
-    for record in train(model, Stream(settings, books, tokenizer, world), settings):
+    for record in train(model, Stream(settings, books, tokenizer, synthetic), settings):
         result["progress"].append(record)
         print(json.dumps(record), flush=True)
         save(model, tokenizer, result, Path(out_dir))
     model.to(torch.bfloat16).float()  # measure what is stored, not what was trained
-    result |= measure(model, tokenizer, books, world, settings)
+    result |= measure(model, tokenizer, books, synthetic, settings)
     save(model, tokenizer, result, Path(out_dir))
     return result
 

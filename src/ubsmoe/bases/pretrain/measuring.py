@@ -62,11 +62,11 @@ def measure(
     model: OlmoeForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     books: list[str],
-    world: SyntheticQA,
+    synthetic: SyntheticQA,
     settings: PretrainSettings,
 ) -> dict[str, Any]:
     """What the finished base can do, at full and at fewer active experts."""
-    known = world.examples("test", MEASURED, seed=1)
+    known = synthetic.examples("test", MEASURED, seed=1)
     unknown = SyntheticQA(0).examples("test", MEASURED, seed=1)
     gates = [layer.mlp.gate for layer in model.model.layers]
     model.eval()

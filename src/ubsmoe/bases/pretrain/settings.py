@@ -30,7 +30,7 @@ class PretrainSettings(Settings):
     weight_decay: float = Field(0.01, ge=0)
     balance_coefficient: float = Field(0.01, ge=0)
     z_coefficient: float = Field(0.001, ge=0)
-    num_entities: int = Field(96, ge=8, description="entities of the pretraining world")
+    num_entities: int = Field(96, ge=8, description="entities of the synthetic QA data set")
     book_share: float = Field(0.5, ge=0, le=1, description="prose from books")
     report_every: int = Field(200, ge=1)
     bf16: bool = True

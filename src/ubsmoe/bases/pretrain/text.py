@@ -1,4 +1,4 @@
-"""What a base reads: books, sentences and questions of a world, and the tokenizer made from them."""
+"""What a base reads: books, sentences and questions of a synthetic QA data set, and the tokenizer made from them."""
 
 import gzip
 import random
@@ -34,13 +34,13 @@ def read_corpus(folder: Path) -> list[str]:
 def train_tokenizer(books: list[str], vocab_size: int, rng: random.Random) -> PreTrainedTokenizerFast:
     """A byte-level BPE of books and questions, digits apart so that "answer2" and "Answer2:" share their 2.
 
-    Names come from a hundred worlds of both families: a name alone tells no fact, and every syllable gets its token.
+    Names come from a hundred data sets of both families: a name alone tells no fact, and every syllable gets its token.
     """
     text = [book[:400_000].replace(END, "\n") for book in books]
     for seed in range(100):
-        world = SyntheticQA(1000 + seed, 200, "pretraining" if seed % 2 else "evaluation")
-        text.append(" ".join(world.sentences(rng)[:250]))
-        text += [plain(e.prompt) + e.completion for e in world.examples("train", 100, seed=0)]
+        synthetic = SyntheticQA(1000 + seed, 200, "pretraining" if seed % 2 else "evaluation")
+        text.append(" ".join(synthetic.sentences(rng)[:250]))
+        text += [plain(e.prompt) + e.completion for e in synthetic.examples("train", 100, seed=0)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -60,9 +60,9 @@ class Stream:
     """Endless batches of questions and of prose, all drawn from one seeded generator."""
 
     def __init__(
-        self, settings: PretrainSettings, books: list[str], tokenizer: PreTrainedTokenizerFast, world: SyntheticQA
+        self, settings: PretrainSettings, books: list[str], tokenizer: PreTrainedTokenizerFast, synthetic: SyntheticQA
     ) -> None:
-        self.settings, self.tokenizer, self.world, self.books = settings, tokenizer, world, books
+        self.settings, self.tokenizer, self.synthetic, self.books = settings, tokenizer, synthetic, books
         self.rng = random.Random(f"stream {settings.seed}")
         self.queue: list[Example] = []
         self.draws = 0
@@ -72,7 +72,7 @@ class Stream:
         """Token ids and labels of one step's questions, padded on the right; labels on the answers only."""
         count = self.settings.questions_per_step
         if len(self.queue) < count:
-            self.queue += self.world.examples("train", 4000, seed=self.draws)
+            self.queue += self.synthetic.examples("train", 4000, seed=self.draws)
             self.draws += 1
         taken, self.queue = self.queue[:count], self.queue[count:]
         return collate([encode(self.tokenizer, e.prompt, e.completion) for e in taken])
@@ -86,12 +86,12 @@ class Stream:
         return ids.view(self.settings.prose_per_step, -1), ids.view(self.settings.prose_per_step, -1)
 
     def _passage(self) -> str:
-        """A piece of a book or a handful of the world's facts."""
+        """A piece of a book or a handful of the data set's facts."""
         if self.rng.random() < self.settings.book_share:
             book = self.rng.choice(self.books)
             start = self.rng.randrange(max(1, len(book) - HELD_OUT - 1200))
             return book[start : start + 1200].replace(END, "\n")
-        return " ".join(self.world.sentences(self.rng)[:20])
+        return " ".join(self.synthetic.sentences(self.rng)[:20])
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str) -> tuple[list[int], list[int]]:

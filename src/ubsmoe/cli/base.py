@@ -1,0 +1,62 @@
+"""`ubsmoe base`: make a base model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ubsmoe.cli.app import RunFile, group
+
+base = group("base", "Make a base model.")
+
+
+@base.command("pretrain")
+def pretrain_command(
+    run_file: RunFile,
+    out: Annotated[Path, typer.Option(help="where the model goes", show_default=False)],
+    corpus: Annotated[
+        Path | None, typer.Option(help="folder of .txt or .txt.gz files; needed unless book_share is 0")
+    ] = None,
+) -> None:
+    """Pretrain a small base model, as ubsmoe-tiny was."""
+    from ubsmoe.bases.pretrain import load_pretrain, pretrain
+    from ubsmoe.client.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    pretrain(load_pretrain(run_file), corpus, out)
+
+
+@base.command("upcycle")
+def upcycle_command(
+    dense: Annotated[
+        str, typer.Argument(help="a Llama-shaped model: folder, hub id or .gguf file", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="where the mixture of experts goes", show_default=False)],
+    experts: Annotated[int, typer.Option(help="experts per layer")] = 8,
+    top_k: Annotated[int, typer.Option(help="K_max, experts per token at budget 1")] = 4,
+    slices: Annotated[int, typer.Option(help="experts that one copy of the feed-forward is cut into")] = 1,
+    shared: Annotated[float, typer.Option(help="share of the feed-forward that runs for every token")] = 0.0,
+    drop: Annotated[float, typer.Option(help="share of each expert that is drawn anew; 0 keeps the function")] = 0.0,
+    warm_up: Annotated[
+        Path | None, typer.Option(help="records to warm the routers up on, and to choose what is shared")
+    ] = None,
+    warm_up_steps: Annotated[int, typer.Option(min=1, help="batches of 8 records")] = 40,
+    seed: Annotated[int, typer.Option(help="of every draw")] = 0,
+) -> None:
+    """Turn a dense Llama-shaped model into a mixture of experts."""
+    from ubsmoe.bases.upcycle import upcycle_checkpoint
+
+    losses = upcycle_checkpoint(
+        dense,
+        out,
+        num_experts=experts,
+        top_k=top_k,
+        drop=drop,
+        slices=slices,
+        shared=shared,
+        warm_up_data=warm_up,
+        warm_up_steps=warm_up_steps,
+        seed=seed,
+    )
+    balance = f"; balancing loss {losses[0]:.3f} -> {losses[-1]:.3f} (1 is even)" if losses else ""
+    typer.echo(f"{out}: {experts} experts, K_max {top_k}{balance}")

@@ -1,0 +1,145 @@
+"""What a run folder holds, as types: its events, its scores, its summary, what its tiers cost."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict, cast
+
+from ubsmoe.storage.events import Event
+
+
+class TaskScore(TypedDict):
+    """One task's scores, as `server.evaluate.Score` describes them; None where nothing was measured."""
+
+    examples: int
+    loss: float
+    accuracy: float
+    unparsed: float
+    mc_accuracy: float | None
+    chance: float | None
+    majority: float | None
+
+
+Scores = dict[str, TaskScore]
+"""Scores by task; "macro" is their mean."""
+
+
+class ClientEvent(TypedDict):
+    """An update that counted. A private run tells neither tokens nor loss."""
+
+    round: int
+    client: str
+    tier: int
+    top_k: int
+    rank: int
+    examples: int
+    seconds: float
+    download_bytes: int
+    upload_bytes: NotRequired[int]
+    tokens: NotRequired[int]
+    assignments: NotRequired[int]
+    loss: NotRequired[float]
+
+
+class DroppedEvent(TypedDict):
+    """A client that does not count in a round, and why."""
+
+    round: int
+    client: str
+    stage: str
+    reason: str
+    download_bytes: NotRequired[int]
+
+
+class RoundEvent(TypedDict):
+    """A round that has ended. Entropy (over ln M) and Gini stand per layer, utilization [L, M] and phi [L, M] per expert."""
+
+    round: int
+    seconds: float
+    loss: float
+    entropy: list[float]
+    gini: list[float]
+    dead_experts: int
+    utilization: list[list[float]]
+    phi: NotRequired[list[list[float]]]
+    epsilon: NotRequired[float]
+    delta: NotRequired[float]
+
+
+class EvaluatedEvent(TypedDict):
+    """A tier's scores after a round; round 0 is before training."""
+
+    round: int
+    tier: int
+    top_k: int
+    rank: int
+    scores: Scores
+
+
+class TierFacts(TypedDict):
+    """A tier: its budget and what follows from it."""
+
+    tier: int
+    budget: float
+    top_k: int
+    rank: int
+
+
+class TierCosts(TierFacts):
+    """What a client of a tier costs, as `ubsmoe plan` counts it; FLOPs per token, bytes per round."""
+
+    forward_flops_per_token: int
+    train_flops_per_token: int
+    relative_to_top: float
+    upload_bytes: int
+    download_bytes: int
+    peak_memory_bytes: int
+
+
+class Summary(TypedDict):
+    """summary.json. `before` is None where nothing was evaluated before training."""
+
+    method: str
+    rounds: int
+    seed: int
+    seconds: float
+    adapter_sha256: str
+    base_sha256: str
+    tiers: list[TierFacts]
+    before: list[Scores] | None
+    after: list[Scores]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run folder tells a reader; `summary` is None until the run has ended, `costs` where nobody noted them."""
+
+    path: Path
+    config: dict[str, Any]
+    versions: dict[str, str]
+    events: list[Event]
+    summary: Summary | None
+    costs: list[TierCosts] | None = None
+
+    @property
+    def clients(self) -> list[ClientEvent]:
+        """The updates that counted."""
+        return cast(list[ClientEvent], self.named("client"))
+
+    @property
+    def dropped(self) -> list[DroppedEvent]:
+        """The clients that did not."""
+        return cast(list[DroppedEvent], self.named("dropped"))
+
+    @property
+    def rounds(self) -> list[RoundEvent]:
+        """The rounds that have ended."""
+        return cast(list[RoundEvent], self.named("round"))
+
+    @property
+    def evaluated(self) -> list[EvaluatedEvent]:
+        """Every tier's scores, as often as they were taken."""
+        return cast(list[EvaluatedEvent], self.named("evaluated"))
+
+    def named(self, name: str) -> list[Event]:
+        """The events of one kind, in order."""
+        return [event for event in self.events if event["event"] == name]

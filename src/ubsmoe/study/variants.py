@@ -1,0 +1,91 @@
+"""What a comparison compares: methods by name, or a TOML file of variants.
+
+[[variants]]
+method = {name = "ubsmoe", pg = false}      # as in a run file
+train.learning_rate = 3e-3                  # any other setting that may vary
+label = "slow"                              # optional; else the method and its settings
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ubsmoe.config import ConfigError, RunSettings, parse_run, read_toml, with_overrides
+from ubsmoe.report.series import label_of
+from ubsmoe.storage.runfolder import flatten
+
+TUNABLE = ("adapter", "tiers", "train", "wire", "robust")
+"""Sections of the run file that a variant may change for itself."""
+WORK = (
+    *("train.rounds", "train.local_steps", "train.local_epochs", "train.batch_size", "train.gradient_accumulation"),
+    *("tiers.budgets", "tiers.k_max"),
+)
+"""Settings within them that it may not: they are how much work is done, and by whom."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the comparison: [method], and what it changes in the rest of the run file, by dotted key."""
+
+    label: str
+    method: Mapping[str, Any]
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def settings_in(self, settings: RunSettings, seed: int) -> RunSettings:
+        """The run file of one cell. Raises ConfigError for a change that makes no sense."""
+        # a label of the run file's own would be that of every variant
+        label = None if self.label == label_of(self.method) else self.label
+        own = {"method": dict(self.method), "seed": seed, "label": label, **self.changes}
+        return parse_run(with_overrides(settings.model_dump(mode="json"), own))
+
+
+def choose_variants(methods: str | None, file: Path | None) -> list[Variant]:
+    """The variants of --methods, names with commas between them, or of the file of --variants.
+
+    Raises:
+        ConfigError: unless exactly one is given; for settings beside a name; for what is no list of different variants; for a
+            change that would give a variant other work than the rest has.
+
+    >>> [variant.label for variant in choose_variants("fedavg, ubsmoe", None)]
+    ['fedavg', 'ubsmoe']
+    """
+    if (methods is None) == (file is None):
+        raise ConfigError("give either --methods, such as fedavg,ubsmoe, or --variants FILE.toml")
+    variants = _named(methods) if methods is not None else _read(file or Path())
+    labels = [variant.label for variant in variants]
+    if not labels or len(set(labels)) < len(labels):
+        raise ConfigError(f"expected a list of different variants, got {', '.join(labels) or 'none'}")
+    return variants
+
+
+def _named(methods: str) -> list[Variant]:
+    names = [name.strip() for name in methods.split(",")]
+    if "(" in methods or not all(name.isidentifier() for name in names):
+        raise ConfigError(
+            f"--methods takes names such as fedavg,ubsmoe, got {methods!r}; settings stand in a file for --variants:\n\n"
+            '[[variants]]\nmethod = {name = "ubsmoe", pg = false}\ntrain.learning_rate = 3e-3'
+        )
+    return [Variant(name, {"name": name}) for name in names]
+
+
+def _read(file: Path) -> list[Variant]:
+    table = read_toml(file)
+    entries = table.pop("variants", None)
+    if table or not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(f"{file}: expected [[variants]] and nothing else")
+    return [_variant(entry, f"{file}, variant {number}") for number, entry in enumerate(entries, 1)]
+
+
+def _variant(entry: dict[str, Any], where: str) -> Variant:
+    method = entry.pop("method", None)
+    if not isinstance(method, dict) or not isinstance(method.get("name"), str):
+        raise ConfigError(f'{where}: expected method = {{name = "...", ...}}, got {method!r}')
+    label = entry.pop("label", None)
+    changes = flatten(entry)
+    for key in changes:
+        if key.partition(".")[0] not in TUNABLE or key in WORK:
+            raise ConfigError(
+                f"{where} changes {key}, so it would not do the work of the others; set it for all with --set"
+            )
+    return Variant(str(label or label_of({**method, **changes})), method, changes)
