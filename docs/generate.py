@@ -63,7 +63,7 @@ def run_file_page() -> str:
         "A run file is TOML. Every key has a default; an unknown one is refused with the nearest name. On the command line, "
         "`--set section.key=value` changes one key. Paths are taken relative to the run file where they exist there, "
         "or else to the current folder.",
-        "Read off `src/ubsmoe/config/settings.py`.",
+        "Read off `src/ubsmoe/config/`.",
         "## Top level",
         _table(_scalars(RunSettings)),
     ]

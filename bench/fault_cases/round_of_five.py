@@ -50,7 +50,9 @@ class Round:
     def federation(self, settings: RunSettings, mean: Callable[[], Mean] = WeightedMean) -> Federation:
         """A run of these clients, without data and questions."""
         method = build("fedavg", replace(self.shape, mean=mean))
-        return Federation(settings, self.model, None, method, self.shape, self.profiles, [], {}, {}, None, "base", None)
+        return Federation(
+            settings, self.model, self.model, None, method, self.shape, self.profiles, [], {}, {}, None, "base", None
+        )
 
     def encode(self, update: Update) -> Packed:
         """An update's bytes; all five were sent the same payload."""

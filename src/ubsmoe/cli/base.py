@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from ubsmoe.cli.app import RunFile, group
+from ubsmoe.cli.app import RunFile, Set, group, overrides
 
-base = group("base", "Make a base model.")
+base = group("base", "Make a base model, or say which it is.")
 
 
 @base.command("pretrain")
@@ -60,3 +60,16 @@ def upcycle_command(
     )
     balance = f"; balancing loss {losses[0]:.3f} -> {losses[-1]:.3f} (1 is even)" if losses else ""
     typer.echo(f"{out}: {experts} experts, K_max {top_k}{balance}")
+
+
+@base.command("hash")
+def hash_command(
+    model: Annotated[str, typer.Argument(help="a folder, a hub id or ubsmoe-tiny", show_default=False)],
+    set_: Set = None,
+) -> None:
+    """Print the SHA-256 of a base's weights, for model.sha256."""
+    from ubsmoe.bases.identity import base_sha256
+    from ubsmoe.config import parse_run, with_overrides
+
+    settings = parse_run(with_overrides({}, {"model.base": model, **overrides(set_)}))
+    typer.echo(base_sha256(settings.model))

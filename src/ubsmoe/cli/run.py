@@ -105,7 +105,8 @@ def run_command(
         clients = LocalEngine(federation.trainer, federation.examples, federation.clients, shown.on_step, pool)
         score_all = partial(score_in, pool) if pool else None
         summary = run(federation, folder, as_simulated(clients, federation), on_event, score_all)
-    show(console, result_table(cast("Summary", summary), costs))
+    if summary["after"]:
+        show(console, result_table(cast("Summary", summary), costs))
     console.print(f"adapter {place / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}", soft_wrap=True)
 
 

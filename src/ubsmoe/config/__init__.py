@@ -1,5 +1,6 @@
 """Run files: what they can say (`settings`) and how they are read (`reading`)."""
 
+from ubsmoe.config.data import DataSettings, PartitionSettings, SyntheticSettings
 from ubsmoe.config.reading import (
     ConfigError,
     load_run,
@@ -10,21 +11,18 @@ from ubsmoe.config.reading import (
     validated,
     with_overrides,
 )
+from ubsmoe.config.section import Settings
 from ubsmoe.config.settings import (
     AdapterSettings,
     ClientSettings,
-    DataSettings,
     EvaluateSettings,
     MethodSettings,
     ModelSettings,
-    PartitionSettings,
     PrivacySettings,
     RobustSettings,
     RoundSettings,
     RunSettings,
-    Settings,
     SimulationSettings,
-    SyntheticSettings,
     TierSettings,
     TrainSettings,
     WireSettings,

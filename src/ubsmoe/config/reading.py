@@ -9,7 +9,8 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from ubsmoe.config.settings import DataSettings, ModelSettings, RunSettings
+from ubsmoe.config.data import DataSettings
+from ubsmoe.config.settings import ModelSettings, RunSettings
 from ubsmoe.errors import UserError
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)

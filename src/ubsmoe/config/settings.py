@@ -4,17 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from ubsmoe.config.data import DataSettings
+from ubsmoe.config.section import Budget, Rank, Settings, Share
 from ubsmoe.costs.workload import WireDtype
-
-Budget = Annotated[float, Field(gt=0, le=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Rank = Annotated[int, Field(ge=1, le=4096)]  # sanity limit: a typo must not exhaust memory
-
-
-class Settings(BaseModel):
-    """A section of the run file: frozen; unknown keys, NaN and infinities are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSettings(Settings):
@@ -23,6 +15,9 @@ class ModelSettings(Settings):
     base: str = Field("ubsmoe-tiny", description="the shipped base, a folder, or a Hugging Face model id")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of the base and of the activations")
     device: str = Field("cpu", description="torch device every client trains on")
+    sha256: str | None = Field(
+        None, description="of the base's weights, as `ubsmoe base hash` prints it; any other base is refused"
+    )
 
 
 class AdapterSettings(Settings):
@@ -69,43 +64,6 @@ class ClientSettings(Settings):
         "fixed",
         description="exactly per_round clients, or each with probability per_round / count (better for [privacy])",
     )
-
-
-class SyntheticSettings(Settings):
-    """[data.synthetic]: questions about invented facts, when train = "synthetic"."""
-
-    seed: int | None = Field(None, description="which facts; the run's seed when left out")
-    entities: PositiveInt = Field(48, description="entities that the facts are about; more are harder")
-    train_examples: PositiveInt = Field(4000, description="questions to train on")
-    test_examples: PositiveInt = Field(400, description="questions to test on, over all tasks")
-
-
-class PartitionSettings(Settings):
-    """[data.partition]: which client holds which example."""
-
-    kind: Literal["iid", "natural", "dirichlet", "quantity"] = Field("iid", description="rule of the split")
-    field: str = Field("task", description="the examples' field that natural and dirichlet group by")
-    alpha: Annotated[float, Field(gt=0, le=1e6)] = Field(
-        0.5, description="Dirichlet concentration; smaller is more unequal"
-    )
-    min_examples: PositiveInt = Field(1, description="a client with fewer examples is refused")
-
-
-class DataSettings(Settings):
-    """[data]: examples and how they are worded."""
-
-    train: str = Field(
-        "synthetic", description='"synthetic", a file (.json, .jsonl, .csv, .parquet), or a Hugging Face data set id'
-    )
-    test: str | None = Field(
-        None, description="a file or a folder with one file per task; a held-out part when left out"
-    )
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="held-out part when test is left out")
-    synthetic: SyntheticSettings = SyntheticSettings()
-    partition: PartitionSettings = PartitionSettings()
-    template: Literal["plain", "llm_adapters"] = Field("plain", description="prompt around an instruction")
-    loss_on_prompt: bool = Field(False, description="train on the prompt's tokens too (TRL: not completion_only_loss)")
-    max_length: PositiveInt = Field(256, description="tokens; a longer prompt loses its left end, never the answer")
 
 
 class MethodSettings(BaseModel):
@@ -225,8 +183,11 @@ class SimulationSettings(Settings):
 class EvaluateSettings(Settings):
     """[evaluate]: every tier at its own K, on the same examples."""
 
-    every: Annotated[int, Field(ge=0)] = Field(0, description="evaluate after every N rounds; 0: only before and after")
+    every: Annotated[int, Field(ge=0)] = Field(0, description="evaluate after every N rounds; 0: before and after only")
     before: bool = Field(True, description="also before round 1: alike for all methods, a sixth of a short run's time")
+    after: bool = Field(
+        True, description="also after the last round; a Flower server that never evaluates loads no weights"
+    )
     max_examples: PositiveInt | None = Field(None, description="examples per task; all when left out")
     batch_size: PositiveInt = Field(64, description="examples per forward pass")
     decoding: Literal["greedy", "beam"] = Field(

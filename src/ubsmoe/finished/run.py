@@ -110,7 +110,7 @@ def evaluate_run(
     if wrong := [key for key in overrides if not key.startswith(("evaluate.", "data.")) and key != "model.device"]:
         raise ConfigError(f"--set {wrong[0]}: scoring a run can change evaluate.*, data.* and model.device only")
     tensors, facts = read_adapter(path)
-    federation = build_server(settings_of_run(path, overrides))
+    federation = build_server(settings_of_run(path, overrides), weights=True)
     _require_base(path, facts, federation.base_sha256, federation.settings)
     state = unpack(tensors, federation.method.keeps)
     chosen = federation.tiers if tier is None else [_numbered(federation.tiers, tier)]

@@ -113,16 +113,15 @@ def watch(path: Path, shown: RunConsole, pause: Callable[[], None]) -> None:
 
 def result_table(summary: Summary, costs: Sequence[TierCosts] | None) -> Table:
     """Tier, K, FLOPs against the top tier, accuracy before and after: what a run is run for. A dash for unknown costs."""
-    macro, tiers = summary["after"][0]["macro"], summary["tiers"]
+    scores, tiers = summary["after"], summary["tiers"]
+    assert scores, "a run without scores has no table"
+    macro = scores[0]["macro"]
     nothing: list[Any] = [None] * len(tiers)
     table = _table(
-        f"{summary['method']}: per tier, {len(summary['after'][0]) - 1} tasks, "
-        f"{macro['examples']} questions, before → after",
+        f"{summary['method']}: per tier, {len(scores[0]) - 1} tasks, {macro['examples']} questions, before → after",
         ("tier", "β", "K", "rank", "MFLOPs", "vs top", "accuracy %", "unparsed %", "MC acc. %"),
     )
-    for profile, cost, before, after in zip(
-        tiers, costs or nothing, summary["before"] or nothing, summary["after"], strict=True
-    ):
+    for profile, cost, before, after in zip(tiers, costs or nothing, summary["before"] or nothing, scores, strict=True):
         table.add_row(
             str(profile["tier"] + 1),
             f"{profile['budget']:g}",

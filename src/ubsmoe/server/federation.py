@@ -16,7 +16,7 @@ from ubsmoe.data.tokens import Tokens, tokenize
 from ubsmoe.messages import Announcement, Profile
 from ubsmoe.methods.chosen import chosen_method, client_profile, shape_of_model, tier_profiles
 from ubsmoe.methods.method import Method, RunShape
-from ubsmoe.model.load import load_base, weights_sha256
+from ubsmoe.model.load import load_base, load_skeleton, load_tokenizer, weights_sha256
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.server.evaluate import Question, prepare
 from ubsmoe.server.validator import UpdateSpecs
@@ -27,11 +27,13 @@ class Federation:
     """A run, ready to start.
 
     `clients` is one profile per client, `examples` its tokenised data; `tiers` is one profile per tier, which is what
-    evaluation dispatches to. `shape` is what the method knows about the run.
+    evaluation dispatches to. `shape` is what the method knows about the run. `skeleton` is the base without weights, on which
+    the server looks at names and shapes; `model` is the same object where the server has no use for weights.
     """
 
     settings: RunSettings
     model: SparseModel
+    skeleton: SparseModel
     tokenizer: Any
     method: Method
     shape: RunShape
@@ -56,7 +58,7 @@ class Federation:
     @cached_property
     def specs(self) -> UpdateSpecs:
         """What an update to a task looks like."""
-        return UpdateSpecs(self.model, self.method)
+        return UpdateSpecs(self.skeleton, self.method)
 
 
 def build_federation(settings: RunSettings) -> Federation:
@@ -65,7 +67,7 @@ def build_federation(settings: RunSettings) -> Federation:
     Raises:
         UserError: for any setting that cannot be met; nothing has been written by then.
     """
-    server = build_server(settings)
+    server = build_server(settings, weights=True)
     splits = load_examples(settings.data, server.tokenizer, settings.seed)
     train = splits.train
     parts = partition_clients(settings, train)
@@ -79,28 +81,50 @@ def build_federation(settings: RunSettings) -> Federation:
     )
 
 
-def build_server(settings: RunSettings) -> Federation:
+def build_server(settings: RunSettings, weights: bool | None = None) -> Federation:
     """The same without clients and their data, which are elsewhere.
 
+    Args:
+        settings: the run.
+        weights: whether to load the base's weights; only if the run evaluates when left out. Without them names and shapes are
+            known, which is all that validation and aggregation need.
+
     Raises:
-        UserError: as `build_federation`.
+        UserError: as `build_federation`; and without weights if the run file does not say which base the clients must have.
     """
-    model, tokenizer = load_base(settings.model, settings.tiers.rescale, settings.tiers.k_max)
-    shape = shape_of_model(settings, model)
-    method = chosen_method(settings, shape)
-    test = load_test(settings.data, tokenizer, settings.seed)
+    place = settings.model, settings.tiers.rescale, settings.tiers.k_max
+    skeleton = load_skeleton(*place)
+    shape = shape_of_model(settings, skeleton)
+    method = chosen_method(settings, shape)  # refused, if it is, before any weights are loaded
+    evaluate = settings.evaluate
+    if weights or (weights is None and (evaluate.before or evaluate.after or evaluate.every)):
+        model, tokenizer = load_base(*place)
+        sha256 = weights_sha256(model.model)
+        if settings.model.sha256 not in (None, sha256):
+            raise ConfigError(
+                f"model.sha256 is {settings.model.sha256}, but the weights of {settings.model.base} have {sha256}"
+            )
+        questions = prepare(load_test(settings.data, tokenizer, settings.seed), tokenizer, settings.data, evaluate)
+    else:
+        model, tokenizer, questions = skeleton, load_tokenizer(settings.model), {}
+        if not (sha256 := settings.model.sha256 or ""):
+            raise ConfigError(
+                "model.sha256: this server evaluates nothing and loads no weights, so it cannot tell which base its clients must "
+                "have; set it to what `ubsmoe base hash` prints where the base is"
+            )
     return Federation(
         settings=settings,
         model=model,
+        skeleton=skeleton,
         tokenizer=tokenizer,
         method=method,
         shape=shape,
         clients=[],
         tiers=tier_profiles(settings, method, shape),
         examples={},
-        questions=prepare(test, tokenizer, settings.data, settings.evaluate),
+        questions=questions,
         partition=None,
-        base_sha256=weights_sha256(model.model),
+        base_sha256=sha256,
         data_card=None,
     )
 

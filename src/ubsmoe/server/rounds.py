@@ -83,7 +83,7 @@ def run(
         "base_sha256": federation.base_sha256,
         "tiers": [asdict(profile) for profile in federation.tiers],
         "before": history[0],
-        "after": history[-1],
+        "after": history[-1] if settings.evaluate.after else None,
     }
     if settings.privacy:
         summary["privacy"] = {**settings.privacy.model_dump(exclude={"seed"}), **spent(settings, settings.train.rounds)}
@@ -186,7 +186,7 @@ def _tasks(federation: Federation, state: State, number: int, profiles: Iterable
 
 def _is_evaluated(settings: RunSettings, number: int) -> bool:
     every = settings.evaluate.every
-    return number == settings.train.rounds or bool(every and number % every == 0)
+    return (number == settings.train.rounds and settings.evaluate.after) or bool(every and number % every == 0)
 
 
 def _evaluate_tiers(

@@ -25,7 +25,7 @@ def start_state(federation: Federation) -> State:
     adapter = federation.settings.adapter
     if adapter.start is not None:
         return _start_from(federation, adapter.start)
-    fresh = federation.model.fresh_adapter(
+    fresh = federation.skeleton.fresh_adapter(
         max(profile.rank for profile in federation.tiers),
         generator_for(federation.settings.seed, "adapter"),
         shared_a=adapter.shared_a,

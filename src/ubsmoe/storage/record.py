@@ -96,7 +96,7 @@ class TierCosts(TierFacts):
 
 
 class Summary(TypedDict):
-    """summary.json. `before` is None where nothing was evaluated before training."""
+    """summary.json. `before` and `after` are None where nothing was evaluated then."""
 
     method: str
     rounds: int
@@ -106,7 +106,7 @@ class Summary(TypedDict):
     base_sha256: str
     tiers: list[TierFacts]
     before: list[Scores] | None
-    after: list[Scores]
+    after: list[Scores] | None
 
 
 @dataclass(frozen=True)

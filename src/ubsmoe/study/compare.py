@@ -50,6 +50,8 @@ def compare(
         UserError: for a method, setting or tracker that does not exist, before anything runs.
         RunFolderError: if a folder of the grid holds a run of other settings.
     """
+    if not settings.evaluate.after:
+        raise ConfigError("a comparison is one of scores after training; set evaluate.after = true")
     grid = {(variant.label, seed): variant.settings_in(settings, seed) for seed in seeds for variant in variants}
     check_trackers(track)
     for variant in variants:
@@ -142,6 +144,7 @@ def tidy_rows(label: str, seed: int, record: RunRecord) -> list[Row]:
     assert record.summary is not None and record.costs is not None
     seconds, balance = _client_seconds(record), _balance(record)
     tiers, after_training = record.summary["tiers"], record.summary["after"]
+    assert after_training
     before_training: Sequence[Scores | None] = record.summary["before"] or [None] * len(tiers)
     rows: list[Row] = []
     for profile, cost, before, after in zip(tiers, record.costs, before_training, after_training, strict=True):

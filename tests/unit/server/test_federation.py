@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ubsmoe.config import ConfigError, parse_run, with_overrides
 from ubsmoe.errors import UserError
+from ubsmoe.messages import Task
 from ubsmoe.plan.tiers import run_costs
-from ubsmoe.server.federation import build_federation
+from ubsmoe.server.federation import build_federation, build_server
+from ubsmoe.server.start import start_state
 
 
 def test_client_i_belongs_to_tier_i_modulo_the_tiers(tiny_run: dict[str, Any]) -> None:
@@ -105,3 +108,25 @@ def test_a_partition_without_the_field_has_no_report_unless_it_needs_one(tiny_ru
     assert build_federation(parse_run(with_overrides(tiny_run, absent))).partition is None
     with pytest.raises(ConfigError, match=r"data.partition.field: .*'colour'"):
         build_federation(parse_run(with_overrides(tiny_run, {**absent, "data.partition.kind": "natural"})))
+
+
+def test_a_server_that_never_evaluates_loads_no_weights_and_aggregates_the_same(tiny_run: dict[str, Any]) -> None:
+    run = parse_run(tiny_run)
+    whole = build_server(run)
+    never = {"before": False, "after": False, "every": 0}
+    silent = {**tiny_run, "evaluate": {**tiny_run.get("evaluate", {}), **never}}
+    with pytest.raises(ConfigError, match=r"model\.sha256: this server evaluates nothing .* `ubsmoe base hash`"):
+        build_server(parse_run(silent))
+    named = {**silent, "model": {**tiny_run.get("model", {}), "sha256": whole.base_sha256}}
+    bare = build_server(parse_run(named))
+    assert bare.model.device.type == "meta" and bare.base_sha256 == whole.base_sha256 and not bare.questions
+    states = [start_state(server) for server in (whole, bare)]
+    assert all(torch.equal(value, states[1].adapters[name]) for name, value in states[0].adapters.items())
+    for tier in whole.tiers:
+        task = Task(1, tier, whole.method.dispatch(states[0], tier))
+        assert whole.specs(task) == bare.specs(task)
+
+
+def test_another_base_than_the_run_file_says_is_refused(tiny_run: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"model\.sha256 is abc, but the weights of .* have"):
+        build_server(parse_run({**tiny_run, "model": {**tiny_run["model"], "sha256": "abc"}}))

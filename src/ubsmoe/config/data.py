@@ -1,0 +1,44 @@
+"""[data] of a run file: where examples come from, how they are split over clients, and how they are worded."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from ubsmoe.config.section import Settings
+
+
+class SyntheticSettings(Settings):
+    """[data.synthetic]: questions about invented facts, when train = "synthetic"."""
+
+    seed: int | None = Field(None, description="which facts; the run's seed when left out")
+    entities: PositiveInt = Field(48, description="entities that the facts are about; more are harder")
+    train_examples: PositiveInt = Field(4000, description="questions to train on")
+    test_examples: PositiveInt = Field(400, description="questions to test on, over all tasks")
+
+
+class PartitionSettings(Settings):
+    """[data.partition]: which client holds which example."""
+
+    kind: Literal["iid", "natural", "dirichlet", "quantity"] = Field("iid", description="rule of the split")
+    field: str = Field("task", description="the examples' field that natural and dirichlet group by")
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = Field(
+        0.5, description="Dirichlet concentration; smaller is more unequal"
+    )
+    min_examples: PositiveInt = Field(1, description="a client with fewer examples is refused")
+
+
+class DataSettings(Settings):
+    """[data]: examples and how they are worded."""
+
+    train: str = Field(
+        "synthetic", description='"synthetic", a file (.json, .jsonl, .csv, .parquet), or a Hugging Face data set id'
+    )
+    test: str | None = Field(
+        None, description="a file or a folder with one file per task; a held-out part when left out"
+    )
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="held-out part when test is left out")
+    synthetic: SyntheticSettings = SyntheticSettings()
+    partition: PartitionSettings = PartitionSettings()
+    template: Literal["plain", "llm_adapters"] = Field("plain", description="prompt around an instruction")
+    loss_on_prompt: bool = Field(False, description="train on the prompt's tokens too (TRL: not completion_only_loss)")
+    max_length: PositiveInt = Field(256, description="tokens; a longer prompt loses its left end, never the answer")
