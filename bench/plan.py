@@ -52,7 +52,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], int]] = [
     ("olmoe, K = 4, rank 32", OLMOE, {"adapter.rank": 32}, 1),
     ("olmoe, K = 8, accumulation 2", OLMOE, {"train.gradient_accumulation": 2, "train.batch_size": 16}, 3),
     ("olmoe, K = 6, router trained, SGD", OLMOE, {"adapter.router": "trained", "train.optimizer": "sgd"}, 2),
-    ("olmoe, K = 4, sampled pseudo-gradient", OLMOE, {"method.name": "ubsmoe", "method.pg_mode": "sampled"}, 1),
+    ("olmoe, K = 4, sampled pseudo-gradient", OLMOE, {"method.name": "ubsmoe", "method.pg.mode": "sampled"}, 1),
     ("olmoe, hetlora, rank 4", OLMOE, {"method.name": "hetlora"}, 0),
     ("olmoe, K = 8, half the steps at K = 1", OLMOE, {"tiers.elastic_share": 0.5}, 3),
     ("olmoe, K = 8, loss on the whole text", OLMOE, {"data.loss_on_prompt": True}, 3),

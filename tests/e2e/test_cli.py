@@ -106,8 +106,10 @@ def test_ctrl_c_says_what_is_saved_and_the_same_command_goes_on(
 
 def test_methods_lists_every_method_with_its_settings(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert ubsmoe(monkeypatch, "methods", "--json") == 0
-    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["methods"]}
-    assert rows["ubsmoe"]["settings"]["momentum"] == 0.9 and rows["fedavg"]["settings"] == {}
+    printed = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in printed["methods"]}
+    assert rows["ubsmoe"]["parts"] == ["dmr", "pg"] and rows["hetlora"]["settings"]["decay"] == 0.99
+    assert rows["fedavg"]["settings"] == {} and printed["parts"]["dmr"]["momentum"] == 0.9
     assert rows["fedavg"]["exempt"] == {} and set(rows["hfedmoe"]["exempt"]) == {
         "lone_client",
         "identical_clients",
@@ -156,9 +158,10 @@ def test_the_plan_of_a_preset_imports_neither_torch_nor_transformers() -> None:
         ({"data.test": "nowhere.jsonl"}, "data.test: .*nowhere.jsonl"),
         ({"model.base": "no-such-folder"}, "model.base: cannot load 'no-such-folder'"),
         ({"method.name": "ubsmoo"}, "method.name: no method 'ubsmoo'; did you mean 'ubsmoe'?"),
-        ({"method.pg_mod": "off"}, "unknown setting 'method.pg_mod' for ubsmoe; did you mean 'pg_mode'?"),
-        ({"method.pg_mode": "on"}, "method.pg_mode: .*got 'on'"),
-        ({"method.momentum": 1.5}, r"method.momentum must lie in \[0, 1\), got 1.5"),
+        ({"method.pg_mode": "off"}, "unknown setting 'method.pg_mode' for ubsmoe; it is now called 'method.pg.mode'"),
+        ({"method.pg.mod": "off"}, "unknown setting 'method.pg.mod'; did you mean 'mode'?"),
+        ({"method.pg.mode": "on"}, "method.pg.mode: .*got 'on'"),
+        ({"method.dmr.momentum": 1.5}, r"method.dmr.momentum: .*less than 1 \(got 1.5\)"),
         ({"clients.count": 60}, "client"),
         ({"data.partition.kind": "natural", "data.partition.field": "colour"}, "data.partition.field"),
         ({"model.device": "cuda:7"}, "model.device: 'cuda:7' cannot be used here"),
@@ -259,7 +262,7 @@ def test_a_disk_that_refuses_an_event_ends_in_a_sentence(
     assert capsys.readouterr().err == "ubsmoe: [Errno 28] No space left on device: 'events.jsonl'\n"
 
 
-@pytest.mark.parametrize("change", ["method.name=ubsmoo", "tiers.k_max=9", "method.pg_strength=nan"])
+@pytest.mark.parametrize("change", ["method.name=ubsmoo", "tiers.k_max=9", "method.pg.strength=nan"])
 def test_a_plan_refuses_what_a_run_refuses(
     change: str, monkeypatch: pytest.MonkeyPatch, capsys: Any, tiny_run: dict, write_toml: WriteToml
 ) -> None:

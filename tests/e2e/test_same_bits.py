@@ -29,7 +29,7 @@ def finish(run_file: Path, out: Path, workers: int = 1) -> str:
 
 @pytest.mark.parametrize(
     ("method", "workers"),
-    [({"name": "ubsmoe", "pg_mode": "sampled"}, 1), ({"name": "fedavg"}, 2)],
+    [({"name": "ubsmoe", "pg": {"mode": "sampled"}}, 1), ({"name": "fedavg"}, 2)],
     ids=["ubsmoe", "fedavg, 2 workers"],
 )
 def test_twice_and_after_kill_9_the_adapter_has_the_same_hash(

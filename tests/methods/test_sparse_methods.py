@@ -104,7 +104,7 @@ def test_glb_uses_the_broadcast_share(lab, model, install):
     hooks = install(method, LOW, lab.warm(method).having(ShareState(share)))
     language_loss(model, BATCH)
     expected = sum(
-        load_balancing_loss(layer.scores(), layer.chosen, layer.real_tokens(), share[layer.index])
+        load_balancing_loss(layer.scores(), layer.chosen(), layer.real_tokens(), share[layer.index])
         for layer in model.layers
     )
     (penalty,) = hooks.penalties
@@ -122,13 +122,14 @@ def test_glb_pulls_at_nothing_before_it_knows_the_load(lab, model, install):
 def test_scores_are_kept_only_while_somebody_needs_them(lab, model, install):
     install(build("fedavg", lab.shape))
     language_loss(model, BATCH)
-    assert all(layer.observed.logits is None and layer.chosen is None for layer in model.layers)
+    assert all(layer.observed.logits is None and layer.observed.chosen is None for layer in model.layers)
     install(build("smoe_llb", lab.shape))
     language_loss(model, BATCH)
-    assert all(layer.chosen.shape == (10, 3) for layer in model.layers)
+    assert all(layer.chosen().shape == (10, 3) for layer in model.layers)
     model.clear()
     assert all(
-        layer.observed.logits is None and layer.chosen is None and not layer.routing.recording for layer in model.layers
+        layer.observed.logits is None and layer.observed.chosen is None and not layer.routing.recording
+        for layer in model.layers
     )
 
 
@@ -158,7 +159,8 @@ def test_lossfree_chooses_by_biased_scores_and_weighs_by_plain_ones(model):
     layer = model.layers[0]
     probs = torch.tensor([[0.3, 0.25, 0.2, 0.1, 0.1, 0.05]])
     weights, index = probs.topk(2)
-    layer.routing.selection_bias = torch.tensor([0.0, -0.1, 0.0, 0.0, 0.0, 0.2])  # sums .3 .15 .2 .1 .1 .25
+    bias = torch.tensor([0.0, -0.1, 0.0, 0.0, 0.0, 0.2])
+    layer.routing = replace(layer.routing, selection_bias=bias)  # sums .3 .15 .2 .1 .1 .25
     weights, index = layer.choose(probs.log(), weights, index)
     assert index.tolist() == [[0, 5]]
     torch.testing.assert_close(weights, torch.tensor([[0.3, 0.05]]))
@@ -169,7 +171,8 @@ def test_lossfree_keeps_a_familys_renormalisation(model, monkeypatch):
     monkeypatch.setattr(layer, "convention", replace(layer.convention, renormalises=True))
     probs = torch.tensor([[0.3, 0.25, 0.2, 0.1, 0.1, 0.05]])
     top, index = probs.topk(2)
-    layer.routing.selection_bias = torch.tensor([0.0, -0.1, 0.0, 0.0, 0.0, 0.2])
+    bias = torch.tensor([0.0, -0.1, 0.0, 0.0, 0.0, 0.2])
+    layer.routing = replace(layer.routing, selection_bias=bias)
     weights, _ = layer.choose(probs.log(), 2.5 * top / top.sum(), index)  # a family whose weights sum to 2.5
     torch.testing.assert_close(weights, torch.tensor([[2.5 * 0.3 / 0.35, 2.5 * 0.05 / 0.35]]))
 

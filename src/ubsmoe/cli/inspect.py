@@ -120,9 +120,10 @@ def plan_command(
             raise ConfigError("--sequence-length needs --examples or --model: lengths are read from the run's data")
         set_ = [*(set_ or []), f"data.max_length={sequence_length}"]
     if run_file:
+        settings = read_settings(run_file, set_)  # refused, if it is, before torch is imported
         from ubsmoe.plan.forecast import forecast
 
-        plan = forecast(read_settings(run_file, set_), examples, flops_per_second)
+        plan = forecast(settings, examples, flops_per_second)
     else:
         if examples or flops_per_second:
             raise ConfigError("--examples and --flops-per-second need a run file; leave them out with --model")

@@ -32,7 +32,7 @@ def modulate(logits: Float[Tensor, "T M"], phi: Float[Tensor, " M"], num_candida
     return logits + phi.to(logits.dtype) * candidates(logits, num_candidates)
 
 
-def utilization(expert_tokens: Shaped[Tensor, "*L M"], tokens: float) -> Float[Tensor, "*L M"]:
+def utilization(expert_tokens: Shaped[Tensor, "*L M"], tokens: int | float) -> Float[Tensor, "*L M"]:
     """One client's share of tokens that used each expert: a_i / n. Its sum over experts is the client's mean K."""
     return expert_tokens.double() / max(tokens, 1)
 

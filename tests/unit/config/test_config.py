@@ -11,7 +11,7 @@ def test_defaults_are_a_valid_run() -> None:
 
 
 def test_settings_survive_a_round_trip_through_json() -> None:
-    settings = parse_run({"method": {"name": "ubsmoe", "pg_mode": "off"}, "tiers": {"budgets": [0.125, 1]}})
+    settings = parse_run({"method": {"name": "ubsmoe", "pg": False}, "tiers": {"budgets": [0.125, 1]}})
     assert RunSettings.model_validate_json(to_json(settings)) == settings
 
 

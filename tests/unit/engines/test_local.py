@@ -19,7 +19,7 @@ from ubsmoe.engines import local
 from ubsmoe.engines.local import LocalEngine, check_workers, process_pool, score_in
 from ubsmoe.errors import RoundError
 from ubsmoe.messages import Task, Update
-from ubsmoe.methods.chosen import build_method
+from ubsmoe.methods.chosen import chosen_method, shape_of_model, tier_profiles
 from ubsmoe.server.federation import Federation, build_federation
 from ubsmoe.server.rounds import run
 from ubsmoe.storage.runfolder import RunFolder
@@ -43,12 +43,14 @@ def federation(random_base: Path) -> Federation:
 
 def with_method(federation: Federation, table: dict[str, Any]) -> Federation:
     settings = parse_run({**federation.settings.model_dump(mode="json"), "method": table})
-    base, method, tiers = build_method(settings, federation.model)
+    shape = shape_of_model(settings, federation.model)
+    method = chosen_method(settings, shape)
+    tiers = tier_profiles(settings, method, shape)
     clients = [
         replace(profile, top_k=tiers[profile.tier].top_k, rank=tiers[profile.tier].rank)
         for profile in federation.clients
     ]
-    return replace(federation, settings=settings, base=base, method=method, tiers=tiers, clients=clients)
+    return replace(federation, settings=settings, shape=shape, method=method, tiers=tiers, clients=clients)
 
 
 def carry_out(federation: Federation, folder: Path, workers: int) -> dict[str, Any]:
@@ -72,7 +74,9 @@ def train_as(does: Callable[[Trainer, Task, Any, Any], Update], monkeypatch: pyt
         yield
 
 
-@pytest.mark.parametrize("method", [{"name": "flora"}, {"name": "ubsmoe", "pg_mode": "sampled", "phi": "trained"}])
+@pytest.mark.parametrize(
+    "method", [{"name": "flora"}, {"name": "ubsmoe", "pg": {"mode": "sampled"}, "dmr": {"phi": "trained"}}]
+)
 def test_one_two_and_four_workers_give_the_same_bits(
     federation: Federation, method: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from ubsmoe.engines.flower.record import from_record, to_record
 from ubsmoe.engines.flower.server import FlowerEngine
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.messages import Dropped, Reply, Task, Update
+from ubsmoe.methods.state import pack
 from ubsmoe.server.federation import Federation, build_federation, build_server
 from ubsmoe.server.rounds import one_round
 from ubsmoe.server.start import noise_key, start_state
@@ -97,7 +98,7 @@ def test_two_rounds_give_the_bits_of_the_local_engine(site: Callable[..., Site],
                 lambda event, _, lost=lost, **fields: lost.append(fields["client"]) if event == "dropped" else None,
                 noise_key(federation.settings),
             )  # fmt: skip
-        results[name] = {**state.adapters, **state.extras}
+        results[name] = pack(state)
     assert results["flower"].keys() == results["local"].keys()
     assert all(torch.equal(value, results["local"][key]) for key, value in results["flower"].items())
     assert dropped["flower"] == dropped["local"]

@@ -1,5 +1,7 @@
 """A base on the meta device knows every name, shape and dtype that the real one does, and holds no weights."""
 
+from importlib import resources
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,6 @@ from transformers import AutoModelForCausalLM
 
 from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.model.load import load_base, load_skeleton
-from ubsmoe.model.presets import load_config
 from ubsmoe.model.surgery import SparseModel
 from unit.model.families import FAMILIES, tiny
 
@@ -66,7 +67,8 @@ def test_a_fresh_adapter_is_drawn_alike_with_and_without_weights() -> None:
 
 
 def test_a_model_too_large_for_this_machine_is_known_too(tmp_path) -> None:
-    load_config("olmoe-1b-7b").save_pretrained(tmp_path)
+    preset = resources.files("ubsmoe") / "assets" / "configs" / "olmoe-1b-7b.json"
+    (tmp_path / "config.json").write_text(preset.read_text(encoding="utf-8"), encoding="utf-8")
     skeleton = load_skeleton(ModelSettings(base=str(tmp_path)))
     skeleton.load_adapter(skeleton.fresh_adapter(1, torch.Generator(), shared_a=True), alpha=1.0)
     assert (len(skeleton.layers), skeleton.num_experts, skeleton.k_max) == (16, 64, 8)
