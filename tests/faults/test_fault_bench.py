@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ubsmoe.server import checks
+from ubsmoe.server import update_checks as checks
 
 BENCH = Path(__file__).parents[2] / "bench"
 

@@ -1,4 +1,4 @@
-"""Aggregation that a few lying clients cannot steer: what to do with n clients' values x_c, f of which may be anything.
+"""Byzantine-robust aggregation: how to average n clients' values x_c, up to f of which are malicious.
 
     clipping      x_c <- z + min(1, S / ||x_c - z||) (x_c - z)          z what was sent, S the longest change
     trimmed mean  per coordinate, without the f smallest and the f largest:   sum w_c x_c / sum w_c over the rest
@@ -6,12 +6,13 @@
     multi-Krum    score_c = sum over the n - f - 2 clients j nearest to c of ||x_c - x_j||^2; the n - f smallest stay
     capped use    q_c <- clip(q_c, median / gamma, gamma median)        q_c share of a client's work that an expert did
 
-What is left of each coordinate lies between two honest values whatever the liars send, if n > 2 f; clipping bounds the length
-of a lie and not its direction, so it is no rule of its own. Nobody knows f: it is what the user wants to stand.
+What is left of each coordinate lies between two honest values, whatever malicious clients send, if n > 2 f. Clipping bounds the
+length of a malicious update and not its direction, so it is no rule of its own. Nobody knows f; the user
+says how many to withstand.
 
-Ours: trimmed values are averaged with the clients' weights, so that f = 0 is the plain mean; a liar who claims a large weight
-still cannot leave the honest range. Per expert only the clients that have weight on it count; where they are 2 f or fewer, nobody
-can tell who lies and the expert stays. The cap on use is ours (the paper trusts counts).
+Ours: trimmed values are averaged with the clients' weights, so that f = 0 is the plain mean; a malicious client that claims
+a large weight still cannot leave the honest range. Per expert only the clients that have weight on it count; where they are 2 f or
+fewer, nobody can tell which are malicious and the expert stays. The cap on use is ours (the paper trusts counts).
 
 All rules but clipping need every update of a round at once: memory grows by (clients in a round) x (one adapter), plus, while
 an expert is sorted, a few float64 copies of that expert's tensor per client.

@@ -14,8 +14,8 @@ from ubsmoe.maths import privacy
 from ubsmoe.maths.robust import clip_factor, squared_norm
 from ubsmoe.messages import Tensors
 from ubsmoe.methods.method import Contribution
-from ubsmoe.server.checks import UpdateSpec
 from ubsmoe.server.robust import Answer, delta_of, with_delta
+from ubsmoe.server.update_checks import UpdateSpec
 
 COUNTS = "expert_tokens"
 

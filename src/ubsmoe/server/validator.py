@@ -14,7 +14,7 @@ from ubsmoe.messages import Dropped, Task, Tensors, Update
 from ubsmoe.methods.method import Method
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
-from ubsmoe.server.checks import Rejected, UpdateSpec, check_update, spec_of
+from ubsmoe.server.update_checks import Rejected, UpdateSpec, check_update, spec_of
 
 
 class UpdateSpecs:

@@ -13,11 +13,11 @@ from ubsmoe.errors import UserError
 from ubsmoe.messages import Profile, Task, Update
 from ubsmoe.methods.method import Contribution
 from ubsmoe.plan.tiers import run_costs
-from ubsmoe.server.checks import UpdateSpec, spec_of
 from ubsmoe.server.federation import build_federation
 from ubsmoe.server.privacy import noisy_mean
 from ubsmoe.server.rounds import run
 from ubsmoe.server.start import sample_clients
+from ubsmoe.server.update_checks import UpdateSpec, spec_of
 from ubsmoe.storage.runfolder import RunFolder
 
 A = "layers.0.up.A"

@@ -11,7 +11,7 @@ from ubsmoe.errors import RoundError
 from ubsmoe.messages import Dropped, Reply, Task, Update
 from ubsmoe.methods import build
 from ubsmoe.methods.method import Method, RunShape
-from ubsmoe.server.checks import Rejected, UpdateSpec, check_update, spec_of
+from ubsmoe.server.update_checks import Rejected, UpdateSpec, check_update, spec_of
 from ubsmoe.server.validator import UpdateSpecs, Validator
 from unit.wire.messages import COUNTS, PAYLOAD, TASK, UPDATE
 
