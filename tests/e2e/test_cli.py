@@ -55,6 +55,19 @@ def test_a_run_ends_with_a_table_and_an_adapter(
     assert events.count("client") == 8 and events.count("round") == 2 and events.count("evaluated") == 8
 
 
+def test_a_private_run_tells_no_loss_and_every_reader_of_its_events_shows_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tiny_run: dict, write_toml: WriteToml, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    private = {"noise_multiplier": 0.5, "clip_norm": 1.0, "seed": 5}
+    given = [part for name, value in private.items() for part in ("--set", f"privacy.{name}={value}")]
+    assert ubsmoe(monkeypatch, "run", write_toml(tiny_run), "--out", out, "--track", "tensorboard", *given) == 0
+    assert "round 2/2  loss –" in capsys.readouterr().out
+    assert ubsmoe(monkeypatch, "report", out, "--watch") == 0
+    assert "round 2/2  loss –" in capsys.readouterr().out
+    assert ubsmoe(monkeypatch, "report", out) == 0
+
+
 def test_a_finished_run_can_be_scored_again(
     monkeypatch: pytest.MonkeyPatch, capsys: Any, tiny_run: dict, write_toml: WriteToml, tmp_path: Path
 ) -> None:

@@ -65,8 +65,9 @@ class RunConsole:
         elif event == "round":
             self._done = 0
             entropy = sum(fields["entropy"]) / len(fields["entropy"])
+            loss = "–" if fields["loss"] is None else f"{fields['loss']:.4f}"  # a private run tells no loss
             self._line(
-                f"round {round}/{self._rounds}  loss {float(fields['loss']):.4f}  expert entropy {entropy:.3f}  "
+                f"round {round}/{self._rounds}  loss {loss}  expert entropy {entropy:.3f}  "
                 f"dead experts {fields['dead_experts']}  {fields['seconds']:.1f} s"
                 + (f"  epsilon {fields['epsilon']:.3g} at delta {fields['delta']:g}" if "epsilon" in fields else "")
             )

@@ -82,7 +82,6 @@ def round_scalars(fields: Mapping[str, Any], clients: Sequence[Mapping[str, Any]
     """A round as numbers: of the whole, and per tier the mean training loss and the seconds of its slowest client."""
     layers = len(fields["entropy"])
     values: Scalars = {
-        "round/loss": float(fields["loss"]),  # a private run has none
         "round/seconds": fields["seconds"],
         "round/clients": len(clients),
         "round/dropped": dropped,
@@ -92,6 +91,8 @@ def round_scalars(fields: Mapping[str, Any], clients: Sequence[Mapping[str, Any]
         "experts/gini": sum(fields["gini"]) / layers,
         "experts/dead": fields["dead_experts"],
     }
+    if fields["loss"] is not None:  # a private run tells none
+        values["round/loss"] = fields["loss"]
     for tier in sorted({client["tier"] for client in clients}):
         own = [client for client in clients if client["tier"] == tier]
         if losses := [client["loss"] for client in own if "loss" in client]:

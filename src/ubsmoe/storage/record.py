@@ -51,11 +51,14 @@ class DroppedEvent(TypedDict):
 
 
 class RoundEvent(TypedDict):
-    """A round that has ended. Entropy (over ln M) and Gini stand per layer, utilization [L, M] and phi [L, M] per expert."""
+    """A round that has ended. Entropy (over ln M) and Gini stand per layer, utilization [L, M] and phi [L, M] per expert.
+
+    A private run has no loss.
+    """
 
     round: int
     seconds: float
-    loss: float
+    loss: float | None
     entropy: list[float]
     gini: list[float]
     dead_experts: int
