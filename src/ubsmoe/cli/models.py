@@ -64,7 +64,7 @@ def serve_command(
     Says first which parts of the tier plain transformers leaves out.
     """
     from ubsmoe.config import ConfigError
-    from ubsmoe.export import formats as exports
+    from ubsmoe.export import save_load as exports
     from ubsmoe.export.sidecar import beyond_stock
 
     sidecar = exports.read(folder)

@@ -5,7 +5,7 @@
     {"messages": [{"role", "content"}, ...]}       a chat in the tokenizer's own template; the last message is learnt
 
 A record may name its `task`, its `answer` (the part of the completion that is scored) and the `candidates` that `answer` is one of;
-its other plain values become fields that a partition can group by. Which files they come in: `ubsmoe.data.rows`.
+its other plain values become fields that a partition can group by. Which files they come in: `ubsmoe.data.file_formats`.
 """
 
 import re
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ubsmoe.config import ConfigError
-from ubsmoe.data.rows import SUFFIXES, read_rows, stem
+from ubsmoe.data.file_formats import SUFFIXES, read_rows, stem
 from ubsmoe.data.tasks import TASKS, Example
 from ubsmoe.errors import require
 
@@ -38,7 +38,7 @@ def read_file(path: Path, tokenizer: "PreTrainedTokenizerBase") -> list[Example]
     its answer format, else the file's name is the task.
 
     Args:
-        path: see `ubsmoe.data.rows`.
+        path: see `ubsmoe.data.file_formats`.
         tokenizer: only its chat template is used, and only for records with messages.
 
     Raises:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ubsmoe.config import ConfigError, DataSettings, SyntheticSettings
+from ubsmoe.data.file_formats import SUFFIXES
 from ubsmoe.data.records import read_file, read_folder, read_hub
-from ubsmoe.data.rows import SUFFIXES
 from ubsmoe.data.synthetic import SyntheticQA
 from ubsmoe.data.tasks import Example
 from ubsmoe.seeds import seed_for

@@ -10,7 +10,7 @@ import torch
 from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.costs.shape import budget_top_k
 from ubsmoe.data.tokens import pad_id
-from ubsmoe.export import formats as exports
+from ubsmoe.export import save_load as exports
 from ubsmoe.export.installed import install, read_installed
 from ubsmoe.export.sidecar import Format, Sidecar
 from ubsmoe.finished.run import open_run

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ubsmoe.config import ConfigError, RunSettings, parse_run, with_overrides
-from ubsmoe.export import formats as exports
+from ubsmoe.export import save_load as exports
 from ubsmoe.export.installed import read_installed
 from ubsmoe.export.sidecar import Format, Sidecar
 from ubsmoe.messages import Profile

@@ -14,11 +14,15 @@ Source: activation: FLAME (Le et al. 2025, arXiv 2506.16600); exact: FedEx-LoRA 
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from ubsmoe.config import RobustSettings
+from ubsmoe.maths import robust
+from ubsmoe.maths.means import Mean, WeightedMean
 from ubsmoe.methods.fedex_lora import with_exact_averaging
 from ubsmoe.methods.method import USE_WEIGHS, Method, RunShape, by_use, refuse
 
@@ -46,3 +50,10 @@ def with_averaging(build: Callable[[RunShape], Method], shape: RunShape, setting
         method = build(shape)
     refuse(method, "averaging")
     return with_exact_averaging(method, shape) if settings.rule == "exact" else method
+
+
+def mean_of(settings: RobustSettings) -> Callable[[], Mean]:
+    """What methods average with under this rule."""
+    if settings.rule in ("trimmed_mean", "median"):
+        return partial(robust.TrimmedMean, settings.attackers, median=settings.rule == "median")
+    return WeightedMean

@@ -1,15 +1,11 @@
 """The method that a run file chooses, built in one place for everybody who asks: server, clients, plan."""
 
-from collections.abc import Callable
-from functools import partial
-
 from ubsmoe.config import ConfigError, RobustSettings, RunSettings
 from ubsmoe.costs.shape import ModelShape
 from ubsmoe.errors import require
-from ubsmoe.maths import robust
-from ubsmoe.maths.means import Mean, WeightedMean
 from ubsmoe.messages import Profile
 from ubsmoe.methods import build
+from ubsmoe.methods.averaging import mean_of
 from ubsmoe.methods.method import Method, RunShape, refuse
 from ubsmoe.model.presets import checked_k_max
 from ubsmoe.model.surgery import SparseModel
@@ -89,10 +85,3 @@ def tier_ranks(settings: RunSettings, method: Method) -> tuple[int, ...]:
             f"method {method.name} needs one rank per tier"
         )
     return tiers.ranks
-
-
-def mean_of(settings: RobustSettings) -> Callable[[], Mean]:
-    """What methods average with under this rule."""
-    if settings.rule in ("trimmed_mean", "median"):
-        return partial(robust.TrimmedMean, settings.attackers, median=settings.rule == "median")
-    return WeightedMean

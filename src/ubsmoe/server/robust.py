@@ -1,7 +1,7 @@
 """[robust]: what happens to a round's updates between validation and aggregation.
 
 Clipping works on one update at a time; the cap on use and multi-Krum need all of a round's. Trimmed mean and median are ways to
-average, so methods get them as `RunShape.mean`. The formulas are in maths/robust.py.
+average: methods/averaging.py chooses them, and methods get them as `RunShape.mean`. The formulas are in maths/robust.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

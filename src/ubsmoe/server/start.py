@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ubsmoe.config import ConfigError, RunSettings
-from ubsmoe.export.formats import read_peft
+from ubsmoe.export.save_load import read_peft
 from ubsmoe.messages import Profile
 from ubsmoe.methods.method import State
 from ubsmoe.seeds import generator_for

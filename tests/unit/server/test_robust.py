@@ -13,7 +13,7 @@ from ubsmoe.errors import RoundError, UserError
 from ubsmoe.maths.means import WeightedMean
 from ubsmoe.maths.robust import TrimmedMean
 from ubsmoe.messages import Dropped, Profile, Task, Tensors, Update
-from ubsmoe.methods.chosen import mean_of
+from ubsmoe.methods.averaging import mean_of
 from ubsmoe.methods.method import Contribution
 from ubsmoe.plan.tiers import run_costs
 from ubsmoe.server.federation import build_federation

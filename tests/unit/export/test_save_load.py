@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubsmoe.config import ModelSettings
 from ubsmoe.errors import UserError
-from ubsmoe.export import formats as exports
+from ubsmoe.export import save_load as exports
 from ubsmoe.export.installed import Installed, install, read_installed
 from ubsmoe.export.sidecar import Format, Sidecar
 from ubsmoe.model.load import shipped_path, weights_sha256
