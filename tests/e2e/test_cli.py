@@ -336,6 +336,9 @@ def test_a_comparison_is_estimated_from_a_file_of_variants(
 ) -> None:
     variants, out = tmp_path / "variants.toml", tmp_path / "never"
     plain = '[[variants]]\nmethod = {name = "fedavg"}\n'
+    named = "".join(
+        f'[[variants]]\nlabel = "{label}"\nmethod = {{name = "fedavg"}}\n' for label in ("fedavg, slower", "b")
+    )
     variants.write_text(f"{plain}{plain}tiers.elastic_share = 1.0  # every step at K = 1\n")
     assert ubsmoe(monkeypatch, "compare", write_toml(tiny_run), "--variants", variants, "--plan", "--out", out) == 0
     plain, elastic, whole = capsys.readouterr().out.splitlines()
@@ -343,5 +346,8 @@ def test_a_comparison_is_estimated_from_a_file_of_variants(
     assert plain.startswith("fedavg: 3 x ") and flops[1] < flops[0]
     assert whole.startswith("in all 6 runs") and flops[2] == pytest.approx(3 * (flops[0] + flops[1]), rel=0.02)
     assert not out.exists()
+    variants.write_text(named)  # the first is the reference, spaces and all
+    assert ubsmoe(monkeypatch, "compare", write_toml(tiny_run), "--variants", variants, "--plan", "--out", out) == 0
+    capsys.readouterr()
     assert ubsmoe(monkeypatch, "compare", write_toml(tiny_run), "--variants", tmp_path / "none.toml") == 2
     assert "no such file" in capsys.readouterr().err

@@ -35,8 +35,8 @@ TELEQNA = """{"question 0": {"question": "What?", "option 1": "this", "option 2"
 
 SMALLER = {  # what the page says: what runs instead
     "DIR...": "DIR",  # one folder where several may stand
-    "--workers 2": "--workers 1",  # two processes: tests/unit/test_workers.py
-    "--seeds 3 --jobs 2": "--seeds 1 --set train.rounds=1",  # 12 runs; processes: tests/unit/test_compare.py
+    "--workers 2": "--workers 1",  # two processes: tests/unit/engines/test_processes.py
+    "--seeds 3 --jobs 2": "--seeds 1 --set train.rounds=1",  # 12 runs; processes: tests/unit/study/test_compare.py
 }
 
 WHAT_TO_DO = """
@@ -190,3 +190,15 @@ def _save_dense(path: Path, base: Path) -> None:
     sizes: dict[str, int] = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_of_the_repository_named_in_prose_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<![\w/.])(?:src/ubsmoe|tests|bench|docs|deploy|\.ci)/[\w./-]*\w", text))
+    gone = [name for name in named if not (ROOT / name).exists() and not MADE_BY_READER.search(name)]
+    assert not gone, gone
+
+
+MADE_BY_READER = re.compile(r"src/ubsmoe/methods/(fedprox|fedavgm|fedper)\.py")
+"""What a page tells its reader to write, or a command writes."""

@@ -147,6 +147,7 @@ WRONG = [
     ("ubsmoe", {"dmr": {"num_candidates": 2}}, "method.dmr.num_candidates must lie in K_max..M = 3..6, got 2"),
     ("ubsmoe", {"dmr": {"phi_min": 2.0}}, "method.dmr.phi_min must be below dmr.phi_max, got 2.0 and 1.0"),
     ("ubsmoe", {"averaging": {"exponent": -1}}, "method.averaging.exponent: Input should be greater than or equal to 0"),
+    ("ubsmoe", {"averaging": {"exponent": 2}}, "method.averaging: exponent belongs to rule 'activation', and the rule is"),
     ("ubsmoe", {"averaging": {"rule": "mean"}}, "method.averaging.rule: Input should be 'factors', 'activation' or 'exact'"),
     ("florist", {"energy": 0.0}, "method.energy: Input should be greater than 0 (got 0.0)"),
     ("smoe_llb", {"coefficient": float("inf")}, "method.coefficient: Input should be a finite number (got inf)"),

@@ -69,7 +69,7 @@ def upcycle_checkpoint(
         out: a folder that does not exist yet.
         num_experts: M.
         top_k: K_max.
-        drop: this and the next two: see `model.upcycle`.
+        drop: this and the next two: see `upcycle`.
         slices: experts per copy of the feed-forward.
         shared: share of it that is not cut.
         warm_up_data: a file of records, as data.train, for the routers' warm-up and to see which dimensions act most;

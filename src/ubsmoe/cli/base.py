@@ -67,7 +67,10 @@ def hash_command(
     model: Annotated[str, typer.Argument(help="a folder, a hub id or ubsmoe-tiny", show_default=False)],
     set_: Set = None,
 ) -> None:
-    """Print the SHA-256 of a base's weights, for model.sha256."""
+    """Print the SHA-256 of a base's weights, for model.sha256.
+
+    It depends on model.dtype: give the run file's own by --set model.dtype=bfloat16 where that is not float32.
+    """
     from ubsmoe.bases.identity import base_sha256
     from ubsmoe.config import parse_run, with_overrides
 

@@ -22,7 +22,7 @@ class ExportFormat(StrEnum):
 
 @app.command("export")
 def export_command(
-    run_folder: Annotated[Path, typer.Argument(help="a finished run, or an export", show_default=False)],
+    run_folder: Annotated[Path, typer.Argument(help="a finished run", show_default=False)],
     out: Annotated[Path, typer.Option(help="where the export goes", show_default=False)],
     format: Annotated[ExportFormat, typer.Option(help="what shall load it")] = ExportFormat.peft,
     tier: Annotated[int | None, typer.Option(help="counted from 1; the largest budget's when left out")] = None,

@@ -35,10 +35,10 @@ class EngineName(StrEnum):
 def new_command(run_file: RunFile) -> None:
     """Write a run file with every key, its default and what it does."""
     from ubsmoe.config.template import run_file_template
+    from ubsmoe.storage.disk import write_new_file
 
     try:
-        with run_file.open("x", encoding="utf-8") as file:
-            file.write(run_file_template())
+        write_new_file(run_file, run_file_template().encode())
     except FileExistsError:
         raise UserError(f"{run_file} exists already; choose another name or remove it") from None
     typer.echo(f"{run_file}: change what you need, then `ubsmoe run {run_file}`")
@@ -181,9 +181,9 @@ def compare_command(
     console = Console()
     chosen = choose_variants(methods, variants)
     labels = [variant.label for variant in chosen]
-    against = "".join((reference or labels[0]).split())
+    against = reference or labels[0]
     if against not in labels:
-        raise UserError(f"--reference {reference!r} is not among the compared: {', '.join(labels)}")
+        raise UserError(f"--reference {against!r} is not among the compared: {', '.join(labels)}")
     place, total = out or Path("out") / f"{run_file.stem}-compare", len(chosen) * seeds
     if plan:
         return _estimate(settings, chosen, seeds, first_seed)

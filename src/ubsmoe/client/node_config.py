@@ -27,8 +27,12 @@ def on_this_machine(settings: RunSettings, config: NodeConfig) -> tuple[RunSetti
         ConfigError: for an unknown key, or a place that the run file could not name either.
     """
     known = IDENTITY_KEYS + LOCATION_KEYS
+    if "worker-seconds" in config:
+        raise ConfigError("node configuration: 'worker-seconds' is now called 'resident-seconds'")
     if unknown := [key for key in config if key not in known]:
-        raise ConfigError(f"node configuration: unknown key {unknown[0]!r}; known are {', '.join(known)}")
+        raise ConfigError(
+            f"node configuration: unknown key {unknown[0]!r}; known are {', '.join(known)}, resident-seconds"
+        )
     places = {key: value for key, value in config.items() if key in LOCATION_KEYS}
     identity = {key: value for key, value in config.items() if key in IDENTITY_KEYS}
     return parse_run(with_overrides(settings.model_dump(mode="json"), places)), identity

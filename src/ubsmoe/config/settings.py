@@ -1,4 +1,7 @@
-"""What a run file can say, section by section: frozen, validated settings. Defaults live here and nowhere else."""
+"""What a run file can say, section by section: frozen, validated settings.
+
+Defaults live here, those of [data] in data.py, and nowhere else.
+"""
 
 from typing import Annotated, Any, Literal
 

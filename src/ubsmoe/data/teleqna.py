@@ -53,7 +53,7 @@ def _text(source: Path) -> bytes:
     try:
         if source.suffix != ".zip":
             return source.read_bytes()
-        require("pyzipper", "teleqna")
+        require("pyzipper", "teleqna", "give the TeleQnA.txt that you unpacked yourself")
         with import_module("pyzipper").AESZipFile(source) as zipped:
             content: bytes = zipped.read("TeleQnA.txt", pwd=PASSWORD)
             return content

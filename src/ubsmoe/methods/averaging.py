@@ -36,6 +36,12 @@ class Averaging:
     exponent: Annotated[float, Field(ge=0)] = 1.0
     """t of `activation`, how much use counts; 0 is `factors`."""
 
+    def __post_init__(self) -> None:
+        if self.rule != "activation" and self.exponent != 1:
+            raise ValueError(
+                f"exponent belongs to rule 'activation', and the rule is {self.rule!r}; set it, or leave exponent out"
+            )
+
 
 def with_averaging(build: Callable[[RunShape], Method], shape: RunShape, settings: Averaging) -> Method:
     """The method that `build` makes, averaging by this rule.

@@ -11,7 +11,7 @@ The amount of data does not enter the weights. Where all norms are zero (the fir
 back to n_c / sum n. Rank 1, or `min_rank`, is never pruned and has no penalty.
 
 Reconstructed: the norm's scope is each expert's own matrix, or all of a client's with `scope = "client"`; clients are
-stateless here, so the server remembers their ranks (`rank.<client>`) and cuts the pruned tail on arrival; at a fixed
+stateless here, so the server remembers their ranks (`RankState`) and cuts the pruned tail on arrival; at a fixed
 alpha factors change hands with the root of the scales' ratio on both sides. lambda and g are others' defaults, as the
 paper's grid is for another model. An expert that a client did not activate still weighs by its old norm; one that
 nobody activated stays.

@@ -2,7 +2,7 @@
 
     A(x) = top-K_c of s_i + b_i,   gate weights from s_i alone,   b_i <- b_i + steps u sign(mean_j load_j - load_i)
 
-s_i is the router's score (after softmax or sigmoid) and load_i = sum_c a_{c,i} / sum_c slots_c the share of expert i in
+s_i is the router's score (after softmax or sigmoid) and load_i = sum_c a_{c,i} / sum_c assignments_c the share of expert i in
 all that the round's clients routed; under a robust rule, that rule's mean of their shares. An expert below the mean load
 becomes easier to choose, by a fixed step; no loss is added, and no gradient bent. The bias travels with the adapter and
 holds in evaluation too. Aggregation is FedAvg.

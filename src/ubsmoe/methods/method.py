@@ -156,7 +156,7 @@ OWN_FACTORS: Mapping[Refusable, str] = dict.fromkeys(
     ("robust", "privacy", "averaging"),
     "it needs each client's own factors, and no rule or noise on their mean is one on the updates'",
 )
-"""Why a method that works on single clients' factors refuses both."""
+"""Why a method that works on single clients' factors refuses all three."""
 
 USE_WEIGHS: Mapping[Refusable, str] = {
     "privacy": "it weighs each client by its own use of an expert, which noise on the clients' mean does not cover"

@@ -3,7 +3,7 @@
     clients route with    m_i = s_i + phi_i    on the N_p best experts of each token
     the server moves      phi <- zeta phi + (1 - zeta) tanh(u* / (u_i + eps) - 1),    u* = mean_i u_i
 
-u_i = sum_c p_c a_{c,i} / n_c is the utilization of expert i in a round. phi travels with the adapter and holds in evaluation too.
+u_i = sum_c p_c a_{c,i} / tokens_c is the utilization of expert i. phi travels with the adapter and holds in evaluation too.
 With `phi = "trained"` clients train phi as well, kept in [phi_min, phi_max] by a penalty, and the server moves the mean of theirs.
 
 The paper states the shift, the tanh target, the momentum and the trained variant. Ours: the defaults N_p = 2 K_max and zeta = 0.9,

@@ -1,8 +1,8 @@
 """SMoE-GLB: the load-balancing loss with everybody's load, broadcast by the server, in place of the client's own.
 
-    loss + lambda sum_l M sum_i fbar_{l,i} P_{l,i},   fbar_{l,i} = sum_c p_c a_{c,l,i} / slots_c,   p_c = n_c / sum n
+    loss + lambda sum_l M sum_i fbar_{l,i} P_{l,i},   fbar_{l,i} = sum_c p_c a_{c,l,i} / assignments_c,   p_c = n_c / sum n
 
-a_{c,l,i} counts the tokens client c routed to expert i and slots_c = tokens x K_c all its choices, so that a client
+a_{c,l,i} counts the tokens client c routed to expert i and assignments_c = tokens x K_c all its choices, so that a client
 of a large budget has no more say than its data. Since only P has a gradient, a global fbar in each local loss is
 exact, but for its age: it is last round's. Before the first round fbar is even, which makes the loss a constant.
 Experts may specialise on a client as long as the federation as a whole uses them evenly. Aggregation is FedAvg; as

@@ -131,7 +131,7 @@ def _hint(name: str, known: Mapping[str, Any] | tuple[str, ...] | list[str]) -> 
 
 @cache
 def _parsed(module: str) -> ast.Module:
-    spec = find_spec(module)  # finds the file; of packages on the way the empty __init__ is all that is imported
+    spec = find_spec(module)  # finds the file; of packages on the way only __init__ is imported, which brings no torch
     assert spec and spec.origin, module
     return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
 

@@ -2,7 +2,7 @@
 
 A round, as in Figure 1 of the paper:
 
-    (1) the server knows the utilization   u_i = sum_c p_c a_{c,i} / n_c
+    (1) the server knows the utilization   u_i = sum_c p_c a_{c,i} / tokens_c
     (2) clients route with                 m_i = s_i + phi_i on the N_p best experts of each token        modulation.py
     (3) each activates                     K_c = max(1, floor(K_max beta_c)) experts
     (4) inactive experts receive pseudo-gradients during local training                                   pseudo_gradient.py

@@ -103,6 +103,14 @@ def weights_sha256(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def check_sha256(settings: ModelSettings, sha256: str) -> None:
+    """Raise ConfigError if model.sha256 asks for another base than the one with this hash."""
+    if settings.sha256 not in (None, sha256):
+        raise ConfigError(
+            f"model.sha256 is {settings.sha256}, but the weights of {settings.base} in {settings.dtype} have {sha256}"
+        )
+
+
 def shipped_path(name: str) -> Path | None:
     """Where a base of that name lies inside the package, if it ships."""
     place = Path(__file__).parent.parent / "assets" / name

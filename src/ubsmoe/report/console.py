@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ubsmoe.storage.record import Scores, Summary, TaskScore, TierCosts
+from ubsmoe.storage.record import Scores, Summary, TaskScore, TierCosts, loss_text
 from ubsmoe.storage.runfolder import read_run
 
 if TYPE_CHECKING:
@@ -65,9 +65,8 @@ class RunConsole:
         elif event == "round":
             self._done = 0
             entropy = sum(fields["entropy"]) / len(fields["entropy"])
-            loss = "–" if fields["loss"] is None else f"{fields['loss']:.4f}"  # a private run tells no loss
             self._line(
-                f"round {round}/{self._rounds}  loss {loss}  expert entropy {entropy:.3f}  "
+                f"round {round}/{self._rounds}  loss {loss_text(fields['loss'])}  expert entropy {entropy:.3f}  "
                 f"dead experts {fields['dead_experts']}  {fields['seconds']:.1f} s"
                 + (f"  epsilon {fields['epsilon']:.3g} at delta {fields['delta']:g}" if "epsilon" in fields else "")
             )

@@ -16,7 +16,7 @@ from ubsmoe.data.tokens import Tokens, tokenize
 from ubsmoe.messages import Announcement, Profile
 from ubsmoe.methods.chosen import chosen_method, client_profile, shape_of_model, tier_profiles
 from ubsmoe.methods.method import Method, RunShape
-from ubsmoe.model.load import load_base, load_skeleton, load_tokenizer, weights_sha256
+from ubsmoe.model.load import check_sha256, load_base, load_skeleton, weights_sha256
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.server.evaluate import Question, prepare
 from ubsmoe.server.validator import UpdateSpecs
@@ -100,17 +100,14 @@ def build_server(settings: RunSettings, weights: bool | None = None) -> Federati
     if weights or (weights is None and (evaluate.before or evaluate.after or evaluate.every)):
         model, tokenizer = load_base(*place)
         sha256 = weights_sha256(model.model)
-        if settings.model.sha256 not in (None, sha256):
-            raise ConfigError(
-                f"model.sha256 is {settings.model.sha256}, but the weights of {settings.model.base} have {sha256}"
-            )
+        check_sha256(settings.model, sha256)
         questions = prepare(load_test(settings.data, tokenizer, settings.seed), tokenizer, settings.data, evaluate)
     else:
-        model, tokenizer, questions = skeleton, load_tokenizer(settings.model), {}
+        model, tokenizer, questions = skeleton, None, {}  # nothing is tokenised here
         if not (sha256 := settings.model.sha256 or ""):
             raise ConfigError(
                 "model.sha256: this server evaluates nothing and loads no weights, so it cannot tell which base its clients must "
-                "have; set it to what `ubsmoe base hash` prints where the base is"
+                f"have; set it to what `ubsmoe base hash BASE --set model.dtype={settings.model.dtype}` prints where the base is"
             )
     return Federation(
         settings=settings,

@@ -29,7 +29,7 @@ class RoundMetrics:
 
     @property
     def utilization(self) -> Float[Tensor, "L M"]:
-        """u_i = sum_c p_c a_{c,i} / n_c, per layer."""
+        """u_i = sum_c p_c a_{c,i} / tokens_c, per layer."""
         return self._used / max(self._weight, 1)
 
     def summary(self) -> dict[str, Any]:

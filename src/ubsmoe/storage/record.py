@@ -68,6 +68,11 @@ class RoundEvent(TypedDict):
     delta: NotRequired[float]
 
 
+def loss_text(loss: float | None) -> str:
+    """A round's loss for the terminal; a private run tells none."""
+    return "–" if loss is None else f"{loss:.4f}"
+
+
 class EvaluatedEvent(TypedDict):
     """A tier's scores after a round; round 0 is before training."""
 

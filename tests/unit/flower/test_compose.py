@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from ubsmoe.engines.flower.app import QUIET
+from ubsmoe.engines.flower.resident import FOLDER as RESIDENTS
 
 FOLDER = Path(__file__).parents[3] / "deploy"
 SERVICES = {
@@ -59,6 +60,11 @@ def follows(words: list[str], option: str) -> bool:
     """Whether the next word is the option's value."""
     rest = words[words.index(option) + 1 :] if option in words else []
     return bool(rest) and not rest[0].startswith("-")
+
+
+def test_every_variable_of_ubsmoe_that_a_file_sets_is_one_that_the_code_reads() -> None:
+    found = {name for service in SERVICES.values() for name in service.get("environment", {}) if "UBSMOE" in name}
+    assert found == {RESIDENTS}
 
 
 SPEC = {

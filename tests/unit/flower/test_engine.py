@@ -14,7 +14,7 @@ from ubsmoe.config import ConfigError, load_run
 from ubsmoe.engines.flower.app import read_app
 from ubsmoe.engines.flower.client import client_app
 from ubsmoe.engines.flower.record import from_record, to_record
-from ubsmoe.engines.flower.server import FlowerEngine
+from ubsmoe.engines.flower.server import FlowerEngine, _tell
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.messages import Dropped, Reply, Task, Update
 from ubsmoe.methods.state import pack
@@ -283,6 +283,7 @@ def test_a_machine_with_data_of_its_own_says_what_it_affords(site: Callable[...,
         ({"partition-id": 4, "num-partitions": 9}, "partition-id 4 of num-partitions 9 has no client among 4"),
         ({"client": "a", "budget": "much"}, "budget is 'much', expected a number"),
         ({"client": "a", "train.rounds": 9}, "unknown key 'train.rounds'"),
+        ({"client": "a", "worker-seconds": 9}, "'worker-seconds' is now called 'resident-seconds'"),
         ({"client": "a", "data.train": "gone/ward.csv"}, "data.train: 'gone/ward.csv' does not exist"),
     ],
 )
@@ -293,6 +294,24 @@ def test_a_node_configuration_that_makes_no_sense_is_an_answer_of_its_own(
     with pytest.raises(ConfigError, match="0 clients came within 1 s"):
         here.engine.join(1)
     assert sentence in here.said[0]
+
+
+def test_a_private_round_has_no_loss_to_tell(capsys: Any) -> None:
+    _tell("round", 1, {"loss": None, "seconds": 1.0})
+    _tell("round", 2, {"loss": 0.5, "seconds": 1.0})
+    assert [line.split("loss ")[1] for line in capsys.readouterr().out.splitlines()] == [
+        "– in 1.0 s",
+        "0.5000 in 1.0 s",
+    ]
+
+
+def test_a_node_whose_base_is_another_says_so(site: Callable[..., Site]) -> None:
+    nothing = {"evaluate__before": False, "evaluate__after": False, "evaluate__every": 0}  # a server without weights
+    here = site(model__sha256="0" * 64, **nothing)
+    here.engine.join(10)
+    replies = here.replies()
+    assert len(replies) == 4 and all(isinstance(reply, Dropped) for reply in replies)
+    assert all("model.sha256 is 000" in reply.reason for reply in replies if isinstance(reply, Dropped))
 
 
 def test_a_virtual_clock_is_refused(tiny_run: dict[str, Any], write_toml: Callable[..., Path]) -> None:

@@ -1,7 +1,7 @@
 """Flower as the engine: a server that reaches clients over its Grid, and the app that every node runs.
 
-Nothing here imports flwr until a message passes through it (`record`), so that an app's folder, keys and a local federation
-can be made without. Flower's telemetry is off in every process that imports this.
+Only client.py, server.py and record.py import flwr, so that an app's folder, keys and a local federation can be made
+without. Flower's telemetry is off in every process that imports this.
 """
 
 import os

@@ -9,6 +9,8 @@ from typing import Any
 
 from ubsmoe.config import ConfigError, RunSettings, load_run, parse_value
 from ubsmoe.config.reading import BUILT_IN
+from ubsmoe.storage.exportfolder import put_text, write_folder
+from ubsmoe.version import __version__
 
 # What Flower and Ray do unless they are told not to: report usage, ask for newer versions, install packages before a run.
 QUIET = {
@@ -99,11 +101,9 @@ def write_app(run_file: Path, app: Path, changes: Mapping[str, Any], out: Path |
     words = {"name": app.name, "run_file": RUN_FILE, "out": out}
     pyproject = PYPROJECT.format(
         name=json.dumps(app.name),
-        version=metadata.version("ubsmoe"),
+        version=__version__,
         config="\n".join(f"{key} = {_toml(value)}" for key, value in config.items()),
     )
-
-    from ubsmoe.storage.exportfolder import put_text, write_folder  # brings torch, which `read_app` on a node shall not
 
     def fill(folder: Path) -> None:
         put_text(folder / RUN_FILE, run_file.read_text(encoding="utf-8"))

@@ -24,7 +24,6 @@ import tempfile
 import threading
 import time
 from concurrent.futures import Future
-from importlib import metadata
 from multiprocessing import ProcessError
 from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
@@ -34,6 +33,7 @@ from ubsmoe.client.node_config import NodeConfig
 from ubsmoe.config import RunSettings, parse_run, to_json
 from ubsmoe.errors import UserError
 from ubsmoe.storage import disk
+from ubsmoe.version import __version__
 from ubsmoe.wire.packed import MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, Packed, WireError
 
 FOLDER = "UBSMOE_RESIDENTS"  # environment: where the sockets are, if not in the user's runtime folder
@@ -71,7 +71,7 @@ def ask(kind: str, settings: RunSettings, identity: NodeConfig, packed: Packed, 
         Unavailable: if no resident answers: none could be reached or started, or it died of the message.
         Refused: if the work itself failed, with the resident's words.
     """
-    key = json.dumps([metadata.version("ubsmoe"), sys.executable, to_json(settings)])
+    key = json.dumps([__version__, sys.executable, to_json(settings)])
     place = own_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.sock"
     try:
         with connected(place, settings, idle_seconds) as line:

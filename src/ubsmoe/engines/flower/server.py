@@ -21,6 +21,7 @@ from ubsmoe.errors import UserError
 from ubsmoe.messages import Announcement, Dropped, Profile, Reply, Task, Update
 from ubsmoe.server.federation import Federation, assign_tier, build_server
 from ubsmoe.server.rounds import run
+from ubsmoe.storage.record import loss_text
 from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.codec import decode_announcements, decode_update, encode_task
 from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed, WireError
@@ -240,7 +241,7 @@ def _tell(event: str, round: int, fields: dict[str, Any]) -> None:
     if event == "dropped":
         _print(f"round {round}: {fields['client']} dropped ({fields['stage']}): {fields['reason']}")
     elif event == "round":
-        _print(f"round {round}: loss {fields['loss']:.4f} in {fields['seconds']:.1f} s")
+        _print(f"round {round}: loss {loss_text(fields['loss'])} in {fields['seconds']:.1f} s")
     elif event == "evaluated":
         _print(f"round {round}: tier {fields['tier'] + 1} evaluated")
 
