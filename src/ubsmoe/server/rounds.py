@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ubsmoe.config import RunSettings
-from ubsmoe.messages import Dropped, Engine, Profile, Task, Update
+from ubsmoe.messages import Dropped, Engine, Profile, Task, Update, in_order
 from ubsmoe.methods.method import Contribution, State
 from ubsmoe.methods.state import pack, unpack
 from ubsmoe.seeds import generator_for
@@ -15,7 +15,7 @@ from ubsmoe.server.federation import Federation
 from ubsmoe.server.metrics import RoundMetrics
 from ubsmoe.server.privacy import noisy_mean, spent
 from ubsmoe.server.robust import Answer, robustify
-from ubsmoe.server.start import noise_key, sample_clients, start_state
+from ubsmoe.server.start import noise_key, sample_clients, settled, start_state
 from ubsmoe.server.validator import Validator
 from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.change import upload_bytes
@@ -133,7 +133,7 @@ def one_round(federation: Federation, engine: Engine, state: State, number: int,
         contributions = iter([_noisy_mean(federation, engine.clients(), answers(), state, number, noise)])
     else:
         contributions = robustify(answers(), settings.robust, drop)
-    state = method.aggregate(state, metrics.accumulate(contributions))
+    state = settled(method.aggregate(state, metrics.accumulate(contributions)), method)
 
     fields = metrics.summary() | method.event(state) | (spent(settings, number) if settings.privacy else {})
     log("round", number, seconds=time.perf_counter() - began, **fields)
@@ -180,7 +180,7 @@ def _noisy_mean(
 def _tasks(federation: Federation, state: State, number: int, profiles: Iterable[Profile]) -> Iterator[Task]:
     """One task per client, made when it is asked for."""
     for profile in profiles:
-        payload = federation.method.dispatch(state, profile)
+        payload = in_order(federation.method.dispatch(state, profile))
         yield Task(number, profile, payload, federation.run_id, federation.base_sha256)
 
 

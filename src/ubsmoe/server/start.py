@@ -8,8 +8,9 @@ import torch
 
 from ubsmoe.config import ConfigError, RunSettings
 from ubsmoe.export.formats import read_peft
-from ubsmoe.messages import Profile
-from ubsmoe.methods.method import State
+from ubsmoe.messages import Profile, in_order
+from ubsmoe.methods.method import Method, State
+from ubsmoe.methods.state import pack, unpack
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.federation import Federation
 
@@ -32,7 +33,12 @@ def start_state(federation: Federation) -> State:
         router=adapter.router == "trained",
         attention=adapter.attention == "trained",
     )
-    return federation.method.start(fresh)
+    return settled(federation.method.start(fresh), federation.method)
+
+
+def settled(state: State, method: Method) -> State:
+    """The state as a checkpoint would give it back, so that a resumed run goes on from the very same one."""
+    return unpack(in_order(pack(state)), method.keeps)
 
 
 def _start_from(federation: Federation, folder: str) -> State:
@@ -51,7 +57,7 @@ def _start_from(federation: Federation, folder: str) -> State:
     state = method.start(adapter)
     if not all(name in state.adapters and torch.equal(state.adapters[name], value) for name, value in adapter.items()):
         raise ConfigError(f"adapter.start: {method.name} begins from an adapter of its own; choose another method")
-    return state
+    return settled(state, method)
 
 
 def noise_key(settings: RunSettings) -> str:
