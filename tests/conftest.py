@@ -58,6 +58,22 @@ def tiny_run(random_base: Path) -> dict[str, Any]:
     }
 
 
+ACTING: dict[str, dict[str, Any]] = {
+    "adapter": {"router": "trained", "attention": "trained"},
+    "clients": {"per_round": 3},
+    "train": {"rounds": 3, "clip_norm": 0.05, "weight_decay": 0.1, "gradient_accumulation": 2},
+    "rounds": {"quorum": 0.3},
+    "evaluate": {"max_new_tokens": 2, "max_examples": 2, "mc_accuracy": False},
+}
+"""Options whose arithmetic depends on the order of tensors or clients; where bits are compared, all of them act."""
+
+
+@pytest.fixture
+def acting_run(tiny_run: dict[str, Any]) -> dict[str, Any]:
+    """`tiny_run` with all of ACTING, on one thread."""
+    return {"threads": 1, **tiny_run} | {name: {**tiny_run.get(name, {}), **part} for name, part in ACTING.items()}
+
+
 @pytest.fixture
 def write_toml(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
     """Write a nested dict as a run file; gives its path."""

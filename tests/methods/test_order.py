@@ -67,7 +67,9 @@ def test_the_server_averages_to_the_same_bits_whatever_the_order_of_updates_tens
     assert same(pack(aggregated(method, state, updates)), pack(aggregated(method, before, others)))
 
 
-@pytest.mark.parametrize("rule", [{"clip_norm": 0.5}, {"rule": "multi_krum", "attackers": 1, "clip_norm": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "rule", [{"clip_norm": 0.5}, {"rule": "multi_krum", "attackers": 1, "clip_norm": 0.5}], ids=str
+)
 def test_what_protects_an_average_is_the_same_whatever_the_order(lab: Lab, rule: dict[str, object]) -> None:
     method, settings = build("fedavg", lab.shape, {}), RobustSettings(**rule)  # type: ignore[arg-type]
     state = lab.warm(method)

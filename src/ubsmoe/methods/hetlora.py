@@ -134,7 +134,9 @@ def tail_norms(adapter: Mapping[str, Tensor], kept: int) -> Float[Tensor, ""]:
     norm = torch.linalg.vector_norm
     return torch.stack(
         [
-            (norm(adapter[f"{name}.B"][:, :, kept:], dim=(1, 2)) * norm(adapter[f"{name}.A"][:, kept:], dim=(1, 2))).sum()
+            (
+                norm(adapter[f"{name}.B"][:, :, kept:], dim=(1, 2)) * norm(adapter[f"{name}.A"][:, kept:], dim=(1, 2))
+            ).sum()
             for name in sorted(key[:-2] for key in adapter if key.endswith(".A"))
         ]
     ).sum()

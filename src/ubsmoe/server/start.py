@@ -60,11 +60,11 @@ def _start_from(federation: Federation, folder: str) -> State:
     return settled(state, method)
 
 
-def noise_key(settings: RunSettings) -> str:
-    """What a private run's noise follows from: a secret of the server's, kept with its checkpoints, unless a seed is set."""
+def noise_key(settings: RunSettings, salt: str = "") -> str:
+    """What draws and noise of one attempt at a private round follow from: its `salt`, or privacy.seed where that is set."""
     if settings.privacy is None:
         return ""
-    return secrets.token_hex(32) if settings.privacy.seed is None else str(settings.privacy.seed)
+    return salt or secrets.token_hex(32) if settings.privacy.seed is None else str(settings.privacy.seed)
 
 
 def sample_clients(clients: Sequence[Profile], settings: RunSettings, round: int, noise: str = "") -> Sequence[Profile]:

@@ -10,6 +10,10 @@ from ubsmoe.errors import UserError
 from ubsmoe.storage import disk
 
 Event = dict[str, Any]
+DAMAGED = (
+    "the file is damaged. Remove that line, or move the file away, and start the run again with the same --out: "
+    "it goes on from its newest checkpoint, and reports lack what was lost"
+)
 
 
 class EventError(UserError):
@@ -30,15 +34,16 @@ class EventLog:
     Args:
         path: the file; created when missing.
         clock: gives the time of each event.
+        mode: who may read it, less what the umask takes.
 
     Raises:
         OSError: if the file cannot be opened or mended.
     """
 
-    def __init__(self, path: str | Path, clock: Callable[[], datetime] = utc_now) -> None:
+    def __init__(self, path: str | Path, clock: Callable[[], datetime] = utc_now, mode: int = 0o666) -> None:
         self.path = Path(path)
         self._clock = clock
-        self._file = disk.AppendFile(self.path)
+        self._file = disk.AppendFile(self.path, mode)
         self._file.cut(self.path.read_bytes().rfind(b"\n") + 1)
 
     def append(self, event: str, round: int | None = None, **fields: Any) -> None:
@@ -110,12 +115,12 @@ def _parse(line: bytes, where: str) -> Event:
     try:
         event = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise EventError(f"{where}: not JSON ({error}); the file is damaged") from None
+        raise EventError(f"{where}: not JSON ({error}); {DAMAGED}") from None
     if not (
         isinstance(event, dict)
         and isinstance(event.get("event"), str)
         and isinstance(event.get("time"), str)
         and isinstance(event.get("round", ""), int | None)
     ):
-        raise EventError(f"{where}: not an event; expected an object with event, time and round")
+        raise EventError(f"{where}: not an event, which is an object with event, time and round; {DAMAGED}")
     return event
