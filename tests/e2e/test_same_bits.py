@@ -57,7 +57,7 @@ def test_whole_resumed_and_in_two_and_three_processes_a_run_gives_one_adapter(
     method: str, dtype: str, acting_run: dict[str, Any], tmp_path: Path
 ) -> None:
     """With clients that drop out, which leaves another sum in every round."""
-    silent = {"simulation.dropout": 0.35, "model.dtype": dtype, "method.name": method}
+    silent = {"simulation.dropout": 0.35, "model.dtype": dtype, "method.name": method, "evaluate.before": False}
     federation = build_federation(parse_run(with_overrides(acting_run, silent)))
     whole = carry_out(federation, tmp_path / "whole")
     events = (tmp_path / "whole" / "events.jsonl").read_text()

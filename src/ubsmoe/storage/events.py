@@ -111,6 +111,41 @@ def read_events(path: str | Path) -> list[Event]:
     return events
 
 
+class EventTail:
+    """Reads a file that another process goes on writing: each look costs what was written since the one before.
+
+    Args:
+        path: the file; it need not exist yet.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._end, self._last = 0, b""  # how far it was read, and the last line up to there
+
+    def new(self) -> list[Event]:
+        """The whole lines that were added since.
+
+        A resumed run has cut off the events after its checkpoint; what it wrote then is told from what stayed by its time.
+
+        Raises:
+            EventError: if a whole line is not an event; the message names it.
+        """
+        if not self._path.exists():
+            return []
+        with open(self._path, "rb") as file:
+            file.seek(self._end - len(self._last))
+            begin = self._end if file.read(len(self._last)) == self._last else 0
+            file.seek(begin)
+            data = file.read()
+        events = [_parse(line, f"{self._path} after byte {begin}") for line in data.split(b"\n")[:-1]]
+        if begin < self._end:
+            shown_until = _parse(self._last, str(self._path))["time"]
+            events = [event for event in events if event["time"] > shown_until]
+        if whole := data[: data.rfind(b"\n") + 1]:
+            self._end, self._last = begin + len(whole), whole[whole[:-1].rfind(b"\n") + 1 :]
+        return events
+
+
 def _parse(line: bytes, where: str) -> Event:
     try:
         event = json.loads(line)

@@ -179,6 +179,11 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file() and (Path(path) / VERSIONS).is_file()
 
 
+def has_ended(path: Path) -> bool:
+    """Whether a run has written its final figures."""
+    return (path / SUMMARY).exists()
+
+
 def read_run(path: str | Path) -> RunRecord:
     """Read a run folder, finished or not, without locking or changing it.
 
@@ -186,9 +191,8 @@ def read_run(path: str | Path) -> RunRecord:
         RunFolderError: if there is no run, an older ubsmoe wrote it, or a file of it is damaged.
         EventError: if the event file is damaged.
     """
-    path = Path(path)
-    versions = _read_versions(path)
-    summary = _read_json(path / SUMMARY) if (path / SUMMARY).exists() else None
+    path, versions = Path(path), _read_versions(Path(path))
+    summary = _read_json(path / SUMMARY) if has_ended(path) else None
     events = read_events(path / EVENTS) if (path / EVENTS).exists() else []
     costs = _read_json(path / COSTS, list) if (path / COSTS).exists() else None
     return RunRecord(path, _read_json(path / CONFIG), versions, events, summary, costs)
