@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import torch
 
+from acting import ACTING
+
 torch.set_num_threads(1)
 # a busy machine is no failure of a property
 hypothesis.settings.register_profile("ours", deadline=None, max_examples=40)
@@ -56,16 +58,6 @@ def tiny_run(random_base: Path) -> dict[str, Any]:
         "train": {"rounds": 2, "local_steps": 2, "batch_size": 4},
         "evaluate": {"max_new_tokens": 6},
     }
-
-
-ACTING: dict[str, dict[str, Any]] = {
-    "adapter": {"router": "trained", "attention": "trained"},
-    "clients": {"per_round": 3},
-    "train": {"rounds": 3, "clip_norm": 0.05, "weight_decay": 0.1, "gradient_accumulation": 2},
-    "rounds": {"quorum": 0.3},
-    "evaluate": {"max_new_tokens": 2, "max_examples": 2, "mc_accuracy": False},
-}
-"""Options whose arithmetic depends on the order of tensors or clients; where bits are compared, all of them act."""
 
 
 @pytest.fixture
