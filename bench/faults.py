@@ -80,7 +80,7 @@ def main() -> None:
     named = {row.fault: row for row in rows}
     if stock:
         beside = Table("bad reply, one of five", "here", "flwr FedAvg")
-        for name in replies.FIFTEEN:
+        for name in filter(named.__contains__, replies.FIFTEEN):
             beside.add_row(name, "contained" if named[name].holds else "COUNTED", stock[name])
         console.print(beside)
     if {"B", "C"} <= set(families):

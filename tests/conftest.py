@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import torch
 
+from acting import ACTING
+
 torch.set_num_threads(1)
 # a busy machine is no failure of a property
 hypothesis.settings.register_profile("ours", deadline=None, max_examples=40)
@@ -56,6 +58,12 @@ def tiny_run(random_base: Path) -> dict[str, Any]:
         "train": {"rounds": 2, "local_steps": 2, "batch_size": 4},
         "evaluate": {"max_new_tokens": 6},
     }
+
+
+@pytest.fixture
+def acting_run(tiny_run: dict[str, Any]) -> dict[str, Any]:
+    """`tiny_run` with all of ACTING, on one thread."""
+    return {"threads": 1, **tiny_run} | {name: {**tiny_run.get(name, {}), **part} for name, part in ACTING.items()}
 
 
 @pytest.fixture

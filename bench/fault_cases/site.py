@@ -20,13 +20,12 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 
 from ubsmoe.engines.flower import keys
 from ubsmoe.engines.flower.app import write_app
+from ubsmoe.engines.flower.endings import descendants, kill
 from ubsmoe.engines.flower.localhost import (
     LocalFederation,
-    descendants,
     flower_command,
     flower_environment,
     free_port,
-    kill,
     superlink_options,
     supernode_options,
 )

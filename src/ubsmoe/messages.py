@@ -13,6 +13,15 @@ Tensors = Mapping[str, Tensor]
 Stage = Literal["training", "deadline", "wire", "validation", "robust"]
 
 
+def in_order(tensors: Tensors) -> dict[str, Tensor]:
+    """The same tensors in the order of their names, each contiguous, as they come back from a file or the wire.
+
+    A sum over several tensors depends on their order, and a kernel on how one lies in memory. Both are the same in every engine,
+    and after a resumption, only if they do not depend on the way that the tensors came.
+    """
+    return {name: tensors[name].contiguous() for name in sorted(tensors)}
+
+
 @dataclass(frozen=True)
 class Announcement:
     """A client that a machine offers: how much data it holds and which fraction of K_max it can afford.

@@ -45,9 +45,9 @@ def processes(*words: str) -> list[int]:
 
 
 def test_one_run_file_gives_one_adapter_here_simulated_and_deployed(
-    tiny_run: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
+    acting_run: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
 ) -> None:
-    table = tiny_run | {"threads": 1, "tiers": {"budgets": [0.5, 1.0], "ranks": [1, 2]}}
+    table = acting_run | {"tiers": {"budgets": [0.5, 1.0], "ranks": [1, 2]}}
     run_file, app = write_toml(table), tmp_path / "app"
     ubsmoe("run", run_file, "--out", tmp_path / "here")
 
@@ -71,11 +71,11 @@ def rounds(folder: Path) -> int:
 
 
 def test_a_server_app_that_was_killed_goes_on_to_the_same_adapter(
-    tiny_run: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
+    acting_run: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
 ) -> None:
-    table = tiny_run | {"threads": 1, "tiers": {"budgets": [0.5, 1.0], "ranks": [1, 2]}}
+    table = acting_run | {"tiers": {"budgets": [0.5, 1.0], "ranks": [1, 2]}}
     run_file, app = write_toml(table), tmp_path / "app"
-    changes = {"train.rounds": 3, "evaluate.max_examples": 1}
+    changes = {"train.rounds": 3, "evaluate.max_examples": 1, "model.dtype": "bfloat16"}
     ubsmoe("run", run_file, "--out", tmp_path / "here", *(f"--set={key}={value}" for key, value in changes.items()))
     write_app(run_file, app, changes)
     with local_federation(app, 2, simulated=False) as federation:
@@ -91,3 +91,58 @@ def test_a_server_app_that_was_killed_goes_on_to_the_same_adapter(
         assert not (app / "out" / "summary.json").exists()
         federation.run()
     assert adapter(app / "out") == adapter(tmp_path / "here")
+
+
+def left_behind(temporary: Path) -> tuple[list[int], list[Path]]:
+    """Processes that have a folder of this place in their environment, and our folders in it."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"={temporary}/ubsmoe-".encode() in entry.read_bytes():
+                found.append(int(entry.parent.name))
+        except OSError:
+            continue
+    return found, list(temporary.glob("ubsmoe-*"))
+
+
+def started(run_file: Path, out: Path, temporary: Path) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
+    command = [*UBSMOE, "run", str(run_file), "--out", str(out), "--engine", "superlink"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def until(ready: Callable[[], bool]) -> None:
+    end = time.monotonic() + 200
+    while not ready() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert ready()
+
+
+def test_nothing_of_a_superlink_stays_after_a_signal_or_after_the_start_that_follows_kill_9(
+    acting_run: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
+) -> None:
+    table = acting_run | {"tiers": {"budgets": [0.5, 1.0], "ranks": [1, 2]}}
+    run_file, out, temporary = write_toml(table), tmp_path / "out", tmp_path / "t"
+    temporary.mkdir()
+
+    first = started(run_file, out, temporary)
+    until(lambda: rounds(out) >= 1)
+    assert len(left_behind(temporary)[0]) > 4  # SuperLink, SuperNodes, the app, a resident
+    first.send_signal(signal.SIGHUP)
+    said, _ = first.communicate(timeout=100)
+    assert first.returncode == 128 + signal.SIGHUP and "the same command goes on from there" in said
+    assert left_behind(temporary) == ([], [])
+
+    killed = started(run_file, out, temporary)
+    until(lambda: len(left_behind(temporary)[0]) > 4)
+    killed.kill()
+    killed.communicate(timeout=100)
+    processes_left, folders_left = left_behind(temporary)
+    assert processes_left and folders_left
+
+    last = started(run_file, out, temporary)
+    said, _ = last.communicate(timeout=300)
+    assert last.returncode == 0, said
+    assert left_behind(temporary) == ([], [])
+    ubsmoe("run", run_file, "--out", tmp_path / "here")
+    assert adapter(out) == adapter(tmp_path / "here")

@@ -1,4 +1,4 @@
-"""The same run gives the same bits: twice, after a kill, and whatever the data order of the file system."""
+"""The same run gives the same bits: twice, after a stop or a kill, and in any number of processes, with all of ACTING acting."""
 
 import json
 import os
@@ -7,11 +7,84 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ubsmoe.config import parse_run, to_json, with_overrides
+from ubsmoe.engines.local import LocalEngine, process_pool, score_in
+from ubsmoe.engines.simulated import as_simulated
+from ubsmoe.server.federation import Federation, build_federation
+from ubsmoe.server.rounds import run
+from ubsmoe.storage.runfolder import RunFolder
+
 COMMAND = [sys.executable, "-c", "from ubsmoe.cli import main; main()", "run"]
+
+
+class Stopped(Exception):
+    """The run was stopped here."""
+
+
+def carry_out(federation: Federation, folder: Path, workers: int = 1, stop_in: int | None = None) -> str:
+    """The adapter's hash. `stop_in` stops the run in that round, when its first update has come."""
+    settings = federation.settings
+
+    def report(event: str, round: int, fields: dict[str, Any]) -> None:
+        if event == "client" and round == stop_in:
+            raise Stopped
+
+    with (
+        process_pool(federation, workers) as pool,
+        RunFolder.open_or_create(folder, to_json(settings)) as opened,
+    ):
+        engine = LocalEngine(federation.trainer, federation.examples, federation.clients, pool=pool)
+        score_all = partial(score_in, pool) if pool else None
+        return str(run(federation, opened, as_simulated(engine, federation), report, score_all)["adapter_sha256"])
+
+
+def stopped_and_resumed(federation: Federation, folder: Path, workers: int) -> str:
+    with suppress(Stopped):
+        carry_out(federation, folder, workers, stop_in=3)
+    return carry_out(federation, folder, workers)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["fedavg", "ubsmoe"])
+def test_whole_resumed_and_in_two_and_three_processes_a_run_gives_one_adapter(
+    method: str, dtype: str, acting_run: dict[str, Any], tmp_path: Path
+) -> None:
+    """With clients that drop out, which leaves another sum in every round."""
+    silent = {"simulation.dropout": 0.35, "model.dtype": dtype, "method.name": method, "evaluate.before": False}
+    federation = build_federation(parse_run(with_overrides(acting_run, silent)))
+    whole = carry_out(federation, tmp_path / "whole")
+    events = (tmp_path / "whole" / "events.jsonl").read_text()
+    assert '"stage": "training", "reason": "no answer"' in events, "nobody dropped out, so this test would see nothing"
+    assert stopped_and_resumed(federation, tmp_path / "resumed", 1) == whole
+    assert carry_out(federation, tmp_path / "two", workers=2) == whole
+    assert stopped_and_resumed(federation, tmp_path / "three", 3) == whole
+
+
+WITHOUT: list[dict[str, Any]] = [
+    {"train.clip_norm": None},
+    {"train.weight_decay": 0.0},
+    {"train.gradient_accumulation": 1},
+    {"simulation.dropout": 0.0},
+    {"adapter.router": "frozen"},
+    {"adapter.attention": "frozen"},
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_option_acts_in_the_runs_that_are_compared(
+    dtype: str, acting_run: dict[str, Any], tmp_path: Path
+) -> None:
+    common = {"model.dtype": dtype, "simulation.dropout": 0.35, "evaluate.before": False, "evaluate.after": False}
+    runs = [parse_run(with_overrides(acting_run, common | {"train.rounds": 2} | more)) for more in [{}, *WITHOUT]]
+    hashes = {carry_out(build_federation(one), tmp_path / str(i)) for i, one in enumerate(runs)}
+    assert len(hashes) == len(runs)
 
 
 def start(run_file: Path, out: Path, workers: int = 1) -> subprocess.Popen[bytes]:
@@ -33,11 +106,10 @@ def finish(run_file: Path, out: Path, workers: int = 1) -> str:
     ids=["ubsmoe", "fedavg, 2 workers"],
 )
 def test_twice_and_after_kill_9_the_adapter_has_the_same_hash(
-    method: dict, workers: int, tiny_run: dict, write_toml: Callable[..., Path], tmp_path: Path
+    method: dict, workers: int, acting_run: dict, write_toml: Callable[..., Path], tmp_path: Path
 ) -> None:
-    run_file = write_toml(
-        {**tiny_run, "threads": 1, "method": method, "train": {"rounds": 4, "local_steps": 3, "batch_size": 4}}
-    )
+    train = acting_run["train"] | {"rounds": 4, "local_steps": 3}
+    run_file = write_toml(acting_run | {"method": method, "train": train})
     reference = finish(run_file, tmp_path / "whole")
     assert finish(run_file, tmp_path / "again") == reference
 

@@ -122,31 +122,31 @@ def known_costs(settings: "RunSettings") -> "list[TierCosts] | None":
 
 @contextmanager
 def _resumable(place: Path, rounds: int) -> Iterator[None]:
-    """Let Ctrl-C end in a sentence that says what is saved; exit code 130, as of a program that the signal ends."""
+    """Let Ctrl-C end in a sentence that says what is saved; exit code 130, or whatever a program has that the signal ends."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         from ubsmoe.storage.runfolder import saved_round
 
         done = saved_round(place)
         where = "before anything was saved" if done is None else f"after round {done} of {rounds}, saved in {place}"
         typer.echo(f"ubsmoe: stopped {where}; the same command goes on from there", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + getattr(stopped, "number", 2)) from None
 
 
 def _run_on_flower(run_file: Path, out: Path | None, changes: list[str] | None, simulated: bool) -> None:
     """The same on a federation that lives as long as the run."""
-    from tempfile import TemporaryDirectory
-
     from ubsmoe.engines.flower.app import write_app
+    from ubsmoe.engines.flower.endings import ended_in_order, owned_folder
     from ubsmoe.engines.flower.localhost import local_federation
     from ubsmoe.storage.runfolder import read_adapter
 
     place = out or Path("out") / run_file.stem
-    with TemporaryDirectory() as folder:
-        settings = write_app(run_file, Path(folder) / "run", overrides(changes), place)
-        nodes = min(settings.clients.count, len(settings.tiers.budgets))
-        with local_federation(Path(folder) / "run", nodes, simulated, typer.echo) as federation:
+    settings = read_settings(run_file, changes)
+    nodes = min(settings.clients.count, len(settings.tiers.budgets))
+    with _resumable(place, settings.train.rounds), ended_in_order(), owned_folder() as folder:
+        write_app(run_file, folder / "run", overrides(changes), place)
+        with local_federation(folder / "run", nodes, simulated, typer.echo) as federation:
             federation.run()
     read_adapter(place)  # flwr run tells nobody that the server failed
 

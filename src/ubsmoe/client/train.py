@@ -14,7 +14,7 @@ from ubsmoe.client.schedule import batch_order, elastic_top_ks, steps_per_round
 from ubsmoe.config import RunSettings, TierSettings, TrainSettings, WireDtype
 from ubsmoe.data.tokens import IGNORED, Tokens, collate, pad_id
 from ubsmoe.errors import UserError
-from ubsmoe.messages import Task, Update
+from ubsmoe.messages import Task, Tensors, Update, in_order
 from ubsmoe.methods.method import Hooks, Method
 from ubsmoe.model.recompute import recomputing
 from ubsmoe.model.surgery import SparseModel
@@ -82,19 +82,24 @@ def train(
                 client=client,
                 round=task.round,
                 num_examples=len(examples),
-                adapters={name: value.detach().cpu().clone() for name, value in model.adapter.items()},
+                adapters=_copies(model.adapter),
                 expert_tokens=model.expert_tokens(),
                 tokens=tokens,
                 assignments=assignments,
                 loss=loss,
                 seconds=time.perf_counter() - started,
-                extras={name: value.detach().cpu().clone() for name, value in hooks.extras().items()},
+                extras=_copies(hooks.extras()),
                 tier=task.profile.tier,
                 run=task.run,
                 base=trainer.base_sha256,
             )
     finally:
         model.clear()
+
+
+def _copies(tensors: Tensors) -> dict[str, Tensor]:
+    """What leaves a client: nothing that the next one's training could change."""
+    return in_order({name: value.detach().cpu().clone() for name, value in tensors.items()})
 
 
 def _steps(

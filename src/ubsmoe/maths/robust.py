@@ -112,15 +112,15 @@ def clip_factor(norm: float, longest: float) -> float:
 
 
 def squared_norm(change: Tensors) -> float:
-    """||x||^2 over all tensors, in float64."""
-    return sum(float(tensor.double().square().sum()) for tensor in change.values())
+    """||x||^2 over all tensors, in float64; summed by name, so that it does not depend on the order of a message."""
+    return sum(float(change[name].double().contiguous().square().sum()) for name in sorted(change))
 
 
 def squared_distances(clients: Sequence[Tensors]) -> Float[Tensor, "C C"]:
     """||x_c - x_j||^2 of every two clients over all their tensors, which have the same names and shapes."""
     total = torch.zeros(len(clients), len(clients), dtype=torch.float64)
-    for name, first in clients[0].items():
-        for row in range(len(first)):  # one expert at a time: float64 copies of it are all that is held
+    for name in sorted(clients[0]):
+        for row in range(len(clients[0][name])):  # one expert at a time: float64 copies of it are all that is held
             flat = torch.stack([client[name][row].double().flatten() for client in clients])
             total += torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").square().cpu()
     return total

@@ -20,8 +20,8 @@ from ubsmoe.model.adapter import layer_of_experts
 
 def pairs(tensors: Tensors, alpha: float) -> dict[str, LoraPair]:
     """`layers.0.up.A` and `.B` as one pair named `layers.0.up`, at the scale of a client that holds them."""
-    found = {name[:-2]: (value, tensors[f"{name[:-2]}.B"]) for name, value in tensors.items() if name.endswith(".A")}
-    return {name: LoraPair(a, b, alpha / a.shape[1]) for name, (a, b) in found.items()}
+    names = [name[:-2] for name in sorted(tensors) if name.endswith(".A")]  # by name: norms are summed over pairs
+    return {n: LoraPair(a := tensors[f"{n}.A"], tensors[f"{n}.B"], alpha / a.shape[1]) for n in names}
 
 
 def tensors(pairs: Mapping[str, LoraPair]) -> dict[str, Tensor]:

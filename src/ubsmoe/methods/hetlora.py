@@ -134,9 +134,10 @@ def tail_norms(adapter: Mapping[str, Tensor], kept: int) -> Float[Tensor, ""]:
     norm = torch.linalg.vector_norm
     return torch.stack(
         [
-            (norm(adapter[f"{name[:-2]}.B"][:, :, kept:], dim=(1, 2)) * norm(a[:, kept:], dim=(1, 2))).sum()
-            for name, a in adapter.items()
-            if name.endswith(".A")
+            (
+                norm(adapter[f"{name}.B"][:, :, kept:], dim=(1, 2)) * norm(adapter[f"{name}.A"][:, kept:], dim=(1, 2))
+            ).sum()
+            for name in sorted(key[:-2] for key in adapter if key.endswith(".A"))
         ]
     ).sum()
 

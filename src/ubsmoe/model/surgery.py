@@ -180,10 +180,12 @@ class SparseModel:
         check_fit(self.layers, tensors, side or {})
 
         def placed(tensor: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
-            return tensor.detach().to(self.device, torch.float32, copy=True)
+            # contiguous, and below by name: a gradient's norm depends on both, and a message keeps neither
+            return tensor.detach().to(self.device, torch.float32, copy=True, memory_format=torch.contiguous_format)
 
         values = {
-            name: placed(value) if name in frozen else nn.Parameter(placed(value)) for name, value in tensors.items()
+            name: placed(tensors[name]) if name in frozen else nn.Parameter(placed(tensors[name]))
+            for name in sorted(tensors)
         }
         self.adapter = {name: value for name, value in values.items() if isinstance(value, nn.Parameter)}
 

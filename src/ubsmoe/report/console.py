@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ubsmoe.storage.events import EventTail
 from ubsmoe.storage.record import Scores, Summary, TaskScore, TierCosts, loss_text
-from ubsmoe.storage.runfolder import read_run
+from ubsmoe.storage.runfolder import EVENTS, has_ended, read_run
 
 if TYPE_CHECKING:
     from ubsmoe.messages import Task
@@ -97,16 +98,14 @@ def watch(path: Path, shown: RunConsole, pause: Callable[[], None]) -> None:
     Raises:
         RunFolderError: if there is no run in the folder.
     """
-    seen = 0
+    config, tail = read_run(path).config, EventTail(path / EVENTS)
+    clients = config["clients"]
+    shown.plan(config["train"]["rounds"], clients["per_round"] or clients["count"])
     while True:
-        record = read_run(path)
-        events = [event for event in record.events if event["event"] != "torn_line"]
-        clients = record.config["clients"]
-        shown.plan(record.config["train"]["rounds"], clients["per_round"] or clients["count"])
-        for event in events[min(seen, len(events)) :]:  # a resumed run may have forgotten its last events
+        ended = has_ended(path)  # asked first: what a run writes before its summary is then among the new
+        for event in tail.new():
             shown.on_event(event["event"], event["round"], event)
-        seen = len(events)
-        if record.summary:
+        if ended:
             return
         pause()
 

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ubsmoe.storage.record import RunRecord
-from ubsmoe.storage.runfolder import CONFIG, RunFolderError, flatten, read_run
+from ubsmoe.storage.runfolder import CONFIG, RunFolderError, read_run
+from ubsmoe.storage.same_run import flatten
 
 Array = NDArray[np.float64]
 

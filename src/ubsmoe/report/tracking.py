@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from ubsmoe.errors import UserError, require
-from ubsmoe.storage.runfolder import flatten
+from ubsmoe.storage.same_run import flatten
 
 Scalars = dict[str, float]
 

@@ -4,7 +4,8 @@ The method aggregates it as if a single client had answered, so whatever it comp
 a method for which a lone client's update is the mean (`Method.refuses` says which are not).
 """
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ubsmoe.maths import privacy
 from ubsmoe.maths.robust import clip_factor, squared_norm
 from ubsmoe.messages import Tensors
 from ubsmoe.methods.method import Contribution
+from ubsmoe.seeds import generator_for
 from ubsmoe.server.robust import Answer, delta_of, with_delta
 from ubsmoe.server.update_checks import UpdateSpec
 
@@ -38,7 +40,7 @@ def noisy_mean(
     settings: PrivacySettings,
     wanted: int,
     mean_top_k: float,
-    generator: torch.Generator,
+    key: tuple[str | int, ...],
 ) -> Contribution:
     """One contribution in the place of all, as maths/privacy.py defines it; memory does not grow with clients.
 
@@ -49,7 +51,8 @@ def noisy_mean(
         settings: [privacy].
         wanted: m.
         mean_top_k: experts per token that the utilization is given for: known without looking at any update.
-        generator: of the noise; whoever can rebuild it can take the noise off.
+        key: of the noise; who knows it, as anybody knows privacy.seed, can take the noise off. The noise follows from the
+            sum too, so that under no key two different sums ever have the same, whose difference would be bare.
     """
     shapes = {name: shape for name, (shape, _) in {**spec.adapters, **spec.extras}.items()}
     sums: dict[str, Tensor] = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in sorted(shapes.items())}
@@ -60,7 +63,7 @@ def noisy_mean(
         factor = clip_factor(squared_norm(delta) ** 0.5, settings.clip_norm)
         for name, value in delta.items():
             sums[name] += factor * value
-    scale = settings.noise_multiplier * settings.clip_norm
+    scale, generator = settings.noise_multiplier * settings.clip_norm, generator_for(*key, "noise", _sha256(sums))
     mean = {name: privacy.noisy(total, scale, generator) / wanted for name, total in sums.items()}
     shares = privacy.shares_from(mean.pop(COUNTS) / settings.clip_norm)
     return Contribution(
@@ -72,3 +75,10 @@ def noisy_mean(
         assignments=mean_top_k,
         extras=with_delta({name: sent[name] for name in spec.extras}, sent, mean),
     )
+
+
+def _sha256(sums: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for total in sums.values():
+        digest.update(total.numpy().data)
+    return digest.hexdigest()

@@ -6,16 +6,17 @@ from dataclasses import asdict
 from typing import Any
 
 from ubsmoe.config import RunSettings
-from ubsmoe.messages import Dropped, Engine, Profile, Task, Update
+from ubsmoe.messages import Dropped, Engine, Profile, Task, Update, in_order
 from ubsmoe.methods.method import Contribution, State
 from ubsmoe.methods.state import pack, unpack
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.evaluate import Score, evaluate
 from ubsmoe.server.federation import Federation
 from ubsmoe.server.metrics import RoundMetrics
+from ubsmoe.server.origin import origin
 from ubsmoe.server.privacy import noisy_mean, spent
 from ubsmoe.server.robust import Answer, robustify
-from ubsmoe.server.start import noise_key, sample_clients, start_state
+from ubsmoe.server.start import noise_key, sample_clients, settled, start_state
 from ubsmoe.server.validator import Validator
 from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.change import upload_bytes
@@ -49,12 +50,12 @@ def run(
         report(event, round, fields)
 
     def save(number: int) -> None:
-        facts = {"history": history, "seconds": seconds_before + time.perf_counter() - started, "noise": noise}
+        facts = {"history": history, "seconds": seconds_before + time.perf_counter() - started}
         folder.save_checkpoint(number, pack(state), facts, settings.keep_checkpoints)
 
-    checkpoint = folder.resume()
+    checkpoint = folder.resume(origin(federation))
     if checkpoint is None:
-        state, history, noise, seconds_before, done = start_state(federation), [], noise_key(settings), 0.0, 0
+        state, history, seconds_before, done = start_state(federation), [], 0.0, 0
         part = federation.partition
         log("started", 0, rounds=settings.train.rounds, clients=len(engine.clients()), method=method.name)
         log("partition", 0, report=part.to_json() if part else None)
@@ -64,11 +65,17 @@ def run(
         save(0)
     else:
         state, done, facts = unpack(checkpoint.tensors, method.keeps), checkpoint.round, checkpoint.facts
-        history, noise, seconds_before = facts["history"], facts["noise"], facts["seconds"]
+        history, seconds_before = facts["history"], facts["seconds"]
         report("resumed", done, {"round": done})
 
+    if settings.privacy:
+        folder.releases.check(done)
     for number in range(done + 1, settings.train.rounds + 1):
-        state = one_round(federation, engine, state, number, log, noise)
+        if settings.privacy:
+            noise = noise_key(settings, folder.releases.begin(number))
+            state = one_round(federation, engine, state, number, log, noise, folder.releases.release)
+        else:
+            state = one_round(federation, engine, state, number, log)
         if _is_evaluated(settings, number):
             history.append(_evaluate_tiers(federation, state, number, score_all, log))
         save(number)
@@ -86,15 +93,34 @@ def run(
         "after": history[-1] if settings.evaluate.after else None,
     }
     if settings.privacy:
-        summary["privacy"] = {**settings.privacy.model_dump(exclude={"seed"}), **spent(settings, settings.train.rounds)}
+        summary["privacy"] = {**settings.privacy.model_dump(exclude={"seed"}), **spent(settings, folder.releases.count)}
     folder.write_summary(summary)
     return summary
 
 
-def one_round(federation: Federation, engine: Engine, state: State, number: int, log: Log, noise: str = "") -> State:
+def one_round(
+    federation: Federation,
+    engine: Engine,
+    state: State,
+    number: int,
+    log: Log,
+    noise: str = "",
+    release: Callable[[int], int] = int,
+) -> State:
     """One round, from the draw of clients to the next state.
 
-    `log` gets the events. `noise` is the `noise_key` of a private run, whose events tell nothing of what a client has but its size.
+    Args:
+        federation: the run.
+        engine: how clients are reached.
+        state: what the round begins with.
+        number: of the round, from 1.
+        log: gets the events; those of a private run tell nothing of what a client has but its size.
+        noise: the `noise_key` of this attempt at a private round.
+        release: called with the round before anything that follows from a private round's updates leaves; gives how many such
+            models have gone out, which epsilon counts.
+
+    Returns:
+        The next state.
 
     Raises:
         RoundError: if too few updates count; the state before is what there is then.
@@ -133,9 +159,9 @@ def one_round(federation: Federation, engine: Engine, state: State, number: int,
         contributions = iter([_noisy_mean(federation, engine.clients(), answers(), state, number, noise)])
     else:
         contributions = robustify(answers(), settings.robust, drop)
-    state = method.aggregate(state, metrics.accumulate(contributions))
+    state = settled(method.aggregate(state, metrics.accumulate(contributions)), method)
 
-    fields = metrics.summary() | method.event(state) | (spent(settings, number) if settings.privacy else {})
+    fields = metrics.summary() | method.event(state) | (spent(settings, release(number)) if settings.privacy else {})
     log("round", number, seconds=time.perf_counter() - began, **fields)
     return state
 
@@ -171,16 +197,16 @@ def _noisy_mean(
     assert settings.privacy is not None
     task = Task(number, tier, federation.method.dispatch(state, tier))
     mean_top_k = sum(client.top_k for client in clients) / len(clients)
-    draw = generator_for(noise, number, "noise")
+    key = (noise, number)
     return noisy_mean(
-        answers, task.payload, federation.specs(task), settings.privacy, settings.clients_per_round, mean_top_k, draw
+        answers, task.payload, federation.specs(task), settings.privacy, settings.clients_per_round, mean_top_k, key
     )
 
 
 def _tasks(federation: Federation, state: State, number: int, profiles: Iterable[Profile]) -> Iterator[Task]:
     """One task per client, made when it is asked for."""
     for profile in profiles:
-        payload = federation.method.dispatch(state, profile)
+        payload = in_order(federation.method.dispatch(state, profile))
         yield Task(number, profile, payload, federation.run_id, federation.base_sha256)
 
 

@@ -8,8 +8,9 @@ import torch
 
 from ubsmoe.config import ConfigError, RunSettings
 from ubsmoe.export.save_load import read_peft
-from ubsmoe.messages import Profile
-from ubsmoe.methods.method import State
+from ubsmoe.messages import Profile, in_order
+from ubsmoe.methods.method import Method, State
+from ubsmoe.methods.state import pack, unpack
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.federation import Federation
 
@@ -32,7 +33,12 @@ def start_state(federation: Federation) -> State:
         router=adapter.router == "trained",
         attention=adapter.attention == "trained",
     )
-    return federation.method.start(fresh)
+    return settled(federation.method.start(fresh), federation.method)
+
+
+def settled(state: State, method: Method) -> State:
+    """The state as a checkpoint would give it back, so that a resumed run goes on from the very same one."""
+    return unpack(in_order(pack(state)), method.keeps)
 
 
 def _start_from(federation: Federation, folder: str) -> State:
@@ -51,14 +57,14 @@ def _start_from(federation: Federation, folder: str) -> State:
     state = method.start(adapter)
     if not all(name in state.adapters and torch.equal(state.adapters[name], value) for name, value in adapter.items()):
         raise ConfigError(f"adapter.start: {method.name} begins from an adapter of its own; choose another method")
-    return state
+    return settled(state, method)
 
 
-def noise_key(settings: RunSettings) -> str:
-    """What a private run's noise follows from: a secret of the server's, kept with its checkpoints, unless a seed is set."""
+def noise_key(settings: RunSettings, salt: str = "") -> str:
+    """What draws and noise of one attempt at a private round follow from: its `salt`, or privacy.seed where that is set."""
     if settings.privacy is None:
         return ""
-    return secrets.token_hex(32) if settings.privacy.seed is None else str(settings.privacy.seed)
+    return salt or secrets.token_hex(32) if settings.privacy.seed is None else str(settings.privacy.seed)
 
 
 def sample_clients(clients: Sequence[Profile], settings: RunSettings, round: int, noise: str = "") -> Sequence[Profile]:

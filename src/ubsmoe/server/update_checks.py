@@ -110,7 +110,7 @@ def check_finite(update: Update) -> None:
 def check_change(update: Update, payload: Tensors, max_change: float) -> None:
     """The root mean square of what changed, over all tensors that were sent down; what was not sent is measured from 0."""
     squared, elements = 0.0, 0
-    for name, tensor in {**update.adapters, **update.extras}.items():
+    for name, tensor in sorted({**update.adapters, **update.extras}.items()):
         if tensor.is_floating_point():
             squared += float(_change(tensor, payload.get(name)).square().sum())
             elements += tensor.numel()

@@ -12,9 +12,13 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+"""How a file is opened that nobody can have put there."""
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
@@ -40,9 +44,16 @@ def atomic_write(path: str | Path, data: bytes) -> None:
 
 
 def write_new_file(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Write and fsync a file; after a crash it may be there in part, so callers rename it into place afterwards."""
+    """Write and fsync a file; after a crash it may be there in part, so callers rename it into place afterwards.
+
+    What is at `path` is taken away rather than written through: it may be a link, or readable by more than `mode` says.
+    """
     with _naming(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | NEW, mode)
+        except FileExistsError:
+            os.unlink(path)
+            descriptor = os.open(path, os.O_WRONLY | NEW, mode)
         try:
             _write_all(descriptor, data)
             os.fsync(descriptor)
@@ -51,12 +62,20 @@ def write_new_file(path: Path, data: bytes, mode: int = 0o666) -> None:
 
 
 class AppendFile:
-    """A file that only grows at its end, or is cut back there; created when missing."""
+    """A file that only grows at its end, or is cut back there; created when missing.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file; a link is refused.
+        mode: who may read a file that is created, less what the umask takes.
+
+    Raises:
+        OSError: if it cannot be opened, or is no plain file of this name alone.
+    """
+
+    def __init__(self, path: Path, mode: int = 0o666) -> None:
         self.path = path
         with _naming(path):
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._descriptor = _open_own(path, os.O_APPEND, mode)
 
     def append(self, data: bytes) -> None:
         """Hand bytes to the system, all or none: what a failing write left behind is cut off again."""
@@ -93,11 +112,12 @@ class Lock:
 
     Raises:
         BlockingIOError: if another process holds it; the text says which.
+        OSError: if it cannot be opened, or is a link.
     """
 
     def __init__(self, path: Path) -> None:
         with _naming(path):
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._descriptor = _open_own(path)
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.ftruncate(self._descriptor, 0)
@@ -142,9 +162,12 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder and what is in it."""
+    """Delete a folder and what is in it; of a link only the link."""
     with _naming(folder):
-        shutil.rmtree(folder)
+        if folder.is_symlink():
+            os.unlink(folder)
+        else:
+            shutil.rmtree(folder)
 
 
 def encode_json(value: Any, indent: int | None = None, sort_keys: bool = True) -> bytes:
@@ -160,6 +183,24 @@ def file_sha256(path: str | Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open_own(path: Path, flags: int = 0, mode: int = 0o666) -> int:
+    """Open a file to change it in place, created when missing.
+
+    In a folder that somebody else has filled, a link of either kind would let the change reach a file elsewhere; a pipe would hang.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | flags, mode)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, f"is a link, which is not followed; remove {path.name}") from None
+        raise
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        os.close(descriptor)
+        raise OSError(errno.ELOOP, f"is a link or no plain file; remove {path.name}")
+    return descriptor
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -10,6 +10,10 @@ from ubsmoe.errors import UserError
 from ubsmoe.storage import disk
 
 Event = dict[str, Any]
+DAMAGED = (
+    "the file is damaged. Remove that line, or move the file away, and start the run again with the same --out: "
+    "it goes on from its newest checkpoint, and reports lack what was lost"
+)
 
 
 class EventError(UserError):
@@ -30,15 +34,16 @@ class EventLog:
     Args:
         path: the file; created when missing.
         clock: gives the time of each event.
+        mode: who may read it, less what the umask takes.
 
     Raises:
         OSError: if the file cannot be opened or mended.
     """
 
-    def __init__(self, path: str | Path, clock: Callable[[], datetime] = utc_now) -> None:
+    def __init__(self, path: str | Path, clock: Callable[[], datetime] = utc_now, mode: int = 0o666) -> None:
         self.path = Path(path)
         self._clock = clock
-        self._file = disk.AppendFile(self.path)
+        self._file = disk.AppendFile(self.path, mode)
         self._file.cut(self.path.read_bytes().rfind(b"\n") + 1)
 
     def append(self, event: str, round: int | None = None, **fields: Any) -> None:
@@ -106,16 +111,51 @@ def read_events(path: str | Path) -> list[Event]:
     return events
 
 
+class EventTail:
+    """Reads a file that another process goes on writing: each look costs what was written since the one before.
+
+    Args:
+        path: the file; it need not exist yet.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._end, self._last = 0, b""  # how far it was read, and the last line up to there
+
+    def new(self) -> list[Event]:
+        """The whole lines that were added since.
+
+        A resumed run has cut off the events after its checkpoint; what it wrote then is told from what stayed by its time.
+
+        Raises:
+            EventError: if a whole line is not an event; the message names it.
+        """
+        if not self._path.exists():
+            return []
+        with open(self._path, "rb") as file:
+            file.seek(self._end - len(self._last))
+            begin = self._end if file.read(len(self._last)) == self._last else 0
+            file.seek(begin)
+            data = file.read()
+        events = [_parse(line, f"{self._path} after byte {begin}") for line in data.split(b"\n")[:-1]]
+        if begin < self._end:
+            shown_until = _parse(self._last, str(self._path))["time"]
+            events = [event for event in events if event["time"] > shown_until]
+        if whole := data[: data.rfind(b"\n") + 1]:
+            self._end, self._last = begin + len(whole), whole[whole[:-1].rfind(b"\n") + 1 :]
+        return events
+
+
 def _parse(line: bytes, where: str) -> Event:
     try:
         event = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise EventError(f"{where}: not JSON ({error}); the file is damaged") from None
+        raise EventError(f"{where}: not JSON ({error}); {DAMAGED}") from None
     if not (
         isinstance(event, dict)
         and isinstance(event.get("event"), str)
         and isinstance(event.get("time"), str)
         and isinstance(event.get("round", ""), int | None)
     ):
-        raise EventError(f"{where}: not an event; expected an object with event, time and round")
+        raise EventError(f"{where}: not an event, which is an object with event, time and round; {DAMAGED}")
     return event

@@ -90,7 +90,7 @@ def read_export(path: str | Path) -> dict[str, Any]:
     try:
         facts = json.loads((path / SIDECAR).read_bytes())
         hashes = dict(facts.pop("files"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ExportError(f"{path} is not a whole export: {SIDECAR} cannot be used ({error!r}); export again") from None
     for name, expected in hashes.items():
         if not (path / name).is_file():
@@ -112,5 +112,5 @@ def read_export_json(path: str | Path) -> dict[str, Any]:
     """One JSON object of an export or a PEFT adapter. Raises ExportError if it cannot be read."""
     try:
         return dict(json.loads(Path(path).read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ExportError(f"{path} cannot be read: {error}") from None

@@ -8,24 +8,36 @@
     checkpoints/         the newest states
     adapter.safetensors  the final adapter
     summary.json         the final figures
+    releases.jsonl       of a private run: every attempt at a round, every model that went out
     .lock                held by the process that writes here
 
 `RunFolder` is for the one process that runs; `read_run` looks at a folder without touching it.
 """
 
+import errno
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from ubsmoe.errors import UserError
 from ubsmoe.storage import checkpoints, disk, tensors
 from ubsmoe.storage.checkpoints import Checkpoint
 from ubsmoe.storage.disk import atomic_write as atomic_write
 from ubsmoe.storage.events import EventLog, read_events
 from ubsmoe.storage.record import RunRecord
+from ubsmoe.storage.releases import Releases
+from ubsmoe.storage.same_run import (
+    ORIGIN,
+    RESUMABLE_CHANGE,
+    differing_settings,
+    fixed_settings,
+    refusal,
+    refuse_other_run,
+)
+from ubsmoe.storage.same_run import RunFolderError as RunFolderError
 from ubsmoe.storage.versions import current_versions
 from ubsmoe.version import __version__
 
@@ -34,28 +46,26 @@ if TYPE_CHECKING:
 
 CONFIG, VERSIONS, EVENTS, CHECKPOINTS = "config.json", "versions.json", "events.jsonl", "checkpoints"
 ADAPTER, SUMMARY, DATA, COSTS = "adapter.safetensors", "summary.json", "data.json", "costs.json"
-LOCK = ".lock"
+RELEASES, LOCK = "releases.jsonl", ".lock"
+MEND = "move it away and start the run again with the same --out: checkpoints are intact, and it is written anew"
 OLDEST = (0, 2)
 """The oldest version of ubsmoe whose run folders are read."""
-RESUMABLE_CHANGE = "rounds.quorum"
-"""The one setting that may be another when a run goes on: where dropping out is seeded, the same round would stop it again."""
 RUN_FILES = {
-    *(CONFIG, DATA, COSTS, VERSIONS, EVENTS, CHECKPOINTS, ADAPTER, SUMMARY, LOCK),
+    *(CONFIG, DATA, COSTS, VERSIONS, EVENTS, CHECKPOINTS, ADAPTER, SUMMARY, RELEASES, LOCK),
     *(f".{CONFIG}.draft", f".{VERSIONS}.draft"),
 }
-
-
-class RunFolderError(UserError):
-    """A folder that cannot hold this run; the message says why and what to change."""
 
 
 class RunFolder:
     """A run folder that `open_or_create` opened for writing; it is locked against every other process until `close`."""
 
-    def __init__(self, path: Path, lock: disk.Lock, versions_changed: dict[str, list[str | None]]) -> None:
+    def __init__(
+        self, path: Path, lock: disk.Lock, config_json: str, versions_changed: dict[str, list[str | None]]
+    ) -> None:
         self.path = path
         self.events = EventLog(path / EVENTS)
         self._lock = lock
+        self._origin: dict[str, Any] = {"settings": fixed_settings(config_json)}
         self._versions_changed = versions_changed
 
     @classmethod
@@ -76,30 +86,48 @@ class RunFolder:
         try:
             _refuse_foreign(path)
             disk.make_folder(path)
+            if (path / CHECKPOINTS).is_symlink():
+                raise RunFolderError(
+                    f"{path / CHECKPOINTS} is a link, and links in a run folder are not followed; remove it"
+                )
             lock = disk.Lock(path / LOCK)
-            exists = (path / CONFIG).exists()
+            exists = (path / CONFIG).exists() and (path / VERSIONS).exists()
             before = _go_on(path, config_json, now) if exists else _begin(path, config_json, now)
-            return cls(path, lock, differing_settings(before, now))
+            return cls(path, lock, config_json, differing_settings(before, now))
         except (OSError, ValueError) as error:
             if lock:
                 lock.close()
             if isinstance(error, BlockingIOError):
                 raise RunFolderError(f"{path} is {error.strerror}; stop it or choose another --out") from None
+            if isinstance(error, OSError) and error.errno == errno.ELOOP:
+                raise RunFolderError(f"{error.filename} {error.strerror}, or choose another --out") from None
             if isinstance(error, OSError):
                 raise RunFolderError(f"cannot write in {path}: {error}; choose another --out") from error
             raise
 
-    def resume(self) -> Checkpoint | None:
+    @cached_property
+    def releases(self) -> Releases:
+        """What a private run has to remember of its attempts. Raises EventError if the file is damaged."""
+        return Releases(self.path / RELEASES)
+
+    def resume(self, origin: Mapping[str, str] | None = None) -> Checkpoint | None:
         """Go back to the newest usable checkpoint; events of later rounds are forgotten and the return noted as one.
+
+        Args:
+            origin: hashes of what the run is made of, by name; every checkpoint carries them and the settings.
 
         Returns:
             The checkpoint, or None if the run has none yet and starts from the beginning.
 
         Raises:
+            RunFolderError: if the checkpoint is of a run with other settings, or was made of something else; it names what.
             CheckpointError: if there are checkpoints and none is usable.
             EventError: if the event file is damaged.
         """
+        self._origin |= origin or {}
         checkpoint = checkpoints.load_newest(self.path / CHECKPOINTS)
+        if checkpoint:
+            refuse_other_run(self.path, checkpoint, self._origin)
         self.events.truncate_after(checkpoint.round if checkpoint else -1)
         if checkpoint:
             self.events.append(
@@ -110,7 +138,9 @@ class RunFolder:
     def save_checkpoint(self, round: int, tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any], keep: int) -> Path:
         """Save the state after a round; the events up to it become durable first. As `checkpoints.save_checkpoint`."""
         self.events.sync()
-        return checkpoints.save_checkpoint(self.path / CHECKPOINTS, round, tensors, facts, keep)
+        return checkpoints.save_checkpoint(
+            self.path / CHECKPOINTS, round, tensors, {**facts, ORIGIN: self._origin}, keep
+        )
 
     def write_adapter(self, adapter: Mapping[str, "Tensor"], facts: Mapping[str, Any] | None = None) -> str:
         """Write the final adapter; `facts`, such as alpha, go into its header. Returns its SHA-256."""
@@ -133,6 +163,8 @@ class RunFolder:
     def close(self) -> None:
         """Let another process have the folder; closing twice is fine."""
         self.events.close()
+        if "releases" in self.__dict__:
+            self.releases.close()
         self._lock.close()
 
     def __enter__(self) -> Self:
@@ -147,6 +179,11 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file() and (Path(path) / VERSIONS).is_file()
 
 
+def has_ended(path: Path) -> bool:
+    """Whether a run has written its final figures."""
+    return (path / SUMMARY).exists()
+
+
 def read_run(path: str | Path) -> RunRecord:
     """Read a run folder, finished or not, without locking or changing it.
 
@@ -154,9 +191,8 @@ def read_run(path: str | Path) -> RunRecord:
         RunFolderError: if there is no run, an older ubsmoe wrote it, or a file of it is damaged.
         EventError: if the event file is damaged.
     """
-    path = Path(path)
-    versions = _read_versions(path)
-    summary = _read_json(path / SUMMARY) if (path / SUMMARY).exists() else None
+    path, versions = Path(path), _read_versions(Path(path))
+    summary = _read_json(path / SUMMARY) if has_ended(path) else None
     events = read_events(path / EVENTS) if (path / EVENTS).exists() else []
     costs = _read_json(path / COSTS, list) if (path / COSTS).exists() else None
     return RunRecord(path, _read_json(path / CONFIG), versions, events, summary, costs)
@@ -178,7 +214,7 @@ def read_adapter(path: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]
         if expected not in (None, hashlib.sha256(data).hexdigest()):
             raise ValueError(f"its SHA-256 is not the one in {SUMMARY}")
         return tensors.read_tensors(data), tensors.read_facts(data)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise RunFolderError(f"{file} is damaged: {error}") from error
 
 
@@ -201,39 +237,22 @@ def saved_round(path: str | Path) -> int | None:
     return checkpoints.newest_round(Path(path) / CHECKPOINTS)
 
 
-def differing_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The settings that are not the same in both, by dotted key: [theirs, ours], None where one has no such setting.
-
-    >>> differing_settings({"train": {"rounds": 5}, "seed": 0}, {"train": {"rounds": 9}, "seed": 0})
-    {'train.rounds': [5, 9]}
-    """
-    flat_theirs, flat_ours = flatten(theirs), flatten(ours)
-    keys = sorted(flat_theirs.keys() | flat_ours.keys())
-    pairs = {key: [flat_theirs.get(key), flat_ours.get(key)] for key in keys}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 def _refuse_foreign(path: Path) -> None:
     """Never mix a run into a folder of something else; what a start killed half-way left behind is ours."""
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path} is a file; choose another --out")
     if not path.exists() or (path / CONFIG).exists():
         return
-    foreign = sorted(part.name for part in path.iterdir() if part.name not in RUN_FILES)
+    ours = tuple(RUN_FILES)  # as the beginning of a name too: config.json.damaged is what somebody moved away
+    foreign = sorted(part.name for part in path.iterdir() if not part.name.startswith(ours))
     if foreign:
         raise RunFolderError(f"{path} is not a run folder: it holds {', '.join(foreign[:3])}; choose another --out")
 
 
 def _begin(path: Path, config_json: str, versions: dict[str, str]) -> dict[str, str]:
-    """config.json comes last: from then on the folder is a run."""
+    """config.json comes last: from then on the folder is a run. One that was lost comes back for the same settings only."""
+    if checkpoint := checkpoints.load_newest(path / CHECKPOINTS):
+        refuse_other_run(path, checkpoint, {"settings": fixed_settings(config_json)})
     disk.make_folder(path / CHECKPOINTS)
     atomic_write(path / VERSIONS, disk.encode_json(versions, indent=2))
     atomic_write(path / CONFIG, config_json.encode())
@@ -252,12 +271,7 @@ def _go_on(path: Path, config_json: str, versions: dict[str, str]) -> dict[str, 
     if differing.keys() == {RESUMABLE_CHANGE}:
         atomic_write(path / CONFIG, config_json.encode())
     elif differing:
-        named = [f"{key} (there {there!r}, asked {asked!r})" for key, (there, asked) in differing.items()]
-        more = f" and {len(named) - 5} more" if len(named) > 5 else ""
-        raise RunFolderError(
-            f"{path} holds a run with other settings: {', '.join(named[:5])}{more}; "
-            "choose another --out, or set them as they are there to resume that run"
-        )
+        raise RunFolderError(refusal(path, differing))
     return before
 
 
@@ -277,8 +291,10 @@ def _read_versions(path: Path) -> dict[str, str]:
 def _read_json(path: Path, kind: type = dict) -> Any:
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise RunFolderError(f"{path} cannot be read: {error}; is {path.parent} a run folder?") from error
+    except (ValueError, RecursionError) as error:
+        raise RunFolderError(f"{path} is damaged: {error}; {MEND}") from None
     if not isinstance(value, kind):
-        raise RunFolderError(f"{path} is damaged: expected a JSON {'object' if kind is dict else 'list'}")
+        raise RunFolderError(f"{path} is damaged: expected a JSON {'object' if kind is dict else 'list'}; {MEND}")
     return value

@@ -19,7 +19,8 @@ from ubsmoe.plan.tiers import run_costs
 from ubsmoe.report.comparison import Balance, Row
 from ubsmoe.report.tracking import Tracking, check_trackers
 from ubsmoe.storage.record import RunRecord, Scores
-from ubsmoe.storage.runfolder import RunFolder, atomic_write, differing_settings, read_run
+from ubsmoe.storage.runfolder import RunFolder, atomic_write, read_run
+from ubsmoe.storage.same_run import differing_settings
 from ubsmoe.study.variants import Variant
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ubsmoe.config import ConfigError, RunSettings, parse_run, read_toml, with_overrides
 from ubsmoe.report.series import label_of
-from ubsmoe.storage.runfolder import flatten
+from ubsmoe.storage.same_run import flatten
 
 TUNABLE = ("adapter", "tiers", "train", "wire", "robust")
 """Sections of the run file that a variant may change for itself."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
+from acting import ACTING
 from ubsmoe.config import ConfigError, load_run
 from ubsmoe.engines.flower.app import read_app
 from ubsmoe.engines.flower.client import client_app
@@ -67,8 +68,14 @@ def site(tiny_run: dict[str, Any], write_toml: Callable[..., Path]) -> Callable[
     )
 
 
+ACTING_HERE = {
+    f"{part}__{key}": value for part, keys in ACTING.items() if part != "clients" for key, value in keys.items()
+}
 PROTECTED = {
     "plain": {},
+    "all that acts": ACTING_HERE,
+    "all that acts, bfloat16": ACTING_HERE | {"model__dtype": "bfloat16"},
+    "all that acts, robust": ACTING_HERE | {"robust__rule": "multi_krum", "robust__attackers": 1, "robust__clip_norm": 0.01},
     "trimmed mean": {"robust__rule": "trimmed_mean", "robust__attackers": 1, "robust__utilization_cap": 1.1},
     "multi-Krum, clipped": {"robust__rule": "multi_krum", "robust__attackers": 1, "robust__clip_norm": 0.05},
     "private": {"privacy__noise_multiplier": 0.5, "privacy__clip_norm": 0.1, "privacy__seed": 7},

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ubsmoe.engines.flower.localhost import _process, descendants, kill
+from ubsmoe.engines.flower.endings import descendants, kill
+from ubsmoe.engines.flower.localhost import _process
 
 
 def is_there(pid: int) -> bool:

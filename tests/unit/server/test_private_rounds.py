@@ -1,6 +1,9 @@
 """[privacy] in a run: what one client can do at most, what is written, what is refused, the same bits after a resume."""
 
 import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,16 @@ import torch
 from ubsmoe.config import PrivacySettings, parse_run, to_json, with_overrides
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.errors import UserError
-from ubsmoe.messages import Profile, Task, Update
+from ubsmoe.messages import Profile, Reply, Task, Update
 from ubsmoe.methods.method import Contribution
 from ubsmoe.plan.tiers import run_costs
 from ubsmoe.server.federation import build_federation
-from ubsmoe.server.privacy import noisy_mean
+from ubsmoe.server.privacy import noisy_mean, spent
+from ubsmoe.server.robust import delta_of
 from ubsmoe.server.rounds import run
-from ubsmoe.server.start import sample_clients
+from ubsmoe.server.start import sample_clients, start_state
 from ubsmoe.server.update_checks import UpdateSpec, spec_of
-from ubsmoe.storage.runfolder import RunFolder
+from ubsmoe.storage.runfolder import RunFolder, read_adapter
 
 A = "layers.0.up.A"
 SENT = {A: torch.full((2, 3), 1.0), "phi": torch.zeros(1, 2)}
@@ -35,7 +39,7 @@ def update(by: float, counts: torch.Tensor = COUNTS, phi: float = 0.0) -> Update
 
 def mean(updates: list[Update], settings: PrivacySettings = SETTINGS, wanted: int = 4) -> Contribution:
     answers = [(TASK, update) for update in updates]
-    return noisy_mean(answers, SENT, SPEC, settings, wanted, 2.0, torch.Generator().manual_seed(0))
+    return noisy_mean(answers, SENT, SPEC, settings, wanted, 2.0, ("a", 3))
 
 
 def test_without_noise_and_clipping_it_is_the_sum_over_the_clients_wanted() -> None:
@@ -105,15 +109,110 @@ def test_a_private_run_tells_epsilon_and_no_clients_numbers_and_resumes_to_the_s
     with pytest.raises(KeyboardInterrupt):
         carry_out(settings, tmp_path / "stopped", stop_in=2)
     resumed = carry_out(settings, tmp_path / "stopped")
-    assert resumed["adapter_sha256"] == whole["adapter_sha256"] and resumed["privacy"] == whole["privacy"]
+    assert resumed["adapter_sha256"] == whole["adapter_sha256"]
+    assert resumed["privacy"]["epsilon"] == spent(settings, 4)["epsilon"] > whole["privacy"]["epsilon"]
 
 
-def test_without_a_seed_noise_is_secret_and_survives_a_resume(tiny_run: dict[str, Any], tmp_path: Path) -> None:
-    """Two runs of one run file differ; a run that is taken up again after round 2's noise was drawn draws it again."""
-    settings = parse_run(with_overrides(tiny_run, PRIVATE | {"train.rounds": 2}))
-    hashes = {carry_out(settings, tmp_path / name)["adapter_sha256"] for name in ("a", "b")}
-    assert len(hashes) == 2
-    assert carry_out(settings, tmp_path / "a")["adapter_sha256"] in hashes
+def lost_newest(folder: Path) -> None:
+    """The newest checkpoint is gone: the disk lost it, or somebody put an older copy of the folder back."""
+    shutil.rmtree(max((folder / "checkpoints").iterdir()))
+
+
+def model_of(folder: Path) -> torch.Tensor:
+    adapter, _ = read_adapter(folder)
+    return torch.cat(
+        [value.double().flatten() for name, value in sorted(adapter.items()) if name.startswith("layers.")]
+    )
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_round_that_is_run_again_with_another_client_does_not_lay_that_client_bare(
+    seed: int | None, tiny_run: dict[str, Any], tmp_path: Path
+) -> None:
+    """Under the same noise the difference of the two models is one client's clipped change: cosine 1 (faults2.md, B1)."""
+    whole = {"clients.per_round": 4, "clients.sampling": "fixed", "train.rounds": 1, "privacy.noise_multiplier": 3.0}
+    federation = build_federation(parse_run(with_overrides(tiny_run, PRIVATE | whole | {"privacy.seed": seed})))
+    settings, spied = federation.settings, list[Update]()
+
+    def round_with(clients: int) -> torch.Tensor:
+        engine = LocalEngine(federation.trainer, federation.examples, federation.clients)
+        exchange = engine.exchange
+
+        def without_the_last(tasks: Iterable[Task]) -> Iterator[Reply]:
+            spied[:] = exchange(tasks)  # type: ignore[assignment]
+            yield from spied[:clients]
+
+        engine.exchange = without_the_last  # type: ignore[method-assign]
+        with RunFolder.open_or_create(tmp_path / "run", to_json(settings)) as opened:
+            run(federation, opened, engine, lambda *_: None)
+        return model_of(tmp_path / "run")
+
+    all_four = round_with(4)
+    lost_newest(tmp_path / "run")
+    difference = all_four - round_with(3)
+    sent = federation.method.dispatch(start_state(federation), federation.tiers[0])
+    delta = delta_of(spied[3], sent)
+    bare = torch.cat([delta[name].flatten() for name in sorted(delta) if name.startswith("layers.")])
+    cosine = float(torch.nn.functional.cosine_similarity(difference, bare, dim=0))
+    assert abs(cosine) < 5 / len(bare) ** 0.5, "the difference points along the client's change"
+
+
+def test_every_attempt_is_noted_before_anybody_is_asked_and_epsilon_counts_every_model_that_went_out(
+    tiny_run: dict[str, Any], tmp_path: Path
+) -> None:
+    settings, folder = parse_run(with_overrides(tiny_run, PRIVATE | {"train.rounds": 2})), tmp_path / "run"
+    first = carry_out(settings, folder)
+    lost_newest(folder)
+    again = carry_out(settings, folder)
+    assert again["adapter_sha256"] != first["adapter_sha256"]
+    assert again["privacy"]["epsilon"] == spent(settings, 3)["epsilon"] > first["privacy"]["epsilon"]
+    notes = [json.loads(line) for line in (folder / "releases.jsonl").read_text().splitlines()]
+    assert [(note["event"], note["round"]) for note in notes] == [
+        *[(event, number) for number in (1, 2, 2) for event in ("attempt", "released")]
+    ]
+    salts = [note["salt_sha256"] for note in notes if note["event"] == "attempt"]
+    assert len(set(salts)) == 3
+
+
+def test_no_secret_of_the_noise_is_on_the_disk_and_the_notes_are_the_owners_alone(
+    tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "5ec7e7" * 10
+    monkeypatch.setattr("ubsmoe.storage.releases.secrets.token_hex", lambda _: secret)
+    before = os.umask(0o022)
+    try:
+        carry_out(parse_run(with_overrides(tiny_run, PRIVATE | {"train.rounds": 1})), tmp_path / "run")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+    assert (tmp_path / "run" / "releases.jsonl").stat().st_mode & 0o077 == 0
+
+
+def test_a_private_run_whose_notes_are_gone_or_torn_does_not_go_on_with_a_wrong_epsilon(
+    tiny_run: dict[str, Any], tmp_path: Path
+) -> None:
+    settings, folder = parse_run(with_overrides(tiny_run, PRIVATE | {"train.rounds": 2})), tmp_path / "run"
+    carry_out(settings, folder)
+    notes = (folder / "releases.jsonl").read_bytes()
+    (folder / "releases.jsonl").write_bytes(b"[" * 100_000 + b"\n" + notes)
+    with pytest.raises(UserError, match=r"releases\.jsonl, line 1: not JSON"):
+        carry_out(settings, folder)
+    (folder / "releases.jsonl").unlink()
+    with pytest.raises(UserError, match=r"does not tell of round 1, .*how much privacy was spent cannot be said"):
+        carry_out(settings, folder)
+    (folder / "releases.jsonl").write_bytes(
+        notes + b'{"event": "relea'
+    )  # torn by a power cut: before anything went out
+    assert carry_out(settings, folder)["privacy"]["epsilon"] == spent(settings, 2)["epsilon"]
+
+
+def test_two_different_sums_never_have_the_same_noise_and_the_same_sum_has_it_again() -> None:
+    settings = PrivacySettings(noise_multiplier=2.0, clip_norm=3.0)
+    one, again, other = mean([update(0.1)], settings), mean([update(0.1)], settings), mean([update(0.2)], settings)
+    assert torch.equal(one.adapters[A], again.adapters[A])
+    moved = other.adapters[A] - one.adapters[A]
+    assert (moved - moved.mean()).abs().max() > 0.01, "the difference is the bare change, the same in every entry"
 
 
 def test_poisson_draws_vary_in_number_and_have_the_mean_asked_for(tiny_run: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ubsmoe.storage.events import EventError, EventLog, read_events
+from ubsmoe.storage.events import EventError, EventLog, EventTail, read_events
 
 NOON = datetime(2025, 1, 2, 12, 0, tzinfo=UTC)
 plain_json = st.recursive(
@@ -130,3 +130,58 @@ def test_lines_are_in_the_file_before_append_returns(tmp_path):
     assert json.loads((tmp_path / "e.jsonl").read_text())["event"] == "one"
     log.close()
     log.close()
+
+
+def ticking():
+    """A clock that goes on by a second at each look."""
+    seconds = iter(range(10**6))
+    return lambda: NOON + timedelta(seconds=next(seconds))
+
+
+def seen(tail):
+    return [event["round"] for event in tail.new()]
+
+
+def test_a_tail_gives_each_event_once_and_a_torn_line_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "e.jsonl"
+    tail = EventTail(path)
+    assert seen(tail) == []
+    with EventLog(path, ticking()) as log:
+        for round in (1, 2):
+            log.append("step", round)
+        assert (seen(tail), seen(tail)) == ([1, 2], [])
+        log.append("step", 3)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])
+    assert seen(tail) == []
+    path.write_bytes(whole)
+    assert (seen(tail), seen(tail)) == ([3], [])
+
+
+@pytest.mark.parametrize("look_after_the_cut", [True, False])
+def test_a_tail_follows_a_run_that_went_back_and_repeats_nothing(tmp_path, look_after_the_cut):
+    path = tmp_path / "e.jsonl"
+    tail = EventTail(path)
+    with EventLog(path, ticking()) as log:
+        for round in (1, 2, 3, 4):
+            log.append("step", round)
+        assert seen(tail) == [1, 2, 3, 4]
+        log.truncate_after(1)
+        if look_after_the_cut:
+            assert seen(tail) == []
+        for round in (1, 2, 3, 4, 5):
+            log.append("again", round)
+        assert (seen(tail), seen(tail)) == ([1, 2, 3, 4, 5], [])
+
+
+def test_a_look_at_a_long_run_reads_only_what_is_new(tmp_path, monkeypatch):
+    path = tmp_path / "e.jsonl"
+    with EventLog(path, ticking()) as log:
+        for round in range(3000):
+            log.append("step", round, utilization=[0.5] * 8)
+        tail = EventTail(path)
+        assert len(tail.new()) == 3000
+        log.append("step", 3000)
+        parsed = []
+        monkeypatch.setattr("ubsmoe.storage.events._parse", lambda line, where: parsed.append(line) or json.loads(line))
+        assert seen(tail) == [3000] and len(parsed) == 1

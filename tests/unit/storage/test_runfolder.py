@@ -19,11 +19,11 @@ from ubsmoe.storage.runfolder import (
     RunFolder,
     RunFolderError,
     atomic_write,
-    differing_settings,
     read_adapter,
     read_run,
     read_states,
 )
+from ubsmoe.storage.same_run import differing_settings
 from ubsmoe.storage.versions import current_versions
 
 CONFIG = json.dumps({"seed": 0, "train": {"rounds": 5, "learning_rate": 0.002}, "tiers": {"budgets": [0.25, 1.0]}})

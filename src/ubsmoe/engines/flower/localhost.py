@@ -9,23 +9,22 @@ There are two kinds. Flower's `config.toml`, in its home folder, names either `l
 import json
 import os
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ubsmoe.engines.flower.app import QUIET
+from ubsmoe.engines.flower.endings import FOLDER, descendants, ended_in_order, kill, owned_folder
 from ubsmoe.engines.flower.keys import CA, SERVER, SERVER_KEY, make_keys
-from ubsmoe.engines.flower.resident import FOLDER, stop_residents
+from ubsmoe.engines.flower.resident import stop_residents
 from ubsmoe.errors import UserError, require
 from ubsmoe.storage import disk
 
@@ -104,7 +103,7 @@ def local_federation(
     trust = "insecure = true" if simulated else f"root-certificates = {json.dumps(str(home / CA))}"
     disk.atomic_write(home / "config.toml", f'[superlink.localhost]\naddress = "127.0.0.1:{port}"\n{trust}\n'.encode())
     with ExitStack() as stack:
-        stack.enter_context(_ends_on_sigterm())
+        stack.enter_context(ended_in_order())
         residents = stack.enter_context(_residents())
 
         def start(program: str, options: Sequence[str], name: str) -> subprocess.Popen[bytes]:
@@ -146,21 +145,13 @@ def supernode_options(keys: Path, key: Path, port: int, config: Mapping[str, Any
 
 
 @contextmanager
-def _ends_on_sigterm() -> Iterator[None]:
-    """SIGTERM stops what was started, as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
 def _residents() -> Iterator[Path]:
-    """A folder for the nodes' resident processes, which are ended on leaving. Its name is short, as a socket's must be."""
-    with TemporaryDirectory(prefix="ubsmoe-") as folder:
-        yield Path(folder)
-        stop_residents(Path(folder))
+    """A folder for the nodes' resident processes, which are asked to end on leaving."""
+    with owned_folder() as folder:
+        try:
+            yield folder
+        finally:
+            stop_residents(folder)
 
 
 def _node(i: int) -> str:
@@ -213,22 +204,6 @@ def _process(
             process.wait(STOP_SECONDS)
         kill([process.pid, *family] if process.poll() is None else family)
         process.wait()
-
-
-def descendants(pid: int) -> list[int]:
-    """The processes that a process has started, and those that these have, where Linux tells."""
-    try:
-        children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-    return children + [one for child in children for one in descendants(child)]
-
-
-def kill(pids: Iterable[int]) -> None:
-    """End these processes, as far as they are there."""
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def _wait(ready: Callable[[], bool], processes: Sequence[subprocess.Popen[bytes]], what: str) -> None:

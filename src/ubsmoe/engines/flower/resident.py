@@ -31,12 +31,12 @@ from typing import IO, cast
 
 from ubsmoe.client.node_config import NodeConfig
 from ubsmoe.config import RunSettings, parse_run, to_json
+from ubsmoe.engines.flower.endings import FOLDER
 from ubsmoe.errors import UserError
 from ubsmoe.storage import disk
 from ubsmoe.version import __version__
 from ubsmoe.wire.packed import MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, Packed, WireError
 
-FOLDER = "UBSMOE_RESIDENTS"  # environment: where the sockets are, if not in the user's runtime folder
 HELLO_SECONDS = 10.0  # the longest silence of a peer that is not training
 START_SECONDS = 30.0
 DONE, REFUSED, QUIT = b"done", b"refused", b"quit"

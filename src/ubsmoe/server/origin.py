@@ -1,0 +1,42 @@
+"""What a run was made of, hashed: a checkpoint says it, and goes on only with the same."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import astuple
+from typing import Any
+
+from ubsmoe.data.prompts import TEMPLATES
+from ubsmoe.server.federation import Federation
+
+
+def origin(federation: Federation) -> dict[str, str]:
+    """SHA-256 of base, tokenizer, template, training data and test data, each under the name that a refusal uses.
+
+    A server whose clients are elsewhere cannot see their data, so that their hash is of nothing.
+    """
+    data, card = federation.settings.data, federation.data_card
+    words = [word("{}") for word in TEMPLATES[data.template]]
+    asked = ((name, *map(astuple, group)) for name, group in federation.questions.items())
+    held = ((name, *map(astuple, group)) for name, group in federation.examples.items())
+    return {
+        "base": federation.base_sha256,
+        "tokenizer": _sha256([_tokenizer_facts(federation.tokenizer)]),
+        "template": _sha256([*words, getattr(federation.tokenizer, "chat_template", None)]),
+        "data.train": _sha256([card["train"]["sha256"]] if card and card["train"]["sha256"] else held),
+        "data.test": _sha256([card["test"]["sha256"]] if card and card["test"]["sha256"] else asked),
+    }
+
+
+def _tokenizer_facts(tokenizer: Any) -> Any:
+    """What makes its tokens: all of a fast tokenizer's file but padding and truncation, which each call sets anew."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    whole = json.loads(fast.to_str()) if fast is not None else {"vocabulary": tokenizer.get_vocab()}
+    return {key: value for key, value in whole.items() if key not in ("padding", "truncation")}
+
+
+def _sha256(parts: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
