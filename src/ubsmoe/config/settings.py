@@ -64,6 +64,10 @@ class ClientSettings(Settings):
         "fixed",
         description="exactly per_round clients, or each with probability per_round / count (better for [privacy])",
     )
+    max_weight: Annotated[float, Field(ge=1)] = Field(
+        16.0,  # measured: docs/robustness.md, What a client may weigh
+        description="a client weighs at most so many times the clients' median number of examples, whatever it announces",
+    )
 
 
 class MethodSettings(BaseModel):
@@ -114,6 +118,11 @@ class RoundSettings(Settings):
     )
     max_change: PositiveFloat = Field(
         1.0, description="root mean square by which a client may change its weights; an update with more is dropped"
+    )
+    max_ratio: Annotated[float, Field(gt=1)] | None = Field(
+        8.0,  # measured: docs/robustness.md, What changes too much
+        description="an update with a tensor that changed more than so many times the clients' median is dropped; "
+        "nobody is judged by others where [privacy] is on",
     )
 
 
