@@ -102,7 +102,12 @@ def run_command(
         if costs:
             folder.write_costs(costs)
         shown.plan(settings.train.rounds, settings.clients_per_round)
-        clients = LocalEngine(federation.trainer, federation.examples, federation.clients, shown.on_step, pool)
+        patience = settings.rounds.give_up_seconds
+        if pool:
+            console.print(f"a worker process that says nothing for {patience:g} s is given up (rounds.give_up_seconds)")
+        clients = LocalEngine(
+            federation.trainer, federation.examples, federation.clients, shown.on_step, pool, patience
+        )
         score_all = partial(score_in, pool) if pool else None
         summary = run(federation, folder, as_simulated(clients, federation), on_event, score_all)
     if summary["after"]:

@@ -15,7 +15,7 @@ from ubsmoe.maths.robust import clip_factor, squared_norm
 from ubsmoe.messages import Tensors
 from ubsmoe.methods.method import Contribution
 from ubsmoe.server.robust import Answer, delta_of, with_delta
-from ubsmoe.server.update_checks import UpdateSpec
+from ubsmoe.wire.form import UpdateSpec
 
 COUNTS = "expert_tokens"
 

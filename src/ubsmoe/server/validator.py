@@ -72,8 +72,8 @@ class Validator:
         except Rejected as reason:
             return Dropped(update.client, number, "validation", str(reason))
         except Exception as error:  # whatever it holds is its client's matter and not the round's
-            reason = f"cannot be validated: {type(error).__name__}: {printable(str(error))}"
-            return Dropped(update.client, number, "validation", reason)
+            why = f"cannot be validated: {type(error).__name__}: {printable(str(error))}"
+            return Dropped(update.client, number, "validation", why)
         return None
 
     def _check(self, update: Update, task: Task) -> None:

@@ -17,7 +17,7 @@ from ubsmoe.server.federation import build_federation
 from ubsmoe.server.privacy import noisy_mean
 from ubsmoe.server.rounds import run
 from ubsmoe.server.start import sample_clients
-from ubsmoe.server.update_checks import UpdateSpec, spec_of
+from ubsmoe.wire.form import UpdateSpec, spec_of
 from ubsmoe.storage.runfolder import RunFolder
 
 A = "layers.0.up.A"
