@@ -22,7 +22,7 @@ from ubsmoe.engines.local import LocalEngine
 from ubsmoe.errors import UserError
 from ubsmoe.messages import Reply, Task, Update
 from ubsmoe.server.federation import build_federation
-from ubsmoe.server.peers import WINDOW, limits_of, kind_of, sizes_of
+from ubsmoe.server.peers import WINDOW, Limits, kind_of, sizes_of
 from ubsmoe.server.rounds import one_round
 from ubsmoe.server.start import start_state
 from ubsmoe.storage.disk import atomic_write, encode_json
@@ -69,12 +69,10 @@ def spread_of_changes(work: str, method: str, rounds: int) -> dict[str, Any]:
                 assert isinstance(reply, Update)
                 sizes.append(sizes_of(reply, task.payload))
                 yield reply
-            medians = limits_of(sizes[:WINDOW], 1.0)
+            limits = Limits(sizes[:WINDOW], 1.0)
             for name, own in ((name, own) for client in sizes for name, own in client.items()):
-                limit = medians.get(name) or medians.get(kind_of(name))
-                for i in range(2):
-                    if limit:
-                        worst[i] = max(worst[i], (own[i] / limit[i], kind_of(name)))
+                for i, times in enumerate(limits.times(name, own)):
+                    worst[i] = max(worst[i], (times, kind_of(name)))
 
     def note(event: str, number: int, **fields: Any) -> None:
         nonlocal dropped

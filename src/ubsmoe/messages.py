@@ -15,16 +15,6 @@ CLIENT_NAME = r"^[A-Za-z0-9_]([A-Za-z0-9_.-]{0,62}[A-Za-z0-9_])?$"
 Stage = Literal["training", "deadline", "wire", "validation", "robust"]
 
 
-def printable(text: str, longest: int = 300) -> str:
-    """What somebody else says, as one line that does nothing: no control character, line break or direction mark stays.
-
-    >>> printable("out of\\nmemory \\x1b[2J")
-    'out of memory \\\\x1b[2J'
-    """
-    line = " ".join(text[: 4 * longest].split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)[:longest]
-
-
 @dataclass(frozen=True)
 class Announcement:
     """A client that a machine offers: how much data it holds and which fraction of K_max it can afford.

@@ -112,7 +112,9 @@ def run_command(
         summary = run(federation, folder, as_simulated(clients, federation), on_event, score_all)
     if summary["after"]:
         show(console, result_table(cast("Summary", summary), costs))
-    console.print(f"adapter {place / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}", soft_wrap=True)
+    console.print(
+        f"adapter {place / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}", soft_wrap=True, markup=False
+    )
 
 
 def known_costs(settings: "RunSettings") -> "list[TierCosts] | None":
@@ -197,7 +199,7 @@ def compare_command(
     from ubsmoe.study.compare import compare
 
     def done(label: str, seed: int, count: int) -> None:
-        console.print(f"{count}/{total}  {label}  seed {seed}", highlight=False)
+        console.print(f"{count}/{total}  {label}  seed {seed}", highlight=False, markup=False)
 
     rows = compare(settings, chosen, range(first_seed, first_seed + seeds), place, jobs, done, track or [])
     text = comparison_markdown(rows, against)

@@ -128,7 +128,6 @@ class RoundSettings(Settings):
         "nobody is judged by others where [privacy] is on",
     )
 
-
     @property
     def longest_wait(self) -> tuple[float, str]:
         """Seconds that a client has on Flower, whose clock is the real one, and the setting that says so."""

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from ubsmoe.config import RunSettings
-from ubsmoe.messages import Dropped, Engine, Profile, Task, Update, printable
+from ubsmoe.errors import printable
+from ubsmoe.messages import Dropped, Engine, Profile, Task, Update
 from ubsmoe.methods.method import Contribution, State
 from ubsmoe.methods.state import pack, unpack
 from ubsmoe.seeds import generator_for

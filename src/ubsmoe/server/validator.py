@@ -9,8 +9,8 @@ import math
 import torch
 
 from ubsmoe.config import RunSettings
-from ubsmoe.errors import RoundError
-from ubsmoe.messages import Dropped, Task, Tensors, Update, printable
+from ubsmoe.errors import RoundError, printable
+from ubsmoe.messages import Dropped, Task, Tensors, Update
 from ubsmoe.methods.method import Method
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for

@@ -276,8 +276,8 @@ def _read_versions(path: Path) -> dict[str, str]:
 
 def _read_json(path: Path, kind: type = dict) -> Any:
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        value = disk.decode_json(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(f"{path} cannot be read: {error}; is {path.parent} a run folder?") from error
     if not isinstance(value, kind):
         raise RunFolderError(f"{path} is damaged: expected a JSON {'object' if kind is dict else 'list'}")

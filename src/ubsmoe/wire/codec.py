@@ -1,9 +1,11 @@
 """A message as bytes: a JSON header and one safetensors blob, and nothing else; never a type's name, never code.
 
 A task goes down whole, in float32. An update comes up as the change of what the task sent (`wire.change`), in the run's [wire]
-dtype; counts are int64. Experts are fused, so an adapter is a handful of tensors per layer. The reader does not trust the
-bytes: the header is checked against caps, and against what the task asked for (`wire.form`), before a tensor is allocated. Every
-fault is a WireError, whatever Python makes of it. The hash in the header finds damage by disks and networks; against malicious senders there are TLS and update validation.
+dtype; counts are int64. Experts are fused, so an adapter is a handful of tensors per layer.
+
+The reader does not trust the bytes: the header is checked against caps, and against what the task asked for (`wire.form`), before a
+tensor is allocated. Every fault is a WireError, whatever Python makes of it. The hash in the header finds damage by disks and
+networks; against malicious senders there are TLS and update validation.
 """
 
 import hashlib
@@ -21,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, Valida
 from torch import Tensor
 
 from ubsmoe.config import WireDtype
-from ubsmoe.messages import CLIENT_NAME, Announcement, Profile, Task, Tensors, Update, printable
+from ubsmoe.errors import printable
+from ubsmoe.messages import CLIENT_NAME, Announcement, Profile, Task, Tensors, Update
 from ubsmoe.wire.change import ChangeError, pack_change, unpack_change
 from ubsmoe.wire.form import Declared, UpdateSpec, check_declared
 from ubsmoe.wire.packed import MAX_HEADER_BYTES, Packed, WireError
@@ -224,8 +227,10 @@ def _sha256(blob: bytes) -> str:
 
 
 def _declared(data: bytes, max_bytes: int) -> Declared:
-    """What the blob's header declares, after the checks that safetensors does not make: caps, repeated names, names that
-    are paths, dtypes that are never sent, and shapes whose strides no tensor can have."""
+    """What the blob's header declares, after the checks that safetensors does not make.
+
+    Those are caps, repeated names, names that are paths, dtypes that are never sent, and shapes whose strides no tensor can have.
+    """
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(len(data) - 8, MAX_HEADER_BYTES):
         raise WireError(f"tensors: a header of {length} bytes in a blob of {len(data)}, at most {MAX_HEADER_BYTES}")

@@ -17,8 +17,8 @@ from ubsmoe.server.federation import build_federation
 from ubsmoe.server.privacy import noisy_mean
 from ubsmoe.server.rounds import run
 from ubsmoe.server.start import sample_clients
-from ubsmoe.wire.form import UpdateSpec, spec_of
 from ubsmoe.storage.runfolder import RunFolder
+from ubsmoe.wire.form import UpdateSpec, spec_of
 
 A = "layers.0.up.A"
 SENT = {A: torch.full((2, 3), 1.0), "phi": torch.zeros(1, 2)}

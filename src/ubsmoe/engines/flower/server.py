@@ -19,7 +19,8 @@ from ubsmoe.config import ConfigError, to_json
 from ubsmoe.engines.flower.app import read_app
 from ubsmoe.engines.flower.record import from_record, to_record
 from ubsmoe.engines.flower.roster import Roster
-from ubsmoe.messages import Dropped, Profile, Reply, Task, Update, printable
+from ubsmoe.errors import printable
+from ubsmoe.messages import Dropped, Profile, Reply, Task, Update
 from ubsmoe.server.federation import Federation, build_server
 from ubsmoe.server.rounds import run
 from ubsmoe.storage.runfolder import RunFolder
@@ -128,9 +129,7 @@ class FlowerEngine:
                     time.sleep(POLL_SECONDS)
             yield replies.pop(client)
 
-    def _send(
-        self, tasks: Iterable[Task], seconds: float
-    ) -> tuple[list[Task], dict[str, Task], dict[str, Reply]]:
+    def _send(self, tasks: Iterable[Task], seconds: float) -> tuple[list[Task], dict[str, Task], dict[str, Reply]]:
         """Push every task. Gives all of them, those under way by message id, and a reply for each that Flower refused."""
         asked, waiting, refused = list[Task](), dict[str, Task](), dict[str, Reply]()
         for task in tasks:
