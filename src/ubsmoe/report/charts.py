@@ -165,7 +165,8 @@ def heat_maps(runs: Sequence[Series]) -> list[dict[str, Any]]:
     for run in runs:
         kept = sorted({*range(0, len(run.rounds), step), len(run.rounds) - 1})
         used = run.utilization[kept]
-        share = used / np.maximum(used.sum(-1, keepdims=True), 1e-300)
+        with np.errstate(all="ignore"):  # what is not finite is shown as missing
+            share = used / np.maximum(used.sum(-1, keepdims=True), 1e-300)
         phi = None if run.phi is None else run.phi[kept]
         maps.append(
             {

@@ -94,7 +94,7 @@ def accuracy_interval(values: Sequence[float], questions: int) -> tuple[float, f
     mean, half = interval(values)
     if len(values) > 1:
         return mean, max(mean - half, 0.0), min(mean + half, 1.0)
-    if not math.isfinite(mean):
+    if not 0 <= mean <= 1:  # no accuracy: shown as it is
         return mean, mean, mean
     z = NormalDist().inv_cdf(0.975)  # by hand: scipy.stats, which has it, takes a second to import
     right = round(mean * questions) / questions

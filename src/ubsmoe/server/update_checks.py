@@ -40,7 +40,9 @@ def check_update(
     check_form("adapters", update.adapters, form.adapters)
     check_form("extras", update.extras, form.extras)
     check_form("update", {"expert_tokens": update.expert_tokens}, {"expert_tokens": form.expert_tokens})
-    check_numbers(update, task, most_tokens)
+    check_numbers(update, task)
+    if update.tokens > most_tokens:
+        raise Rejected(f"{update.tokens} tokens, the round's steps hold at most {most_tokens}")
     check_utilization(update, task.profile.top_k, elastic)
     check_finite(update)
     check_change(update, task.payload, max_change)
@@ -74,12 +76,10 @@ def most_tokens(settings: RunSettings, num_examples: int) -> int:
     return examples * settings.data.max_length
 
 
-def check_numbers(update: Update, task: Task, most_tokens: float) -> None:
-    """The examples it announced, no more tokens than its steps can hold, a loss and a time that can be."""
+def check_numbers(update: Update, task: Task) -> None:
+    """The examples it announced, a loss and a time that can be."""
     if type(update.num_examples) is not int or update.num_examples != task.profile.num_examples:
         raise Rejected(f"num_examples is {update.num_examples!r}, announced were {task.profile.num_examples}")
-    if update.tokens > most_tokens:
-        raise Rejected(f"{update.tokens} tokens, the round's steps hold at most {most_tokens}")
     for name, most in (("loss", MOST_LOSS), ("seconds", MOST_SECONDS)):
         if not 0 <= getattr(update, name) <= most:
             raise Rejected(f"{name} is {getattr(update, name)}, expected 0 to {most:g}")

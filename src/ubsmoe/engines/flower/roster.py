@@ -4,8 +4,9 @@ A run has `clients.count` places. A node may hold its share of them: the places 
 is what machines of one run file need, and what a machine with data of its own does. A node that announces more gets its share, and
 gives up what it held above it once others come.
 
-A place is kept for a node that is away, until somebody asks for a place and none is free; so is that of a node that is there but
-has been silent for `SILENT_ROUNDS` rounds. Flower's Grid shows the nodes that are online: one that was unregistered looks as if away.
+A place is kept for a node that is away, until somebody asks for a place and none is free. The same holds for a node that is there
+but has been silent for `SILENT_ROUNDS` rounds. Flower's Grid shows the nodes that are online: one that was unregistered looks as if
+away.
 
 Whatever nodes say is data: a client's name follows a pattern, and a node is told about in a few lines, however much it announces.
 """
