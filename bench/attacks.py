@@ -48,12 +48,13 @@ CHANGES = {
     "method.dmr.momentum": 0.0,
 }
 RULES: dict[str, dict[str, Any]] = {
-    "mean": {},
+    "mean": {},  # a run file that says nothing
     "clip": {},  # at the median length of the honest changes
     "trimmed_mean": {"robust.rule": "trimmed_mean", "robust.attackers": len(LIARS)},
     "median": {"robust.rule": "median"},
     "multi_krum": {"robust.rule": "multi_krum", "robust.attackers": len(LIARS)},
     "cap": {"robust.utilization_cap": 1.5},
+    "max_ratio 3": {"rounds.max_ratio": 3.0},
 }
 Lie = Callable[[Update, State, list[Update]], Update]
 

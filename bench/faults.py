@@ -15,12 +15,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from fault_cases import clients, disk, environment, mutations, replies
+from fault_cases import clients, disk, environment, mutations, one_client, replies
 from fault_cases.matrix import FAMILIES, Row
 from fault_cases.round_of_five import Round
 from fault_cases.small_run import small_settings, write_base
 from fault_cases.stock_flower import in_flower
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ubsmoe.server.federation import build_federation
@@ -42,6 +43,8 @@ def matrix(families: str, quick: bool, root: Path) -> Iterator[Row]:
         yield from mutations.fuzz(world, 20_000 // share)
     if "F" in families:
         yield from clients.lies(world)
+    if "M" in families:
+        yield from one_client.malice(world, quick)
     if set("EGH") & set(families):
         base = write_base(root / "base")
     if "G" in families:
@@ -75,10 +78,10 @@ def main() -> None:
     console, table = Console(width=200), Table("", "fault", "declared", "observed", "what was said")
     for row in rows:
         cells = (row.family + "+" * row.beyond, row.fault, row.declared, row.observed, row.reason)
-        table.add_row(*(cell[:70] for cell in cells))
+        table.add_row(*(escape(cell[:70]) for cell in cells))
     console.print(table)
     named = {row.fault: row for row in rows}
-    if stock:
+    if stock and {"B", "C"} <= set(families):
         beside = Table("bad reply, one of five", "here", "flwr FedAvg")
         for name in filter(named.__contains__, replies.FIFTEEN):
             beside.add_row(name, "contained" if named[name].holds else "COUNTED", stock[name])

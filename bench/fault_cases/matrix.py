@@ -1,4 +1,4 @@
-"""What a row of the matrix is, and which faults there are: 92 in eight families."""
+"""What a row of the matrix is, and which faults there are: the 92 of A to H, and M, what one client can do to everybody."""
 
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ FAMILIES = {
     "F": ("malice", 9),
     "G": ("deployment", 8),
     "H": ("environment", 6),
+    "M": ("what one client can do to everybody", 61),
 }
 
 

@@ -43,6 +43,7 @@ class Round:
         federation = self.federation(parse_run({"clients": {"count": 5}}))
         run, base = federation.run_id, federation.base_sha256
         self.tasks = [Task(1, p, self.method.dispatch(self.state, p), run, base) for p in self.profiles]
+        self.spec = federation.specs(self.tasks[0])
         self.honest = [self._answer(task) for task in self.tasks]
         self.others = self.aggregate(self.honest[:-1])
         self.packed = [(update.client, self.encode(update)) for update in self.honest]
@@ -61,7 +62,7 @@ class Round:
     def decode(self, client: str, packed: Packed | None) -> Reply:
         """What the server makes of an answer, or of none."""
         try:
-            answer = packed and decode_update(packed, ROOM, self.tasks[0].payload)
+            answer = packed and decode_update(packed, ROOM, self.tasks[0].payload, self.spec)
             return answer or Dropped(client, 1, "training", "no answer")
         except WireError as error:
             return Dropped(client, 1, "wire", str(error))
@@ -109,10 +110,13 @@ class Round:
     ) -> tuple[State, list[Dropped]]:
         """A round as a run has it: the next state, and who was dropped."""
         dropped: list[Dropped] = []
+        self.warned = list[str]()
 
         def log(event: str, number: int, **fields: Any) -> None:
             if event == "dropped":
                 dropped.append(Dropped(fields["client"], number, fields["stage"], fields["reason"]))
+            if event == "warning":
+                self.warned.append(fields["client"])
 
         federation = self.federation(settings or parse_run({"clients": {"count": 5}}), mean)
         return one_round(federation, engine, self.state, number, log), dropped

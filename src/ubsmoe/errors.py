@@ -1,14 +1,27 @@
-"""The one error class a user can mend: its message says what came, what was expected, and what to change."""
+"""The one error class a user can mend, and how the words of others are quoted in it."""
 
 from importlib.util import find_spec
 
 
 class UserError(ValueError):
-    """Something to change in the input. The command line prints the message alone and ends with exit code 2."""
+    """Something to change in the input: what came, what was expected, what to change.
+
+    The command line prints the message alone and ends with exit code 2.
+    """
 
 
 class RoundError(UserError):
     """Too few clients are left for a round to count."""
+
+
+def printable(text: str, longest: int = 300) -> str:
+    r"""What somebody else says, as one line that does nothing: no control character, line break or direction mark stays.
+
+    >>> print(printable("out of\nmemory \x1b[2J"))
+    out of memory \x1b[2J
+    """
+    line = " ".join(text[: 4 * longest].split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)[:longest]
 
 
 def require(module: str, extra: str, instead: str = "") -> None:

@@ -10,6 +10,8 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
+CLIENT_NAME = r"^[A-Za-z0-9_]([A-Za-z0-9_.-]{0,62}[A-Za-z0-9_])?$"
+"""What a client may be called: letters, digits and _ . - between them, at most 64; a name stands in logs, files and tables."""
 Stage = Literal["training", "deadline", "wire", "validation", "robust"]
 
 

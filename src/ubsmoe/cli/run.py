@@ -102,12 +102,19 @@ def run_command(
         if costs:
             folder.write_costs(costs)
         shown.plan(settings.train.rounds, settings.clients_per_round)
-        clients = LocalEngine(federation.trainer, federation.examples, federation.clients, shown.on_step, pool)
+        patience = settings.rounds.give_up_seconds
+        if pool:
+            console.print(f"a worker process that says nothing for {patience:g} s is given up (rounds.give_up_seconds)")
+        clients = LocalEngine(
+            federation.trainer, federation.examples, federation.clients, shown.on_step, pool, patience
+        )
         score_all = partial(score_in, pool) if pool else None
         summary = run(federation, folder, as_simulated(clients, federation), on_event, score_all)
     if summary["after"]:
         show(console, result_table(cast("Summary", summary), costs))
-    console.print(f"adapter {place / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}", soft_wrap=True)
+    console.print(
+        f"adapter {place / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}", soft_wrap=True, markup=False
+    )
 
 
 def known_costs(settings: "RunSettings") -> "list[TierCosts] | None":
@@ -192,7 +199,7 @@ def compare_command(
     from ubsmoe.study.compare import compare
 
     def done(label: str, seed: int, count: int) -> None:
-        console.print(f"{count}/{total}  {label}  seed {seed}", highlight=False)
+        console.print(f"{count}/{total}  {label}  seed {seed}", highlight=False, markup=False)
 
     rows = compare(settings, chosen, range(first_seed, first_seed + seeds), place, jobs, done, track or [])
     text = comparison_markdown(rows, against)

@@ -67,6 +67,10 @@ class ClientSettings(Settings):
         "fixed",
         description="exactly per_round clients, or each with probability per_round / count (better for [privacy])",
     )
+    max_weight: Annotated[float, Field(ge=1)] = Field(
+        16.0,  # measured: docs/robustness.md, What a client may weigh
+        description="a client weighs at most so many times the clients' median number of examples, whatever it announces",
+    )
 
 
 class MethodSettings(BaseModel):
@@ -113,11 +117,25 @@ class RoundSettings(Settings):
         0, description="clients asked beyond clients.per_round; the first to answer count"
     )
     deadline_seconds: PositiveFloat | None = Field(
-        None, description="later answers do not count; no end when left out (in one process: the clock of [simulation])"
+        None, description="later answers do not count; none when left out (in one process: the clock of [simulation])"
+    )
+    give_up_seconds: PositiveFloat = Field(
+        7200.0, description="real seconds after which a node or worker process that says nothing is given up"
     )
     max_change: PositiveFloat = Field(
         1.0, description="root mean square by which a client may change its weights; an update with more is dropped"
     )
+    max_ratio: Annotated[float, Field(gt=1)] | None = Field(
+        8.0,  # measured: docs/robustness.md, What changes too much
+        description="an update with a tensor that changed more than so many times the clients' median is dropped; "
+        "nobody is judged by others where [privacy] is on",
+    )
+
+    @property
+    def longest_wait(self) -> tuple[float, str]:
+        """Seconds that a client has on Flower, whose clock is the real one, and the setting that says so."""
+        ends = [(self.give_up_seconds, "rounds.give_up_seconds"), (self.deadline_seconds, "rounds.deadline_seconds")]
+        return min((seconds, name) for seconds, name in ends if seconds is not None)
 
 
 class WireSettings(Settings):

@@ -1,6 +1,7 @@
 """The local engine: every client on this machine, one after another or in a pool of processes that share one base."""
 
 import json
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ class LocalEngine:
         clients: their profiles, in client order.
         progress: called with (task, step, number of steps, loss) after every step, but not in a process pool.
         pool: a `process_pool`; without one, clients train in this process, one update in memory at a time.
+        give_up_seconds: after which a process of the pool that trains is given up.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class LocalEngine:
         clients: Sequence[Profile],
         progress: Progress | None = None,
         pool: ProcessPool | None = None,
+        give_up_seconds: float = math.inf,
     ) -> None:
+        self._give_up_seconds = give_up_seconds
         self._trainer, self._examples, self._clients = trainer, examples, clients
         self._progress, self._pool = progress, pool
 
@@ -56,7 +60,7 @@ class LocalEngine:
 
     def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
         """Train every task's client; lazily, so that the server can drop an update before the next one exists."""
-        return _in_pool(self._pool, tasks) if self._pool else map(self._reply, tasks)
+        return _in_pool(self._pool, tasks, self._give_up_seconds) if self._pool else map(self._reply, tasks)
 
     def _reply(self, task: Task) -> Reply:
         on_step = partial(self._progress, task) if self._progress else None
@@ -140,7 +144,7 @@ def score_in(pool: ProcessPool, tasks: Iterable[Task]) -> Iterator[dict[str, Sco
         yield {name: Score(**one) for name, one in json.loads(answer[1]).items()}
 
 
-def _in_pool(pool: ProcessPool, tasks: Iterable[Task]) -> Iterator[Reply]:
+def _in_pool(pool: ProcessPool, tasks: Iterable[Task], seconds: float) -> Iterator[Reply]:
     asked: deque[Task] = deque()
 
     def jobs() -> Iterator[Parts]:
@@ -148,7 +152,7 @@ def _in_pool(pool: ProcessPool, tasks: Iterable[Task]) -> Iterator[Reply]:
             asked.append(task)
             yield _job(TRAIN, task)
 
-    for answer in pool.map(jobs()):
+    for answer in pool.map(jobs(), seconds):
         yield _read(answer, asked.popleft())
 
 

@@ -10,10 +10,12 @@ docs/decisions/0003-worker-processes.md compares concurrent.futures, loky and pe
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -58,20 +60,24 @@ class ProcessPool:
         self._work = work
         self._workers = [self._start() for _ in range(count)]
 
-    def map(self, jobs: Iterable[Parts]) -> Iterator[list[bytes] | Died]:
+    def map(self, jobs: Iterable[Parts], seconds: float = math.inf) -> Iterator[list[bytes] | Died]:
         """The answer to each job, in order.
+
+        Args:
+            jobs: what there is to do.
+            seconds: how long a job may take; its process is then killed, as if it had died.
 
         Raises:
             RuntimeError: if `work` raised, with its traceback; the other jobs that have been started are given up.
         """
         waiting, ahead = iter(jobs), len(self._workers) + 1
-        idle, busy = list(self._workers), dict[_Worker, int]()
+        idle, busy, ends = list(self._workers), dict[_Worker, int](), dict[_Worker, float]()
         answers: dict[int, list[bytes] | Died] = {}
         started = turn = 0
         try:
             while True:
                 while idle and started < turn + ahead and (job := next(waiting, None)) is not None:
-                    busy[idle[-1]] = started
+                    busy[idle[-1]], ends[idle[-1]] = started, time.monotonic() + seconds
                     with contextlib.suppress(ConnectionError):  # it died while idle; `_answer` will notice
                         _send(idle.pop().pipe, job)
                     started += 1
@@ -79,8 +85,11 @@ class ProcessPool:
                     turn += 1
                     yield answers.pop(turn - 1)
                 elif busy:
-                    for worker in [worker for worker in busy if worker.pipe in wait([one.pipe for one in busy])]:
-                        answer, worker_now = self._answer(worker)
+                    left = min(ends[worker] for worker in busy) - time.monotonic()
+                    ready = wait([worker.pipe for worker in busy], None if left == math.inf else max(0.0, left))
+                    late = [worker for worker in busy if not ready and ends[worker] <= time.monotonic()]
+                    for worker in late or [worker for worker in busy if worker.pipe in ready]:
+                        answer, worker_now = self._given_up(worker, seconds) if late else self._answer(worker)
                         answers[busy.pop(worker)] = answer
                         idle.append(worker_now)
                 else:
@@ -110,6 +119,9 @@ class ProcessPool:
         if state != b"done":
             raise RuntimeError(f"in a worker process:\n{parts[0].decode()}")
         return parts, worker
+
+    def _given_up(self, worker: _Worker, seconds: float) -> tuple[Died, _Worker]:
+        return Died(f"its process said nothing for {seconds:g} s (rounds.give_up_seconds)"), self._replace(worker)
 
     def _start(self) -> _Worker:
         ours, theirs = multiprocessing.Pipe()

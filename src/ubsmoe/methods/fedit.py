@@ -34,7 +34,7 @@ def fedit(shape: RunShape) -> Method:
 
     def aggregate(state: State, contributions: Iterable[Contribution]) -> State:
         mean, rank = WeightedMean(), rank_of(state.adapters)
-        expert_tokens = torch.zeros(shape.num_layers, shape.num_experts, dtype=torch.int64)
+        expert_tokens = torch.zeros(shape.num_layers, shape.num_experts, dtype=torch.float64)
         for one in contributions:
             mean.add(at_rank(one.adapters, shape.alpha, rank), one.weight)
             expert_tokens += one.expert_tokens

@@ -96,5 +96,6 @@ def with_output_scale(method: Method, shape: RunShape) -> Method:
         install=install,
         aggregate=aggregate,
         keeps=(*method.keeps, ScaleState),
+        ranges={**method.ranges, "scale": (0.0, 2.0 * shape.k_max)},  # K_max / K_c is what it makes up for
         traffic=sending(method.traffic, down=shape.num_layers, up=shape.num_layers),
     )

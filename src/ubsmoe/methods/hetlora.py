@@ -91,7 +91,7 @@ def hetlora(
 
     def aggregate(state: State, contributions: Iterable[Contribution]) -> State:
         by_norm, by_examples, rank = WeightedMean(), WeightedMean(), rank_of(state.adapters)
-        expert_tokens = torch.zeros(shape.num_layers, shape.num_experts, dtype=torch.int64)
+        expert_tokens = torch.zeros(shape.num_layers, shape.num_experts, dtype=torch.float64)
         ranks = dict(state.of(RankState).rank)
         for one in contributions:
             ranks[one.client] = one.extras["rank"]

@@ -32,7 +32,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ubsmoe.costs.traffic import adapter_traffic
-from ubsmoe.messages import Profile, Tensors, Update
+from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.fedavg import fedavg
 from ubsmoe.methods.method import (
     OWN_WEIGHTS,
@@ -90,9 +90,6 @@ def hfedmoe(
             mean.add(one.adapters, usage_weights(one, tau))
         return replace(state, adapters=mean.result(state.adapters))
 
-    def validate_update(update: Update) -> str | None:
-        return next((f"its {name} is below 0" for name in REPORT if (update.extras[name] < 0).any()), None)
-
     return replace(
         fedavg(shape),
         name="hfedmoe",
@@ -100,7 +97,7 @@ def hfedmoe(
         aggregate=aggregate,
         refuses=REFUSES,
         traffic=sending(adapter_traffic, up=len(REPORT) * shape.num_layers * shape.num_experts),
-        validate_update=validate_update,
+        ranges=dict.fromkeys(REPORT, (0.0, 1.0)),  # both are means of router scores
         exempt=EXEMPT,
     )
 

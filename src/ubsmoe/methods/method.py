@@ -9,6 +9,7 @@ A method is one file that reads like its section of the paper, and one line in t
 it needs inside the loop it returns as hooks. A part, such as Dynamic Modulated Routing, takes a method and returns one.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -59,15 +60,21 @@ class Contribution:
         return self.expert_tokens.double() / max(self.assignments, 1)
 
 
-def contribution(update: Update) -> Contribution:
-    """An update as it counts when nothing robust or private acts on it."""
+def contribution(update: Update, most: float = math.inf) -> Contribution:
+    """An update as it counts when nothing robust or private acts on it.
+
+    Args:
+        update: what a client sent.
+        most: examples that it may count for; a client that announced more counts as if it had as many, tokens included.
+    """
+    share = min(1.0, most / max(update.num_examples, 1))
     return Contribution(
         client=update.client,
-        weight=float(update.num_examples),
+        weight=share * update.num_examples,
         adapters=update.adapters,
-        expert_tokens=update.expert_tokens,
-        tokens=float(update.tokens),
-        assignments=float(update.assignments),
+        expert_tokens=update.expert_tokens if share == 1 else share * update.expert_tokens.double(),
+        tokens=share * update.tokens,
+        assignments=share * update.assignments,
         extras=update.extras,
         loss=update.loss,
     )
@@ -193,7 +200,8 @@ class Method:
     with it, each with the reason. `event` is what the method tells of its state in a round's event.
     `pair_fraction` is the share of missing (token, expert) assignments that a client computes beside the routed ones, and
     `pairs_reach_input` says whether they send a gradient to the layer's input too; costs charge for both. `traffic` counts
-    the bytes of a client's tensors, at most where they vary. `validate_update` says what is wrong with the values of an
+    the bytes of a client's tensors, at most where they vary. `ranges` says where the values of an extra lie, by its name or by
+    what its name begins with; an update outside is dropped. `validate_update` says what else is wrong with the values of an
     update whose names and shapes are right, or nothing.
     """
 
@@ -210,7 +218,12 @@ class Method:
     pair_fraction: float = 0.0
     pairs_reach_input: bool = False
     traffic: TrafficOf = adapter_traffic
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     validate_update: Callable[[Update], str | None] = lambda update: None
+
+    def extras_range(self, name: str) -> tuple[float, float]:
+        """The smallest and the largest value that this extra may have."""
+        return self.ranges.get(name.partition(".")[0], (-math.inf, math.inf))
 
     def profile(
         self, shape: RunShape, client: str, tier: int, budget: float, tier_rank: int, num_examples: int = 0

@@ -121,6 +121,7 @@ def with_modulation(method: Method, shape: RunShape, settings: Modulation) -> Me
         return {**method.event(state), "phi": state.of(ModulationState).phi.tolist()}
 
     phi_size = shape.num_layers * shape.num_experts
+    beyond = (settings.phi_max - settings.phi_min) / 2  # the penalty begins at the range's ends, it does not stop there
     return replace(
         method,
         start=start,
@@ -129,5 +130,6 @@ def with_modulation(method: Method, shape: RunShape, settings: Modulation) -> Me
         aggregate=aggregate,
         event=event,
         keeps=(*method.keeps, ModulationState),
+        ranges={**method.ranges, "phi": (min(settings.phi_min, -1.0) - beyond, max(settings.phi_max, 1.0) + beyond)},
         traffic=sending(method.traffic, down=phi_size, up=trained * phi_size),
     )

@@ -1,12 +1,13 @@
 """The report's charts as plotly's own plain data: traces and a layout, ready for JSON."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from ubsmoe.report.plain import average
 from ubsmoe.report.series import COLOURS, ENTROPY, GINI, PHI, Array, Series, mean, over_rounds
 from ubsmoe.storage.record import Scores, TierCosts
 
@@ -96,11 +97,11 @@ def tier_costs(run: Series, tier: TierCosts) -> dict[str, float]:
     down = [event["download_bytes"] for event in own] or [tier["download_bytes"]]
     found = {
         "MFLOPs": tier["train_flops_per_token"] / 1e6,
-        "MB up": fmean(up) / 1e6,
-        "MB down": fmean(down) / 1e6,
-        "MB": (fmean(up) + fmean(down)) / 1e6,
+        "MB up": average(up) / 1e6,
+        "MB down": average(down) / 1e6,
+        "MB": (average(up) + average(down)) / 1e6,
     }
-    return found | ({"seconds": fmean(event["seconds"] for event in own)} if own else {})
+    return found | ({"seconds": average(event["seconds"] for event in own)} if own else {})
 
 
 def expert_use(runs: Sequence[Series]) -> Iterator[Chart]:
@@ -164,7 +165,8 @@ def heat_maps(runs: Sequence[Series]) -> list[dict[str, Any]]:
     for run in runs:
         kept = sorted({*range(0, len(run.rounds), step), len(run.rounds) - 1})
         used = run.utilization[kept]
-        share = used / np.maximum(used.sum(-1, keepdims=True), 1e-300)
+        with np.errstate(all="ignore"):  # what is not finite is shown as missing
+            share = used / np.maximum(used.sum(-1, keepdims=True), 1e-300)
         phi = None if run.phi is None else run.phi[kept]
         maps.append(
             {
@@ -210,4 +212,4 @@ def _short(values: Array) -> list[Any]:
 def _rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [_rounded(part) for part in value]
-    return None if value != value else round(value, 4)
+    return round(value, 4) if abs(value) < math.inf else None

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from ubsmoe.report.plain import average, markdown_cell
+
 
 class Balance(TypedDict):
     """How the last round of a run used its experts."""
@@ -47,8 +49,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     >>> round(mean, 3), round(half, 3)
     (2.0, 2.484)
     """
-    mean = statistics.fmean(values)
-    if len(values) < 2:
+    mean = average(values)
+    if len(values) < 2 or not math.isfinite(mean):
         return mean, math.nan
     from scipy.special import stdtrit  # scipy.stats, whose t.ppf this is, takes a second to import
 
@@ -169,11 +171,15 @@ def _cost(macro: Sequence[Row], method: str, tier: int) -> str:
 
 def _percent(macro: Sequence[Row], name: str) -> str:
     values = [value * 100 for value in (_of(row, name) for row in macro) if value is not None]
-    return f"{statistics.fmean(values):.1f}" if values else "–"
+    return f"{average(values):.1f}" if values else "–"
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in body)]
+    return [
+        "| " + " | ".join(head) + " |",
+        "|---" * len(head) + "|",
+        *("| " + " | ".join(map(markdown_cell, row)) + " |" for row in body),
+    ]
 
 
 def _distinct(rows: Sequence[Row], key: str) -> list[Any]:

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ubsmoe.errors import printable
+from ubsmoe.report.plain import average
 from ubsmoe.storage.events import EventTail
 from ubsmoe.storage.record import Scores, Summary, TaskScore, TierCosts, loss_text
 from ubsmoe.storage.runfolder import EVENTS, has_ended, read_run
@@ -24,7 +27,7 @@ class RunConsole:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f} clients"),
             TimeRemainingColumn(),
@@ -33,7 +36,7 @@ class RunConsole:
             disable=not self.console.is_terminal,
         )
         self._bar = self._progress.add_task("preparing", total=1)
-        self._rounds = self._clients = self._done = 0
+        self._rounds = self._clients = self._done = self._trained = 0
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -50,10 +53,11 @@ class RunConsole:
         self._progress.update(self._bar, total=rounds * clients)
 
     def on_step(self, task: "Task", step: int, num_steps: int, loss: float) -> None:
-        """One optimiser step of one client."""
+        """One optimiser step of one client; the round's updates are judged together, so their events come later."""
+        self._trained += step == num_steps
         self._progress.update(
             self._bar,
-            completed=(task.round - 1) * self._clients + self._done + step / num_steps,
+            completed=(task.round - 1) * self._clients + self._trained + step / num_steps % 1,
             description=f"round {task.round}/{self._rounds}  {task.profile.client} K={task.profile.top_k}  "
             f"step {step}/{num_steps}  loss {loss:.3f}",
         )
@@ -62,10 +66,10 @@ class RunConsole:
         """One event of the run, after it was written."""
         if event == "client":
             self._done += 1
-            self._progress.update(self._bar, completed=(round - 1) * self._clients + self._done)
+            self._progress.update(self._bar, completed=(round - 1) * self._clients + max(self._done, self._trained))
         elif event == "round":
-            self._done = 0
-            entropy = sum(fields["entropy"]) / len(fields["entropy"])
+            self._done = self._trained = 0
+            entropy = average(fields["entropy"])
             self._line(
                 f"round {round}/{self._rounds}  loss {loss_text(fields['loss'])}  expert entropy {entropy:.3f}  "
                 f"dead experts {fields['dead_experts']}  {fields['seconds']:.1f} s"
@@ -79,12 +83,15 @@ class RunConsole:
                 f"MC accuracy {_percent(macro['mc_accuracy'])}  loss {macro['loss']:.4f}"
             )
         elif event == "dropped":
-            self._line(f"round {round}  {fields['client']} does not count ({fields['stage']}): {fields['reason']}")
+            client, stage, reason = (printable(str(fields[key])) for key in ("client", "stage", "reason"))
+            self._line(f"round {round}  {client} does not count ({stage}): {reason}")
+        elif event == "warning":
+            self._line(f"round {round}  {printable(str(fields['client']))} {printable(str(fields['reason']))}")
         elif event == "resumed":
             self._line(f"resumed after round {fields['round']}")
 
     def _line(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def watch(path: Path, shown: RunConsole, pause: Callable[[], None]) -> None:
@@ -167,7 +174,7 @@ def task_table(results: Sequence[Scores], labels: Sequence[str]) -> Table:
     for task in results[0]:
         scores = [result[task] for result in results]
         cells = [f"{score['accuracy'] * 100:.1f} ({score['unparsed'] * 100:.1f})" for score in scores]
-        table.add_row(task, *cells, _percent(scores[0]["chance"]), _percent(scores[0]["majority"]))
+        table.add_row(escape(task), *cells, _percent(scores[0]["chance"]), _percent(scores[0]["majority"]))
     return table
 
 
@@ -177,7 +184,9 @@ def harness_table(results: Sequence[dict[str, dict[str, Any]]], labels: Sequence
     for task, metrics in results[0].items():
         for name, value in metrics.items():
             if isinstance(value, float):
-                table.add_row(task, name.removesuffix(",none"), *(f"{result[task][name]:.4f}" for result in results))
+                table.add_row(
+                    escape(task), name.removesuffix(",none"), *(f"{result[task][name]:.4f}" for result in results)
+                )
     return table
 
 

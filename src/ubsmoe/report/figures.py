@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ubsmoe.report.plain import csv_row
 from ubsmoe.report.series import (
     COLOURS,
     ENTROPY,
@@ -89,7 +90,7 @@ def save(figure: Figure, rows: Rows, stem: Path) -> list[Path]:
     table = io.StringIO()
     writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(map(csv_row, rows))
     atomic_write(stem.with_suffix(".csv"), table.getvalue().encode())
     return [*paths, stem.with_suffix(".csv")]
 

@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from ubsmoe.report import charts, tables
 from ubsmoe.report.charts import Chart
+from ubsmoe.report.plain import finite_json
 from ubsmoe.report.series import Series, by_label
 from ubsmoe.storage.disk import atomic_write
 from ubsmoe.storage.record import TierCosts
@@ -67,4 +68,4 @@ def _charts(runs: Sequence[Series], costs: Sequence[list[TierCosts]]) -> dict[st
 
 def _json(value: Any) -> Markup:
     """JSON that cannot end the script element it stands in."""
-    return Markup(json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
+    return Markup(json.dumps(finite_json(value), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))

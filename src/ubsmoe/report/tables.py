@@ -4,10 +4,11 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean
+from statistics import NormalDist
 
 from ubsmoe.report.charts import last_scores, tier_costs
 from ubsmoe.report.comparison import interval
+from ubsmoe.report.plain import average
 from ubsmoe.report.series import Series, by_label
 from ubsmoe.storage.record import TierCosts
 
@@ -70,7 +71,7 @@ def results(runs: Sequence[Series]) -> list[Table]:
                     (f"{100 * low:.1f} – {100 * high:.1f}", low),
                     _percent([one["unparsed"] for one in same]),
                     _percent([one["mc_accuracy"] for one in same]),
-                    _number(fmean(one["loss"] for one in same), ".4f"),
+                    _number(average(one["loss"] for one in same), ".4f"),
                     _percent([score["chance"]]),
                     _number(event["round"], "d"),
                 ]
@@ -93,6 +94,8 @@ def accuracy_interval(values: Sequence[float], questions: int) -> tuple[float, f
     mean, half = interval(values)
     if len(values) > 1:
         return mean, max(mean - half, 0.0), min(mean + half, 1.0)
+    if not 0 <= mean <= 1:  # no accuracy: shown as it is
+        return mean, mean, mean
     z = NormalDist().inv_cdf(0.975)  # by hand: scipy.stats, which has it, takes a second to import
     right = round(mean * questions) / questions
     middle = right + z * z / (2 * questions)
@@ -173,12 +176,15 @@ def drop_table(runs: Sequence[Series]) -> Table:
 
 
 def _number(value: float, form: str) -> Cell:
-    return format(value, form), float(value)
+    try:
+        return format(value, form), float(value)
+    except ValueError:  # a count that is no whole number
+        return format(value, "g"), float(value)
 
 
 def _percent(values: Sequence[float | None]) -> Cell:
     known = [value for value in values if value is not None]
-    return _number(100 * fmean(known), ".1f") if len(known) == len(values) else "–"
+    return _number(100 * average(known), ".1f") if len(known) == len(values) else "–"
 
 
 def short_commit(commit: str) -> str:

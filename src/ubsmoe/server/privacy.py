@@ -17,7 +17,7 @@ from ubsmoe.messages import Tensors
 from ubsmoe.methods.method import Contribution
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.robust import Answer, delta_of, with_delta
-from ubsmoe.server.update_checks import UpdateSpec
+from ubsmoe.wire.form import UpdateSpec
 
 COUNTS = "expert_tokens"
 

@@ -4,8 +4,10 @@ Clipping works on one update at a time; the cap on use and multi-Krum need all o
 average: methods/averaging.py chooses them, and methods get them as `RunShape.mean`. The formulas are in maths/robust.py.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from statistics import median_low
 
 import torch
 from torch import Tensor
@@ -13,15 +15,27 @@ from torch import Tensor
 from ubsmoe.config import RobustSettings
 from ubsmoe.errors import RoundError
 from ubsmoe.maths import robust
-from ubsmoe.messages import Dropped, Task, Tensors, Update
+from ubsmoe.messages import Dropped, Profile, Task, Tensors, Update
 from ubsmoe.methods.method import Contribution, contribution
 
 Answer = tuple[Task, Update]
 """A task and the valid update that answers it."""
 
 
+def most_examples(clients: Sequence[Profile], max_weight: float) -> float:
+    """How many examples a client may count for: a multiple of the median that these clients announced.
+
+    >>> most_examples([Profile("a", 0, 1.0, 2, 8, 100), Profile("b", 0, 1.0, 2, 8, 2**52)], max_weight=10)
+    1000.0
+    """
+    return float(max_weight * median_low(client.num_examples for client in clients)) if clients else math.inf
+
+
 def robustify(
-    answers: Iterable[Answer], settings: RobustSettings, drop: Callable[[Dropped], None]
+    answers: Iterable[Answer],
+    settings: RobustSettings,
+    drop: Callable[[Dropped], None],
+    most_examples: float = math.inf,
 ) -> Iterator[Contribution]:
     """The updates as they may be averaged.
 
@@ -29,6 +43,7 @@ def robustify(
         answers: valid ones, in client order.
         settings: [robust].
         drop: hears of those that multi-Krum leaves out.
+        most_examples: that a client may count for.
 
     Raises:
         RoundError: if there are too few for the rule.
@@ -37,7 +52,7 @@ def robustify(
         longest = settings.clip_norm
         answers = ((task, clipped(update, task.payload, longest)) for task, update in answers)
     if settings.rule == "mean" and settings.utilization_cap is None:
-        yield from (contribution(update) for _, update in answers)  # one in memory at a time
+        yield from (contribution(update, most_examples) for _, update in answers)  # one in memory at a time
         return
     held = list(answers)
     if len(held) < settings.fewest_clients:
@@ -46,7 +61,7 @@ def robustify(
             f"{len(held)} count; the checkpoint before is intact. Start again to go on if clients were merely away; "
             "else a new run with fewer robust.attackers or more clients a round"
         )
-    contributions = [contribution(update) for _, update in held]
+    contributions = [contribution(update, most_examples) for _, update in held]
     if settings.utilization_cap is not None and held:
         contributions = _capped(contributions, settings.utilization_cap)
     kept: Sequence[int] = range(len(held))

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ubsmoe.config import RunSettings
+from ubsmoe.errors import printable
 from ubsmoe.messages import Dropped, Engine, Profile, Task, Update, in_order
 from ubsmoe.methods.method import Contribution, State
 from ubsmoe.methods.state import pack, unpack
@@ -14,8 +15,9 @@ from ubsmoe.server.evaluate import Score, evaluate
 from ubsmoe.server.federation import Federation
 from ubsmoe.server.metrics import RoundMetrics
 from ubsmoe.server.origin import origin
+from ubsmoe.server.peers import without_outliers
 from ubsmoe.server.privacy import noisy_mean, spent
-from ubsmoe.server.robust import Answer, robustify
+from ubsmoe.server.robust import Answer, most_examples, robustify
 from ubsmoe.server.start import noise_key, sample_clients, settled, start_state
 from ubsmoe.server.validator import Validator
 from ubsmoe.storage.runfolder import RunFolder
@@ -127,7 +129,8 @@ def one_round(
     """
     began = time.perf_counter()
     settings, method = federation.settings, federation.method
-    clients = sample_clients(engine.clients(), settings, number, noise)
+    everybody = engine.clients()
+    clients = sample_clients(everybody, settings, number, noise)
     wanted = len(clients) if settings.clients.sampling == "poisson" else settings.clients_per_round
     validator, metrics = Validator(federation.specs, settings, method, wanted), RoundMetrics(federation.shape)
     asked: dict[str, Task] = {}  # the tasks that are out
@@ -139,28 +142,36 @@ def one_round(
 
     def drop(reply: Dropped, task: Task | None = None) -> None:
         size = {"download_bytes": task.num_bytes} if task else {}
-        log("dropped", number, client=reply.client, stage=reply.stage, reason=reply.reason, **size)
+        log("dropped", number, client=reply.client, stage=reply.stage, reason=printable(reply.reason), **size)
 
-    def answers() -> Iterator[Answer]:
-        """The updates that count. Aggregation pulls them one at a time, so that one alone is in memory."""
-        count = 0
+    def valid() -> Iterator[Answer]:
         for reply in engine.exchange(tasks()):
             task = asked.pop(reply.client, None)
             lost = reply if isinstance(reply, Dropped) else validator.fault(reply, task, number)
             if lost:
                 drop(lost, task)
             elif isinstance(reply, Update) and task:
-                log("client", number, **_client_fields(reply, task, settings))
-                count += 1
                 yield task, reply
+
+    def answers() -> Iterator[Answer]:
+        """The updates that count. Aggregation pulls them one at a time, so that few are in memory."""
+        count, ratio = 0, None if settings.privacy else settings.rounds.max_ratio
+        judged = without_outliers(valid(), ratio, lambda lost, answer: drop(lost, answer[0])) if ratio else valid()
+        for task, update in judged:
+            log("client", number, **_client_fields(update, task, settings))
+            count += 1
+            yield task, update
         validator.check_quorum(count, number)
 
     if settings.privacy:
-        contributions = iter([_noisy_mean(federation, engine.clients(), answers(), state, number, noise)])
+        contributions = iter([_noisy_mean(federation, everybody, answers(), state, number, noise)])
     else:
-        contributions = robustify(answers(), settings.robust, drop)
+        most = most_examples(everybody, settings.clients.max_weight)
+        contributions = robustify(answers(), settings.robust, drop, most)
     state = settled(method.aggregate(state, metrics.accumulate(contributions)), method)
 
+    if dominant := metrics.dominant():
+        log("warning", number, **dominant)
     fields = metrics.summary() | method.event(state) | (spent(settings, release(number)) if settings.privacy else {})
     log("round", number, seconds=time.perf_counter() - began, **fields)
     return state

@@ -2,33 +2,27 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ubsmoe.client.schedule import steps_per_round
+from ubsmoe.config import RunSettings
 from ubsmoe.messages import Task, Tensors, Update
+from ubsmoe.wire.form import Form, UpdateSpec
+from ubsmoe.wire.form import spec_of as spec_of
+
+MOST_LOSS = 1e4  # nats per token: e to its minus is no probability that a float holds
+MOST_SECONDS = 1e7  # four months: no deadline is longer
 
 
 class Rejected(ValueError):
     """An update that must not be counted; the text is the reason."""
 
 
-@dataclass(frozen=True)
-class UpdateSpec:
-    """What an update to one task must look like: the shape and dtype of every tensor, by name."""
-
-    adapters: Mapping[str, tuple[torch.Size, torch.dtype]]
-    extras: Mapping[str, tuple[torch.Size, torch.dtype]]
-    expert_tokens: tuple[torch.Size, torch.dtype]
-
-
-def spec_of(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """The form of tensors that are as they should be."""
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-
-
-def check_update(update: Update, task: Task, form: UpdateSpec, max_change: float, elastic: bool) -> None:
+def check_update(
+    update: Update, task: Task, form: UpdateSpec, max_change: float, elastic: bool, most_tokens: float = math.inf
+) -> None:
     """Every check, cheapest first.
 
     Args:
@@ -37,6 +31,7 @@ def check_update(update: Update, task: Task, form: UpdateSpec, max_change: float
         form: names, shapes and dtypes that the method's own install gives for this task.
         max_change: largest root mean square by which a client may have changed what it was sent.
         elastic: whether clients train some steps at a smaller K than their own.
+        most_tokens: as `most_tokens` gives.
 
     Raises:
         Rejected: with the reason.
@@ -46,6 +41,8 @@ def check_update(update: Update, task: Task, form: UpdateSpec, max_change: float
     check_form("extras", update.extras, form.extras)
     check_form("update", {"expert_tokens": update.expert_tokens}, {"expert_tokens": form.expert_tokens})
     check_numbers(update, task)
+    if update.tokens > most_tokens:
+        raise Rejected(f"{update.tokens} tokens, the round's steps hold at most {most_tokens}")
     check_utilization(update, task.profile.top_k, elastic)
     check_finite(update)
     check_change(update, task.payload, max_change)
@@ -59,7 +56,7 @@ def check_origin(update: Update, task: Task) -> None:
             raise Rejected(f"{name} is {getattr(update, name)!r}, expected {expected!r}")
 
 
-def check_form(part: str, tensors: Tensors, expected: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
+def check_form(part: str, tensors: Tensors, expected: Mapping[str, Form]) -> None:
     """Exactly these names, each with its shape and dtype: nothing may broadcast and nothing be cast."""
     if missing := sorted(expected.keys() - tensors.keys()):
         raise Rejected(f"{part} lack {missing[0]!r}")
@@ -72,13 +69,20 @@ def check_form(part: str, tensors: Tensors, expected: Mapping[str, tuple[torch.S
             raise Rejected(f"{name} is {tensors[name].dtype}, expected {dtype}")
 
 
+def most_tokens(settings: RunSettings, num_examples: int) -> int:
+    """The most tokens that a client with so many examples can train on in a round."""
+    train = settings.train
+    examples = steps_per_round(train, num_examples) * train.batch_size * train.gradient_accumulation
+    return examples * settings.data.max_length
+
+
 def check_numbers(update: Update, task: Task) -> None:
-    """The examples it announced, a finite loss, a time."""
+    """The examples it announced, a loss and a time that can be."""
     if type(update.num_examples) is not int or update.num_examples != task.profile.num_examples:
         raise Rejected(f"num_examples is {update.num_examples!r}, announced were {task.profile.num_examples}")
-    for name in ("loss", "seconds"):
-        if not math.isfinite(getattr(update, name)):
-            raise Rejected(f"{name} is {getattr(update, name)}")
+    for name, most in (("loss", MOST_LOSS), ("seconds", MOST_SECONDS)):
+        if not 0 <= getattr(update, name) <= most:
+            raise Rejected(f"{name} is {getattr(update, name)}, expected 0 to {most:g}")
 
 
 def check_utilization(update: Update, top_k: int, elastic: bool) -> None:

@@ -9,12 +9,13 @@ import math
 import torch
 
 from ubsmoe.config import RunSettings
-from ubsmoe.errors import RoundError
+from ubsmoe.errors import RoundError, printable
 from ubsmoe.messages import Dropped, Task, Tensors, Update
 from ubsmoe.methods.method import Method
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
-from ubsmoe.server.update_checks import Rejected, UpdateSpec, check_update, spec_of
+from ubsmoe.server.update_checks import Rejected, check_update, most_tokens
+from ubsmoe.wire.form import UpdateSpec, spec_of
 
 
 class UpdateSpecs:
@@ -67,13 +68,26 @@ class Validator:
         try:
             if task is None:
                 raise Rejected("nothing was asked of this client, or it has answered already")
-            elastic = self._settings.tiers.elastic_share > 0
-            check_update(update, task, self._specs(task), self._settings.rounds.max_change, elastic)
-            if reason := self._method.validate_update(update):
-                raise Rejected(reason)
+            self._check(update, task)
         except Rejected as reason:
             return Dropped(update.client, number, "validation", str(reason))
+        except Exception as error:  # whatever it holds is its client's matter and not the round's
+            why = f"cannot be validated: {type(error).__name__}: {printable(str(error))}"
+            return Dropped(update.client, number, "validation", why)
         return None
+
+    def _check(self, update: Update, task: Task) -> None:
+        settings = self._settings
+        check_update(
+            update, task, self._specs(task), settings.rounds.max_change, settings.tiers.elastic_share > 0,
+            most_tokens(settings, task.profile.num_examples),
+        )  # fmt: skip
+        for name, value in update.extras.items():
+            low, high = self._method.extras_range(name)
+            if not ((value >= low) & (value <= high)).all():
+                raise Rejected(f"{name} reaches from {value.min():g} to {value.max():g}, expected {low:g} to {high:g}")
+        if fault := self._method.validate_update(update):
+            raise Rejected(fault)
 
     def check_quorum(self, count: int, number: int) -> None:
         """Raise RoundError if so few updates count that the round does not."""

@@ -1,6 +1,5 @@
 """events.jsonl: what happened in a run, one JSON object per line, in the order in which it happened."""
 
-import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -148,7 +147,7 @@ class EventTail:
 
 def _parse(line: bytes, where: str) -> Event:
     try:
-        event = json.loads(line)
+        event = disk.decode_json(line)
     except (ValueError, RecursionError) as error:
         raise EventError(f"{where}: not JSON ({error}); {DAMAGED}") from None
     if not (

@@ -290,7 +290,7 @@ def _read_versions(path: Path) -> dict[str, str]:
 
 def _read_json(path: Path, kind: type = dict) -> Any:
     try:
-        value = json.loads(path.read_bytes())
+        value = disk.decode_json(path.read_bytes())
     except OSError as error:
         raise RunFolderError(f"{path} cannot be read: {error}; is {path.parent} a run folder?") from error
     except (ValueError, RecursionError) as error:

@@ -7,7 +7,6 @@ import csv
 import io
 import re
 import signal
-import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -17,6 +16,7 @@ from typing import Any
 from ubsmoe.config import ConfigError, RunSettings, to_json
 from ubsmoe.plan.tiers import run_costs
 from ubsmoe.report.comparison import Balance, Row
+from ubsmoe.report.plain import average, csv_row
 from ubsmoe.report.tracking import Tracking, check_trackers
 from ubsmoe.storage.record import RunRecord, Scores
 from ubsmoe.storage.runfolder import RunFolder, atomic_write, read_run
@@ -184,7 +184,7 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(map(csv_row, rows))
     return text.getvalue()
 
 
@@ -193,7 +193,7 @@ def _client_seconds(record: RunRecord) -> dict[int, float]:
     seconds: dict[int, list[float]] = {}
     for event in record.clients:
         seconds.setdefault(event["tier"], []).append(event["seconds"])
-    return {tier: statistics.fmean(values) for tier, values in seconds.items()}
+    return {tier: average(values) for tier, values in seconds.items()}
 
 
 def _balance(record: RunRecord) -> Balance:
@@ -201,7 +201,7 @@ def _balance(record: RunRecord) -> Balance:
     if not record.rounds:
         return {"entropy": None, "gini": None, "dead_experts": None}
     last = record.rounds[-1]
-    entropy, gini = statistics.fmean(last["entropy"]), statistics.fmean(last["gini"])
+    entropy, gini = average(last["entropy"]), average(last["gini"])
     return {"entropy": entropy, "gini": gini, "dead_experts": last["dead_experts"]}
 
 

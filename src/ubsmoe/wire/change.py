@@ -27,6 +27,7 @@ from torch import Tensor
 from ubsmoe.config import WireDtype
 from ubsmoe.maths.quantise import dequantise, quantise
 from ubsmoe.messages import Task, Tensors, Update
+from ubsmoe.wire.form import row_axis
 
 
 class ChangeError(ValueError):
@@ -42,7 +43,7 @@ def pack_change(after: Tensors, before: Tensors, dtype: WireDtype) -> dict[str, 
         touched = _touched(value, old)
         sent = value[touched] if dtype == "float32" else value[touched] - old[touched]
         if dtype == "int8":
-            sent, parts[f"scales.{name}"] = quantise(sent, _row_axis(name))
+            sent, parts[f"scales.{name}"] = quantise(sent, row_axis(name))
         parts[f"adapters.{name}"] = sent.bfloat16() if dtype == "bfloat16" else sent
         if not touched.all():
             parts[f"experts.{name}"] = touched
@@ -56,22 +57,27 @@ def upload_bytes(update: Update, task: Task, dtype: WireDtype) -> int:
     return sum(tensor.nbytes for tensor in (*parts.values(), *update.extras.values())) + counts
 
 
-def unpack_change(parts: Mapping[str, Tensor], before: Tensors, max_bytes: int) -> dict[str, Tensor]:
+def unpack_change(parts: dict[str, Tensor], before: Tensors, max_bytes: int) -> dict[str, Tensor]:
     """What `pack_change` was given.
 
     Args:
-        parts: its result, from whoever sent it.
+        parts: its result, from whoever sent it; emptied, so that no tensor is held twice.
         before: the same as there.
-        max_bytes: no tensor that is measured from zero may be larger; few bytes can describe many zeros.
+        max_bytes: of all tensors that are measured from zero together; few bytes can describe many zeros.
 
     Raises:
         ChangeError: if the parts do not fit one another, or `before`.
     """
     named: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in parts.items():
+    while parts:
+        key, tensor = parts.popitem()
         part, _, name = key.partition(".")
         named.setdefault(name, {})[part] = tensor
-    return {name: _unpack(name, found, before.get(name), max_bytes) for name, found in named.items()}
+    after: dict[str, Tensor] = {}
+    for name in sorted(named):
+        after[name] = _unpack(name, named.pop(name), before.get(name), max_bytes)
+        max_bytes -= 0 if name in before else after[name].nbytes
+    return after
 
 
 def _unpack(name: str, parts: Mapping[str, Tensor], before: Tensor | None, max_bytes: int) -> Tensor:
@@ -91,7 +97,7 @@ def _unpack(name: str, parts: Mapping[str, Tensor], before: Tensor | None, max_b
     if (sent.dtype == torch.int8) != (scale is not None):
         raise ChangeError(f"{name}: int8 and scales go together")
     if scale is not None:
-        axis = _row_axis(name) % sent.dim()
+        axis = row_axis(name) % sent.dim()
         if scale.dtype != torch.float32 or scale.shape != (*sent.shape[:axis], 1, *sent.shape[axis + 1 :]):
             raise ChangeError(f"{name}: scales of shape {[*scale.shape]} for {[*sent.shape]}")
         sent = dequantise(sent, scale)
@@ -105,8 +111,3 @@ def _unpack(name: str, parts: Mapping[str, Tensor], before: Tensor | None, max_b
 def _touched(value: Tensor, old: Tensor) -> Tensor:
     """[M]: the experts of which a single bit differs; NaN and a zero's sign are bits too."""
     return (value.contiguous().view(torch.int32) != old.contiguous().view(torch.int32)).flatten(1).any(1)
-
-
-def _row_axis(name: str) -> int:
-    """The axis a scale sums up; by the tensor's name, since a width can equal a rank."""
-    return 1 if name.endswith(".B") else -1

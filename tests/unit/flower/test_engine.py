@@ -200,17 +200,16 @@ def test_a_node_that_went_and_came_back_is_asked_anew(site: Callable[..., Site])
     here = site()
     here.engine.join(10)
     gone = here.grid.nodes.pop(69)
-    lost = [reply for reply in here.replies() if isinstance(reply, Dropped)]
-    assert [(reply.client, reply.stage) for reply in lost] == [("client-1", "wire"), ("client-3", "wire")]
+    assert [reply.client for reply in here.replies()] == ["client-0", "client-2"]  # who is away is not asked
     here.grid.nodes[71] = gone  # the same machine under another number
     assert all(isinstance(reply, Update) for reply in here.replies())
 
 
 def test_a_name_belongs_to_the_node_that_has_it(site: Callable[..., Site]) -> None:
-    whole = {"partition-id": 0, "num-partitions": 1}
-    here = site({5: whole, 6: {"client": "client-2"}})
+    half = {"partition-id": 0, "num-partitions": 2}
+    here = site({5: half, 6: {"client": "client-2"}})
     here.engine.join(1)
-    assert [profile.client for profile in here.engine.clients()] == [f"client-{i}" for i in range(4)]
+    assert [profile.client for profile in here.engine.clients()] == ["client-0", "client-2"]
     refused = [line for line in here.said if "refused" in line]
     assert len(refused) == 1 and "is that client already" in refused[0]
 

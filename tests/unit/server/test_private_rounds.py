@@ -21,8 +21,8 @@ from ubsmoe.server.privacy import noisy_mean, spent
 from ubsmoe.server.robust import delta_of
 from ubsmoe.server.rounds import run
 from ubsmoe.server.start import sample_clients, start_state
-from ubsmoe.server.update_checks import UpdateSpec, spec_of
 from ubsmoe.storage.runfolder import RunFolder, read_adapter
+from ubsmoe.wire.form import UpdateSpec, spec_of
 
 A = "layers.0.up.A"
 SENT = {A: torch.full((2, 3), 1.0), "phi": torch.zeros(1, 2)}

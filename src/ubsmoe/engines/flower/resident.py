@@ -15,6 +15,7 @@ import json
 import os
 import queue
 import secrets
+import signal
 import socket
 import stat
 import struct
@@ -69,20 +70,36 @@ def ask(kind: str, settings: RunSettings, identity: NodeConfig, packed: Packed, 
 
     Raises:
         Unavailable: if no resident answers: none could be reached or started, or it died of the message.
-        Refused: if the work itself failed, with the resident's words.
+        Refused: if the work itself failed, with the resident's words; or if it said nothing for rounds.give_up_seconds, and
+            was ended, so that the next message finds another.
     """
     key = json.dumps([__version__, sys.executable, to_json(settings)])
     place = own_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.sock"
     try:
         with connected(place, settings, idle_seconds) as line:
             _send(line, kind.encode(), json.dumps(identity).encode(), packed.header, packed.tensors)
-            _limit(line, 0)  # training takes as long as it takes; a resident that dies closes the line
-            answer, header, tensors = _receive(line, 3)
+            _limit(line, settings.rounds.give_up_seconds)  # a resident that dies closes the line
+            answer, header, tensors = _answer_of(line, settings.rounds.give_up_seconds)
     except BROKEN as error:
         raise Unavailable(str(error) or type(error).__name__) from None
     if answer == REFUSED:
         raise Refused(header.decode(errors="replace"))
     return Packed(header, tensors)
+
+
+def _answer_of(line: Connection, seconds: float) -> list[bytes]:
+    try:
+        return _receive(line, 3)
+    except BlockingIOError:  # what a read says that was limited
+        _end_peer(line)
+        raise Refused(f"the resident process said nothing for {seconds:g} s (rounds.give_up_seconds)") from None
+
+
+def _end_peer(line: Connection) -> None:
+    """Kill the process at the other end, which is this user's own; where the system does not tell which, it stays."""
+    with contextlib.suppress(OSError, AttributeError), socket.socket(fileno=os.dup(line.fileno())) as same:
+        credentials = same.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        os.kill(struct.unpack("3i", credentials)[0], signal.SIGKILL)
 
 
 def own_folder() -> Path:

@@ -4,9 +4,11 @@ Nodes announce their clients before they are sent a task. An announced name is c
 registered with at the SuperLink. The sender of an answer is known from Flower's message, not from what the answer says.
 """
 
+import math
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,12 @@ from flwr.app import ConfigRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from ubsmoe.config import ConfigError, to_json
-from ubsmoe.data.partition import client_names
 from ubsmoe.engines.flower.app import read_app
 from ubsmoe.engines.flower.record import from_record, to_record
-from ubsmoe.errors import UserError
-from ubsmoe.messages import Announcement, Dropped, Profile, Reply, Task, Update
-from ubsmoe.server.federation import Federation, assign_tier, build_server
+from ubsmoe.engines.flower.roster import Roster
+from ubsmoe.errors import printable
+from ubsmoe.messages import Dropped, Profile, Reply, Task, Update
+from ubsmoe.server.federation import Federation, build_server
 from ubsmoe.server.rounds import run
 from ubsmoe.storage.record import loss_text
 from ubsmoe.storage.runfolder import RunFolder
@@ -29,7 +31,17 @@ from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed, WireError
 ANNOUNCE = "query.announce"
 TRAIN = "train"
 POLL_SECONDS = 0.2
-LONGEST_REASON = 300  # characters of a node's error text that go into the events
+
+
+DATA_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError)
+"""What a message can make Flower's or our reading raise; a connection that fails raises something else and is no client's."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An answer that Flower itself could not build, and why."""
+
+    why: str
 
 
 class FlowerEngine:
@@ -53,9 +65,8 @@ class FlowerEngine:
     ) -> None:
         self._grid, self._federation, self._log, self._clock = grid, federation, log, clock
         self._settings = federation.settings
-        self._clients: list[Profile] = []  # in client order, which is not the order of joining
-        self._nodes: dict[str, int] = {}
-        self._registered: dict[int, str] = {}
+        self._roster = Roster(federation, log)
+        self._patience = 0.0  # seconds that a round waits for the clients of a quorum
         self._greeted: set[int] = set()
         self._unanswered: dict[str, int] = {}
 
@@ -65,20 +76,30 @@ class FlowerEngine:
         Raises:
             ConfigError: if fewer came than a round's quorum.
         """
-        count, end = self._settings.clients.count, self._clock() + seconds
-        self._look_around()
-        while len(self._clients) < count and self._clock() < end:
-            time.sleep(POLL_SECONDS)
-            self._look_around()
-        if len(self._clients) < max(1, self._settings.rounds.quorum * self._settings.clients_per_round):
+        self._patience, rounds = seconds, self._settings.rounds
+        there = self._wait_for(self._settings.clients.count, seconds)
+        if len(there) < self._quorum:
             raise ConfigError(
-                f"{len(self._clients)} clients came within {seconds:g} s, clients.count is {count} and rounds.quorum "
-                f"{self._settings.rounds.quorum:g}; start more nodes, or wait longer (join-seconds)"
+                f"{len(there)} clients came within {seconds:g} s, clients.count is {self._settings.clients.count} and "
+                f"rounds.quorum {rounds.quorum:g}; start more nodes, or wait longer (join-seconds)"
             )
 
+    @property
+    def _quorum(self) -> int:
+        return math.ceil(max(1, self._settings.rounds.quorum * self._settings.clients_per_round))
+
+    def _wait_for(self, count: int, seconds: float) -> list[Profile]:
+        """The clients that are there, once there are so many or the time is over."""
+        end = self._clock() + seconds
+        self._look_around()
+        while len(there := self._roster.here()) < count and self._clock() < end:
+            time.sleep(POLL_SECONDS)
+            self._look_around()
+        return there
+
     def clients(self) -> list[Profile]:
-        """The clients that have joined."""
-        return list(self._clients)
+        """The clients that have joined and are online; as long as they are too few for a round, it waits for others to return."""
+        return self._wait_for(self._quorum, self._patience)
 
     def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
         """Send every task, yield replies in the order of the tasks.
@@ -86,89 +107,87 @@ class FlowerEngine:
         Answers that are not asked for yet stay with Flower, so the server holds one at a time, unless more clients are asked
         than wanted: then the first to answer count, and all answers must be looked at.
         """
-        self._look_around()
-        began, limit = self._clock(), self._settings.rounds.deadline_seconds
+        began, (limit, setting) = self._clock(), self._settings.rounds.longest_wait
         asked, waiting, replies = self._send(tasks, limit)
         wanted = len(asked) if self._settings.clients.sampling == "poisson" else self._settings.clients_per_round
         race, count = len(asked) > wanted, 0
         for task in asked:
             client = task.profile.client
             while client not in replies:
-                late = limit is not None and self._clock() - began > limit
+                late = self._clock() - began > limit
                 ids = [message_id for message_id, other in waiting.items() if race or late or other is task]
-                came = [_reply_of(message, other, self._nodes) for message, other in self._pull(ids, waiting)]
+                came = [self._reply_of(message, other) for message, other in self._pull(ids, waiting)]
                 for reply in came:
+                    self._roster.heard(reply.client, answered=True)
                     count += isinstance(reply, Update)
                     too_many = isinstance(reply, Update) and count > wanted
                     replies[reply.client] = _lost(reply.client, task.round, wanted) if too_many else reply
                 if client not in replies and (late or count >= wanted):
-                    replies[client] = _lost(client, task.round, wanted, limit if late else None)
+                    if late:
+                        self._roster.heard(client, answered=False)
+                    replies[client] = _lost(client, task.round, wanted, f"{setting} = {limit:g}" if late else None)
                 elif not came:
                     time.sleep(POLL_SECONDS)
             yield replies.pop(client)
 
-    def _send(
-        self, tasks: Iterable[Task], seconds: float | None
-    ) -> tuple[list[Task], dict[str, Task], dict[str, Reply]]:
+    def _send(self, tasks: Iterable[Task], seconds: float) -> tuple[list[Task], dict[str, Task], dict[str, Reply]]:
         """Push every task. Gives all of them, those under way by message id, and a reply for each that Flower refused."""
         asked, waiting, refused = list[Task](), dict[str, Task](), dict[str, Reply]()
         for task in tasks:
             client = task.profile.client
             asked.append(task)
-            message_id = self._push(TRAIN, self._nodes[client], encode_task(task), str(task.round), seconds)
+            node = self._roster.node_of(client)
+            message_id = None if node is None else self._push(TRAIN, node, encode_task(task), str(task.round), seconds)
             if message_id is None:
                 refused[client] = Dropped(client, task.round, "wire", "Flower did not take the task")
             else:
                 waiting[message_id] = task
         return asked, waiting, refused
 
-    def _pull(self, ids: list[str], waiting: dict[str, Any]) -> list[tuple[Message, Any]]:
+    def _pull(self, ids: list[str], waiting: dict[str, Any]) -> list[tuple[Message | Unreadable, Any]]:
         """The answers that are there, each with its entry of `waiting`; a second answer to a message is ignored."""
-        messages = self._grid.pull_messages(ids) if ids else ()
-        found = [(message, waiting.pop(message.metadata.reply_to_message_id, None)) for message in messages]
-        return [(message, whose) for message, whose in found if whose is not None]
+        found: list[tuple[Message | Unreadable, Any]] = []
+        for message_id in ids:  # one by one: Flower forgets all that it read beside a message it cannot build
+            try:
+                messages = list(self._grid.pull_messages([message_id]))
+            except DATA_ERRORS as error:
+                found.append((Unreadable(f"{type(error).__name__}: {error}"), waiting.pop(message_id)))
+                continue
+            whose = [(message, waiting.pop(message.metadata.reply_to_message_id, None)) for message in messages]
+            found += [(message, one) for message, one in whose if one is not None]
+        return found
 
     def _look_around(self) -> None:
         """Ask new nodes for their clients and read what has been announced; does not wait."""
         here = {node.node_id: node.name for node in self._grid.get_nodes()}
-        self._registered |= here
-        online = set(here)
-        self._greeted &= online  # a node that returns is asked again: its clients may differ
-        for node in online - self._greeted:
+        self._greeted &= here.keys()  # a node that returns is asked again: its clients may differ
+        self._roster.see(here)
+        for node in here.keys() - self._greeted:
             message_id = self._push(ANNOUNCE, node, Packed(b"", b""), "announce", None)
             if message_id is not None:
                 self._greeted.add(node)
                 self._unanswered[message_id] = node
         for message, node in self._pull(list(self._unanswered), self._unanswered):
-            self._read_announcements(message, node, online)
-
-    def _read_announcements(self, message: Message, node: int, online: set[int]) -> None:
-        try:
-            announced = decode_announcements(_content(message, node))
-        except WireError as error:
-            return self._log(f"node {node} is refused: {error}")
-        for one in announced:
             try:
-                self._add_client(one, node, online)
-            except UserError as error:
-                self._log(f"node {node}: client {one.client!r} is refused: {error}")
+                self._roster.announce(node, decode_announcements(_content(message, node)))
+            except WireError as error:
+                self._roster.refuse(node, printable(str(error)))
 
-    def _add_client(self, one: Announcement, node: int, online: set[int]) -> None:
-        profile = assign_tier(self._federation, one)
-        name, holder = self._registered[node], self._nodes.get(one.client)
-        if name and name != one.client:
-            raise ConfigError(f"its key is registered as {name!r}")
-        if not name and one.client in self._registered.values():
-            raise ConfigError("another key is registered as that; register this node's with --name")
-        if holder != node and holder in online and self._registered[holder] == name:
-            raise ConfigError(f"node {holder} is that client already")
-        others = [other for other in self._clients if other.client != one.client]
-        if len(others) >= self._settings.clients.count:
-            raise ConfigError(f"clients.count = {self._settings.clients.count} are there")
-        self._nodes[one.client] = node
-        names = client_names(self._settings)
-        self._clients = sorted([*others, profile], key=lambda p: (_place(p.client, names), p.client))
-        self._log(f"{one.client} is node {node}: {one.num_examples} examples, tier {profile.tier + 1}")
+    def _reply_of(self, message: "Message | Unreadable", task: Task) -> Reply:
+        """The reply in a message. Its client is the one that was asked, whatever the message claims."""
+        client, node = task.profile.client, self._roster.node_of(task.profile.client)
+        if isinstance(message, Message) and message.has_error():
+            return Dropped(client, task.round, "training", _error_text(message))
+        try:
+            if node is None:
+                raise WireError("its place was given up")
+            spec, dtype = self._federation.specs(task), self._settings.wire.dtype
+            update = decode_update(_content(message, node), MAX_MESSAGE_BYTES, task.payload, spec, dtype)
+        except WireError as error:
+            return Dropped(client, task.round, "wire", printable(str(error)))
+        if update.client != client:
+            return Dropped(client, task.round, "validation", f"answered in the name of {update.client!r}")
+        return update
 
     def _push(self, kind: str, node: int, packed: Packed, group: str, seconds: float | None) -> str | None:
         content = to_record(packed)
@@ -178,42 +197,27 @@ class FlowerEngine:
         return next(iter(self._grid.push_messages([message])), None)
 
 
-def _place(client: str, names: list[str]) -> int:
-    return names.index(client) if client in names else len(names)
-
-
-def _content(message: Message, node: int) -> Packed:
+def _content(message: Message | Unreadable, node: int) -> Packed:
     """The content of an answer, if it comes from the node that was asked; the SuperLink checks that too."""
+    if isinstance(message, Unreadable):
+        raise WireError(f"no message of Flower's: {message.why}")
     if message.has_error():
-        raise WireError(_short(message.error.reason or "no reason given"))
+        raise WireError(_error_text(message))
     if message.metadata.src_node_id != node:
         raise WireError(f"node {message.metadata.src_node_id} answered for node {node}")
-    return from_record(message.content)
-
-
-def _reply_of(message: Message, task: Task, nodes: Mapping[str, int]) -> Reply:
-    """The reply in a message. Its client is the one that was asked, whatever the message claims."""
-    client = task.profile.client
-    if message.has_error():
-        return Dropped(client, task.round, "training", _short(message.error.reason or "no reason given"))
     try:
-        update = decode_update(_content(message, nodes[client]), MAX_MESSAGE_BYTES, task.payload)
-    except WireError as error:
-        return Dropped(client, task.round, "wire", _short(str(error)))
-    if update.client != client:
-        return Dropped(client, task.round, "validation", _short(f"answered in the name of {update.client!r}"))
-    return update
+        return from_record(message.content)
+    except DATA_ERRORS as error:
+        raise WireError(str(error)) from None
 
 
-def _lost(client: str, number: int, wanted: int, limit: float | None = None) -> Dropped:
-    reason = f"the round had its {wanted} updates before"
-    if limit is not None:
-        reason = f"no answer within rounds.deadline_seconds = {limit:g}"
+def _lost(client: str, number: int, wanted: int, limit: str | None = None) -> Dropped:
+    reason = f"no answer within {limit}" if limit else f"the round had its {wanted} updates before"
     return Dropped(client, number, "deadline", reason)
 
 
-def _short(text: str) -> str:
-    return " ".join(text.split())[:LONGEST_REASON]
+def _error_text(message: Message) -> str:
+    return printable(str(message.error.reason or "")) or "no reason given"
 
 
 def server_app(run_file: Path) -> ServerApp:
@@ -228,6 +232,8 @@ def server_app(run_file: Path) -> ServerApp:
             torch.set_num_threads(settings.threads)
         federation = build_server(settings)
         engine = FlowerEngine(grid, federation, _print)
+        seconds, setting = settings.rounds.longest_wait
+        _print(f"a client that does not answer within {seconds:g} s is dropped ({setting})")
         with RunFolder.open_or_create(str(context.run_config["out"]), to_json(settings)) as folder:
             engine.join(float(context.run_config["join-seconds"]))
             summary = run(federation, folder, engine, _tell)
@@ -240,6 +246,8 @@ def server_app(run_file: Path) -> ServerApp:
 def _tell(event: str, round: int, fields: dict[str, Any]) -> None:
     if event == "dropped":
         _print(f"round {round}: {fields['client']} dropped ({fields['stage']}): {fields['reason']}")
+    elif event == "warning":
+        _print(f"round {round}: {fields['client']} {fields['reason']}")
     elif event == "round":
         _print(f"round {round}: loss {loss_text(fields['loss'])} in {fields['seconds']:.1f} s")
     elif event == "evaluated":
