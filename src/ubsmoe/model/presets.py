@@ -122,8 +122,8 @@ def _from_folder_or_hub(name: str) -> Config:
     try:
         check_place(name)
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of many types: not JSON, no field, a check of transformers' own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"no usable model configuration at {name!r} ({reason}); model.base must be one of {', '.join(PRESETS)}, "
             "a folder with a config.json, or a Hugging Face model id whose code is part of transformers"
