@@ -15,7 +15,7 @@ from ubsmoe.data.tokens import check_tokenizer
 from ubsmoe.model.checkpoint import READ, check_finite, check_rope, check_tensors, check_weights, one_sentence
 from ubsmoe.model.conventions import UnsupportedModel
 from ubsmoe.model.layer import Rescale
-from ubsmoe.model.presets import check_place, checked_k_max, quieten
+from ubsmoe.model.presets import check_place, check_sparse, checked_k_max, quieten
 from ubsmoe.model.surgery import SparseModel
 
 
@@ -33,7 +33,7 @@ def load_base(settings: ModelSettings, rescale: Rescale = "none", k_max: int | N
     """
     tokenizer = load_tokenizer(settings)
     with _place_of(settings) as place:
-        read_config(place, settings.base)
+        check_sparse(read_config(place, settings.base), settings.base)
         if Path(place).is_dir():
             check_weights(Path(place))
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -56,6 +56,7 @@ def load_skeleton(settings: ModelSettings, rescale: Rescale = "none", k_max: int
     """
     with _place_of(settings) as place:
         config = read_config(place, settings.base)
+        check_sparse(config, settings.base)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype), **READ).eval()
     return _operated(model, settings, rescale, k_max)
@@ -68,7 +69,7 @@ def _operated(model: Any, settings: ModelSettings, rescale: Rescale, k_max: int 
 
 
 def read_config(place: str | Path, base: str) -> Any:
-    """The configuration at `place`. Raises UserError for one that no model of ours can be built from."""
+    """The configuration at `place`. Raises UserError for one that no model can be built from."""
     config = AutoConfig.from_pretrained(place, **READ)
     refuse_quantised(config, base)
     check_rope(config, ROPE_INIT_FUNCTIONS, base)
