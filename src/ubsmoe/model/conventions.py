@@ -63,6 +63,20 @@ class LinearMaps(TorchFunctionMode):
         return out
 
 
+def router_matrix(router: nn.Module, convention: RouterConvention) -> tuple[str, nn.Parameter]:
+    """The module within a router that owns the matrix of its logits ("" for the router itself), and that matrix.
+
+    Families keep it as `weight`, or in a linear map `wg` (HunYuan), `gate` (AFMoE) or `proj` of the router's.
+    """
+    return convention.weight.rpartition(".")[0], router.get_parameter(convention.weight)
+
+
+def top_k_name(config: Any) -> str:
+    """What a family's configuration calls the experts per token."""
+    names = "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts"
+    return next(name for name in names if hasattr(config, name))
+
+
 def find_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """(router, experts) of every block that has both, in order.
 
