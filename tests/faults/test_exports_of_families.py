@@ -1,4 +1,4 @@
-"""C4 of the faults found by trial: the router's matrix is found wherever a family keeps it, and an export is tried out before it is published."""
+"""C4 of the faults found by trial: a router's matrix is found wherever it lies, and an export is tried out first."""
 
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,6 @@ def test_an_export_that_stock_software_reads_otherwise_is_not_published(
         monkeypatch.setattr(
             against_stock, "_logits", lambda model: stock(model) * (1.1 if model is sparse.model else 1)
         )
-    with pytest.raises(UserError, match="PEFT has no place|transformers computes other logits"):
+    with pytest.raises(UserError, match=r"PEFT has no place|transformers computes other logits"):
         exported(sparse, format, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.iterdir())

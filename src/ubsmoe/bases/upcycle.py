@@ -34,7 +34,7 @@ from ubsmoe.bases.warm_up import mean_activations, warm_up
 from ubsmoe.config import ConfigError, DataSettings
 from ubsmoe.data.records import read_file
 from ubsmoe.data.tokens import batches, collate, pad_id, tokenize
-from ubsmoe.model.checkpoint import READ, check_finite, check_tensors, check_weights, one_sentence
+from ubsmoe.model.checkpoint import LOAD, READ, check_finite, check_tensors, check_weights, one_sentence
 from ubsmoe.model.conventions import UnsupportedModel
 from ubsmoe.model.load import read_config
 from ubsmoe.model.presets import check_place, quieten
@@ -118,9 +118,7 @@ def load_dense(place: str) -> tuple[Any, Any]:
             read_config(source, place)
             if path.is_dir():
                 check_weights(path)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, **gguf, **READ
-        )
+        model, found = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **gguf, **LOAD)
     check_tensors(found, place)
     check_finite(model.named_parameters(), place)
     return model.eval(), tokenizer

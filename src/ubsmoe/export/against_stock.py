@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from ubsmoe.errors import UserError
 from ubsmoe.export.installed import Installed
-from ubsmoe.model.checkpoint import READ, check_tensors, named
+from ubsmoe.model.checkpoint import LOAD, READ, check_tensors, named
 from ubsmoe.model.surgery import SparseModel
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -32,9 +32,7 @@ class ExportMismatch(UserError):
 
 def check_merged(folder: Path, sparse: SparseModel, top_k: int) -> None:
     """Raise UserError unless transformers loads a merged model as it is in memory, where nothing but its K is in place."""
-    stock, found = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=sparse.model.dtype, output_loading_info=True, **READ
-    )
+    stock, found = AutoModelForCausalLM.from_pretrained(folder, dtype=sparse.model.dtype, **LOAD)
     check_tensors(found, str(folder))
     sparse.clear()
     with _without_rescale(sparse):

@@ -19,6 +19,9 @@ from ubsmoe.errors import UserError
 READ: dict[str, Any] = {"trust_remote_code": False}
 """No code of a model's author is run, and nobody is asked whether it may be."""
 
+LOAD: dict[str, Any] = {**READ, "ignore_mismatched_sizes": True, "output_loading_info": True}
+"""For weights: what is wrong with them comes back as a report, for `check_tensors`."""
+
 INDEX = "model.safetensors.index.json"
 _PLAIN = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}
 _BEGINNINGS = {
@@ -63,15 +66,18 @@ def check_weights(folder: Path) -> None:
 
 def check_tensors(found: Mapping[str, Any], base: str) -> None:
     """Raise ConfigError unless a checkpoint gave every tensor of its model and no others, by transformers' loading report."""
-    for kind, happens in (("missing_keys", "would be drawn at random"), ("unexpected_keys", "would be left out")):
-        if found[kind]:
-            word = kind.removesuffix("_keys")
+    if sizes := sorted(found["mismatched_keys"]):
+        name, held, wanted = sizes[0]
+        raise ConfigError(
+            f"model.base: {base} does not fit its config.json: {name} has the size {tuple(held)}, expected {tuple(wanted)}"
+            f"{f', and {len(sizes) - 1} more tensors differ' if sizes[1:] else ''}; use the config.json that came with the weights"
+        )
+    for kind, happens in (("missing", "would be drawn at random"), ("unexpected", "would be left out")):
+        if names := sorted(found[f"{kind}_keys"]):
             raise ConfigError(
-                f"model.base: {base} does not fit its config.json: {word} tensors {named(sorted(found[kind]))}, which {happens}; "
-                "expected every tensor of the model and no others"
+                f"model.base: {base} does not fit its config.json: {kind} tensors {named(names)}, which {happens}; expected every "
+                "tensor of the model and no others"
             )
-    if found.get("mismatched_keys"):
-        raise ConfigError(f"model.base: {base} has tensors of other sizes than its config.json says: {found}")
 
 
 def check_finite(tensors: Iterable[tuple[str, Shaped[Tensor, "*S"]]], base: str) -> None:

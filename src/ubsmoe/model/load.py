@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.data.tokens import check_tokenizer
-from ubsmoe.model.checkpoint import READ, check_finite, check_rope, check_tensors, check_weights, one_sentence
+from ubsmoe.model.checkpoint import LOAD, READ, check_finite, check_rope, check_tensors, check_weights, one_sentence
 from ubsmoe.model.conventions import UnsupportedModel
 from ubsmoe.model.layer import Rescale
 from ubsmoe.model.presets import check_place, check_sparse, checked_k_max, quieten
@@ -37,7 +37,7 @@ def load_base(settings: ModelSettings, rescale: Rescale = "none", k_max: int | N
         if Path(place).is_dir():
             check_weights(Path(place))
         model, found = AutoModelForCausalLM.from_pretrained(
-            place, dtype=getattr(torch, settings.dtype), use_safetensors=True, output_loading_info=True, **READ
+            place, dtype=getattr(torch, settings.dtype), use_safetensors=True, **LOAD
         )
     check_tensors(found, settings.base)
     check_finite(model.named_parameters(), settings.base)

@@ -128,7 +128,8 @@ def _by_length(questions: Sequence[Question], batch_size: int) -> Iterator[list[
 def candidate_logs(model: SparseModel, inputs: dict[str, Tensor], batch: Sequence[Question]) -> list[Tensor]:
     """Per question, the log-probability of each candidate. The prompt is read once, its cache shared by the candidates."""
     cache = DynamicCache(config=model.model.config)
-    if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
+    # the state of convolutions and state spaces is not repeated, even by a layer that repeats its attention's
+    if any(hasattr(layer, "conv_states") or not hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
         return _logs_without_cache(model, batch)
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
     last = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
