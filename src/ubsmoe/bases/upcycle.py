@@ -34,7 +34,9 @@ from ubsmoe.bases.warm_up import mean_activations, warm_up
 from ubsmoe.config import ConfigError, DataSettings
 from ubsmoe.data.records import read_file
 from ubsmoe.data.tokens import batches, collate, pad_id, tokenize
+from ubsmoe.model.checkpoint import LOAD, READ, check_finite, check_tensors, check_weights, one_sentence
 from ubsmoe.model.conventions import UnsupportedModel
+from ubsmoe.model.load import read_config
 from ubsmoe.model.presets import check_place, quieten
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
@@ -109,12 +111,16 @@ def load_dense(place: str) -> tuple[Any, Any]:
     path = Path(place)
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     source = str(path.parent) if gguf else place
-    try:
+    with one_sentence(lambda reason: f"cannot load a dense model from {place}: {reason}"):
         check_place(source)
-        tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **gguf)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"cannot load a dense model from {place}: {str(error).strip().splitlines()[0]}") from None
+        tokenizer = AutoTokenizer.from_pretrained(source, **gguf, **READ)
+        if not gguf:
+            read_config(source, place)
+            if path.is_dir():
+                check_weights(path)
+        model, found = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **gguf, **LOAD)
+    check_tensors(found, place)
+    check_finite(model.named_parameters(), place)
     return model.eval(), tokenizer
 
 
@@ -153,7 +159,7 @@ def upcycle(
     _check(dense.config, num_experts, top_k, drop, slices, shared)
     common = round(shared * dense.config.intermediate_size)
     config = _config(dense.config, num_experts, top_k, (dense.config.intermediate_size - common) // slices, common)
-    model = AutoModelForCausalLM.from_config(config).to(dense.dtype).eval()
+    model = AutoModelForCausalLM.from_config(config, **READ).to(dense.dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     wrong = model.load_state_dict(dense.state_dict(), strict=False)
     assert all(".mlp." in name for name in (*wrong.missing_keys, *wrong.unexpected_keys)), wrong

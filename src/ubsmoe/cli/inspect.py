@@ -145,9 +145,10 @@ def plan_command(
 def _plan_of_base(changes: dict[str, Any]) -> dict[str, Any]:
     """The costs of a base's tiers; where no method is set, those of plain federated averaging, which need no torch."""
     from ubsmoe.config import parse_run, with_overrides
-    from ubsmoe.plan.tiers import plan_base, plan_tiers
+    from ubsmoe.plan.tiers import check_base, plan_base, plan_tiers
 
     settings = parse_run(with_overrides({}, changes))
+    check_base(settings)
     chosen = any(key.split(".")[0] == "method" for key in changes)
     plan = plan_tiers(settings) if chosen else plan_base(settings)
     return {

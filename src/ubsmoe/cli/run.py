@@ -1,6 +1,6 @@
 """Verbs that train and score: new, run, compare, eval."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -82,11 +82,14 @@ def run_command(
 
     check_workers(workers, settings)
     keep_freed_memory()
-    console, costs = Console(), known_costs(settings)
+    unknown: list[str] = []
+    console, costs = Console(), known_costs(settings, unknown.append)
     shown = RunConsole(console)
     place = out or Path("out") / run_file.stem
     tracking = Tracking(track or [], place, settings.model_dump(mode="json"))
     federation = build_federation(settings)
+    for reason in unknown:  # the sentence of `ubsmoe plan`
+        console.print(reason, markup=False, highlight=False, soft_wrap=True)
 
     def on_event(event: str, round: int, fields: dict[str, Any]) -> None:
         shown.on_event(event, round, fields)
@@ -117,13 +120,17 @@ def run_command(
     )
 
 
-def known_costs(settings: "RunSettings") -> "list[TierCosts] | None":
-    """What each tier costs; None for a base whose sizes are not known, which can be trained all the same."""
+def known_costs(settings: "RunSettings", say: Callable[[str], object] = lambda _: None) -> "list[TierCosts] | None":
+    """What each tier costs; None for a base whose sizes are not known, which can be trained all the same.
+
+    `say` gets the reason.
+    """
     from ubsmoe.plan.tiers import run_costs
 
     try:
         return cast("list[TierCosts]", [cost.as_dict() for cost in run_costs(settings)])
-    except UserError:
+    except UserError as error:
+        say(str(error))
         return None
 
 

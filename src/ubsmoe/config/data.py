@@ -42,3 +42,7 @@ class DataSettings(Settings):
     template: Literal["plain", "llm_adapters"] = Field("plain", description="prompt around an instruction")
     loss_on_prompt: bool = Field(False, description="train on the prompt's tokens too (TRL: not completion_only_loss)")
     max_length: PositiveInt = Field(256, description="tokens; a longer prompt loses its left end, never the answer")
+    too_long: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="an example whose answer alone exceeds max_length stops the run, or is left out and counted",
+    )

@@ -55,7 +55,7 @@ def parse_run(table: dict[str, Any]) -> RunSettings:
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a run file. Raises ConfigError if it cannot be read or is not TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors of Windows put a mark in front
     except FileNotFoundError:
         raise ConfigError(f"no such file: {path}") from None
     except OSError as error:

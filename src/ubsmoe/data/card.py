@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from ubsmoe.config import DataSettings
+from ubsmoe.data.file_formats import record_files
 from ubsmoe.data.sources import Splits
 from ubsmoe.data.tokens import Tokens
 
@@ -23,7 +24,7 @@ def data_card(settings: DataSettings, splits: Splits, tokens: Sequence[Tokens]) 
     Returns:
         `train` and `test`: source, SHA-256 of each file, examples per task; of the training examples also their tokens, how
         many are `at_max_length` (most of these lost the left end of their prompt) and how many `repeat` an earlier prompt.
-        `asked_in_both`: test prompts that are also trained on.
+        `asked_in_both`: test prompts that are also trained on. `too_long`: examples that `data.too_long = "drop"` left out.
     """
     asked = [example.prompt for example in splits.train]
     tested = {example.prompt for group in splits.test.values() for example in group}
@@ -46,6 +47,7 @@ def data_card(settings: DataSettings, splits: Splits, tokens: Sequence[Tokens]) 
             "tasks": {task: len(group) for task, group in splits.test.items()},
         },
         "asked_in_both": len(tested & set(asked)),
+        "too_long": splits.too_long,
     }
 
 
@@ -54,5 +56,5 @@ def _hashes(place: str | None) -> dict[str, str]:
     path = Path(place or "")
     if not place or not path.exists():
         return {}
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+    files = record_files(path) if path.is_dir() else [path]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

@@ -1,10 +1,11 @@
 """Files of records as plain rows, each with the words that say where it stands.
 
     .json .jsonl    a JSON array, or one JSON object per line
-    .csv            a header, then one record per line; an empty cell is a missing field, lists are written as JSON
+    .csv            a header, then one record per line, cut at commas; an empty cell is a missing field, lists are written as JSON
     .parquet        one record per row; needs pyarrow (the extra "datasets" brings it)
 
-All but Parquet may be gzipped (.gz).
+All but Parquet may be gzipped (.gz). In a folder, hidden files and the notes of the `datasets` library are no records, and
+`train-00000-of-00002.parquet` and its like are one data set.
 """
 
 import csv
@@ -22,11 +23,42 @@ from ubsmoe.config import ConfigError
 from ubsmoe.errors import require
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz", ".parquet")
+NOTES = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
+SPLITS = {"train", "test", "validation", "valid", "val", "dev"}
+MAX_DIGITS = 4300  # of an integer, as Python's own int() has it
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 _LISTS = {"messages", "candidates"}  # the fields of a record that are no text
 
 
+class LongInteger(str):
+    """An integer with more digits than `MAX_DIGITS`, as it was written."""
+
+
 def stem(name: str) -> str:
-    """The name without folder or record suffix: a/ARC-Easy.json.gz gives ARC-Easy."""
+    """The name without folder, record suffix or number of a shard: a/ARC-Easy.json.gz gives ARC-Easy."""
+    return _SHARD.sub("", _without_suffix(name))
+
+
+def record_files(folder: Path) -> list[Path]:
+    """The record files of a folder, in the order of their names. Raises ConfigError if a shard is missing or splits are mixed."""
+    paths = sorted(
+        path for path in folder.iterdir()
+        if path.name.endswith(SUFFIXES) and path.is_file() and not path.name.startswith(".") and path.name not in NOTES
+    )  # fmt: skip
+    shards: dict[str, list[tuple[int, int]]] = {}
+    for path in paths:
+        if found := _SHARD.search(_without_suffix(path.name)):
+            shards.setdefault(stem(path.name), []).append((int(found[1]), int(found[2])))
+    for name, numbers in shards.items():
+        there, count = {number for number, _ in numbers}, max(count for _, count in numbers)
+        if missing := [number for number in range(count) if number not in there]:
+            raise ConfigError(f"{folder} lacks shard {missing[0]:05d} of {count:05d} of {name}; copy all of them")
+    if len(splits := sorted(SPLITS & shards.keys())) > 1:
+        raise ConfigError(f"{folder} holds shards of {' and '.join(splits)}; put each split into a folder of its own")
+    return paths
+
+
+def _without_suffix(name: str) -> str:
     return re.sub(r"\.(jsonl?(\.gz)?|csv(\.gz)?|parquet)$", "", name.rsplit("/", 1)[-1])
 
 
@@ -49,36 +81,71 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(StringIO(text, newline=""), strict=True)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # 131,072 by default, which an article exceeds
+    reader = csv.reader(StringIO(text, newline=""), strict=True)
     try:
-        for row in reader:
+        header = _header(next(reader, []), path)
+        for cells in reader:
             where = f"{path} line {reader.line_num}"
-            if None in row or None in row.values():
-                raise ConfigError(f"{where}: expected {len(reader.fieldnames or ())} cells, as the header has")
-            record: dict[str, Any] = {name: cell for name, cell in row.items() if cell}
+            if not cells:
+                continue  # an empty line
+            if len(cells) != len(header):
+                raise ConfigError(f"{where}: expected {len(header)} cells, as the header has, got {len(cells)}")
+            record: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
             for name in sorted(_LISTS & record.keys()):
                 record[name] = _parse(record[name], f"{where}: field {name!r}", "a list written as JSON")
             yield where, record
     except csv.Error as error:
-        raise ConfigError(f"{path} after line {reader.line_num}: not CSV ({error})") from None
+        raise ConfigError(f"{path} line {reader.line_num}: not CSV ({error})") from None
+
+
+def _header(names: list[str], path: Path) -> list[str]:
+    """The names of the columns. Raises ConfigError for one that comes twice or another separator than a comma."""
+    _once(names, f"{path} line 1")
+    if len(names) == 1 and (other := next((sign for sign in ";\t|" if sign in names[0]), None)):
+        raise ConfigError(f"{path} line 1: columns are separated by {other!r}; expected commas, so save it with those")
+    return names
+
+
+def _once(names: list[str], where: str) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(
+            f"{where}: there are several columns {', '.join(map(repr, twice))}; rename or remove all but one"
+        )
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     require("pyarrow", "datasets")
     parquet = import_module("pyarrow.parquet")
     try:
-        rows = parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow's own errors are among these
-        raise ConfigError(f"{path} cannot be read as Parquet: {error}") from None
+        names = parquet.read_schema(path).names
+        rows = parquet.read_table(path).to_pylist() if len(set(names)) == len(names) else []
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are among these
+        raise ConfigError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+    _once(names, str(path))
     for number, row in enumerate(rows, 1):
         yield f"{path} row {number}", {name: value for name, value in row.items() if value is not None}
 
 
 def _parse(text: str, where: str, expected: str = "one JSON object per line, or a JSON array") -> Any:
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{where}: not JSON ({error}); expected {expected}") from None
+        return json.loads(text, parse_int=_integer, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:  # a plain ValueError is that of an integer of thousands of digits
+        reason = str(error).split(";")[0]
+        raise ConfigError(f"{where}: not JSON that can be read ({reason}); expected {expected}") from None
+
+
+def _integer(digits: str) -> int | LongInteger:
+    return int(digits) if len(digits) <= MAX_DIGITS else LongInteger(digits)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two fields of one name JSON would keep the last one silently."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)!r} comes twice")
+    return record
 
 
 def _read_text(path: Path) -> str:

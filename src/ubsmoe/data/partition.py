@@ -123,7 +123,7 @@ def _groups(examples: Sequence[Example], field: str) -> dict[str, list[int]]:
         if field not in fields:
             common = set.intersection(*(set(_fields(other)) for other in examples))
             raise ConfigError(
-                f"data.partition.field: example {index + 1} has no field {field!r}; "
+                f"data.partition.field: {example.where or f'example {index + 1}'} has no field {field!r}; "
                 f"fields of all examples: {', '.join(sorted(common)) or 'none'}"
             )
         groups.setdefault(fields[field], []).append(index)

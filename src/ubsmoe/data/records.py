@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ubsmoe.config import ConfigError
-from ubsmoe.data.file_formats import SUFFIXES, read_rows, stem
+from ubsmoe.data.file_formats import MAX_DIGITS, SPLITS, SUFFIXES, LongInteger, read_rows, record_files, stem
 from ubsmoe.data.tasks import TASKS, Example
 from ubsmoe.errors import require
 
@@ -49,10 +49,15 @@ def read_file(path: Path, tokenizer: "PreTrainedTokenizerBase") -> list[Example]
 
 def read_folder(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
     """Read every record file of a folder, in the order of their names. Raises ConfigError as `read_file` does."""
-    paths = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
+    paths = record_files(folder)
     if not paths:
         raise ConfigError(f"{folder} holds no record files; expected names ending in {', '.join(SUFFIXES)}")
-    return [example for path in paths for example in read_file(path, tokenizer)]
+
+    def name(path: Path) -> str:
+        whole = stem(path.name)  # a shard of a split is named after the data set, which is the folder
+        return folder.name if whole in SPLITS and f"{whole}-" in path.name else whole
+
+    return [one for path in paths for one in _examples(read_rows(path), str(path), name(path), tokenizer)]
 
 
 def read_hub(name: str, split: str, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
@@ -96,13 +101,13 @@ def _example(record: Any, where: str, name: str, tokenizer: "PreTrainedTokenizer
     else:
         prompt, completion = _pair(record, where)
     candidates = _listed(record, where) or _candidates(prompt)
-    task = str(record.get("task") or "") or _infer_task(name, candidates)
+    task = _text(record, "task", where, optional=True) or _infer_task(name, candidates)
     answer = _answer(record, completion, candidates, where)
     if not answer:
         candidates = ()  # nothing says which one is right, so the completion is free text
-    fields = {key: str(value) for key, value in record.items() if key not in _KNOWN and _is_plain(value)}
+    fields = {key: _plain(value, key, where) for key, value in record.items() if key not in _KNOWN and _is_plain(value)}
     templated = "messages" in record or "instruction" not in record
-    return Example(prompt, completion, task, answer, candidates, {**fields, "task": task}, templated)
+    return Example(prompt, completion, task, answer, candidates, {**fields, "task": task}, templated, where)
 
 
 def _pair(record: dict[str, Any], where: str) -> tuple[str, str]:
@@ -113,21 +118,33 @@ def _pair(record: dict[str, Any], where: str) -> tuple[str, str]:
     asks = present[0]
     prompt, completion = _text(record, asks, where), _text(record, _KINDS[asks], where)
     # Empty in the commonsense data; in others it is the text that the instruction is about.
-    context = (record.get("input") or "") if asks == "instruction" else ""
+    context = _text(record, "input", where, optional=True) if asks == "instruction" else ""
     return (f"{prompt}\n\n{context}" if context else prompt), completion
 
 
-def _text(record: dict[str, Any], key: str, where: str) -> str:
+def _text(record: dict[str, Any], key: str, where: str, optional: bool = False) -> str:
+    """A field that is text; an `optional` one may be missing or empty."""
     value = record.get(key)
+    if optional and value in (None, ""):
+        return ""
     if value is None:
         raise ConfigError(f"{where}: missing field {key!r}; expected text")
-    if not isinstance(value, str):
-        raise ConfigError(f"{where}: field {key!r} must be text, got {type(value).__name__}")
+    if not isinstance(value, str) or isinstance(value, LongInteger):
+        kind = "int" if isinstance(value, LongInteger) else type(value).__name__
+        raise ConfigError(f"{where}: field {key!r} must be text, got {kind}")
     if not value:
         raise ConfigError(f"{where}: field {key!r} is empty; expected text")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    return _plain(value, key, where)
+
+
+def _plain(value: str | int | float, key: str, where: str) -> str:
+    """A plain value as text that can be tokenised and written again."""
+    if isinstance(value, LongInteger):
+        raise ConfigError(f"{where}: field {key!r} is an integer of {len(value)} digits; expected at most {MAX_DIGITS}")
+    text = str(value)
+    if any("\ud800" <= character <= "\udfff" for character in f"{key}{text}"):
         raise ConfigError(f"{where}: field {key!r} holds half of a surrogate pair; expected Unicode text")
-    return value
+    return text
 
 
 def _chat(messages: Any, where: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
@@ -159,7 +176,7 @@ def _listed(record: dict[str, Any], where: str) -> tuple[str, ...]:
         return ()
     if not isinstance(listed, list) or len(listed) < 2 or not all(isinstance(one, str) and one for one in listed):
         raise ConfigError(f"{where}: field 'candidates' must be a list of two or more texts, got {listed!r}")
-    return tuple(listed)
+    return tuple(_plain(one, "candidates", where) for one in listed)
 
 
 def _candidates(prompt: str) -> tuple[str, ...]:
@@ -175,7 +192,9 @@ def _answer(record: dict[str, Any], completion: str, candidates: tuple[str, ...]
         # the longest, as a whole word: "not-true" ends with "true" as well, and "incorrect" with "correct"
         ends = [label for label in candidates if re.search(rf"(?<!\w){re.escape(label)}$", completion)]
         return max(ends, key=len, default="")
-    answer = str(record["answer"])
+    if not _is_plain(record["answer"]):
+        raise ConfigError(f"{where}: field 'answer' must be text, got {type(record['answer']).__name__}")
+    answer = _plain(record["answer"], "answer", where)
     if candidates and answer not in candidates:
         raise ConfigError(f"{where}: field 'answer' is {answer!r}, expected one of {', '.join(candidates)}")
     return answer

@@ -3,7 +3,7 @@
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from ubsmoe.data.file_formats import SUFFIXES
 from ubsmoe.data.records import read_file, read_folder, read_hub
 from ubsmoe.data.synthetic import SyntheticQA
 from ubsmoe.data.tasks import Example
+from ubsmoe.data.tokens import fitting
 from ubsmoe.seeds import seed_for
 
 if TYPE_CHECKING:
@@ -22,10 +23,14 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True)
 class Splits:
-    """Examples to train on, and examples to test on by task; no prompt held out for testing is trained on."""
+    """Examples to train on, and examples to test on by task; no prompt held out for testing is trained on.
+
+    `too_long` counts what `data.too_long = "drop"` left out, by the setting that names its source.
+    """
 
     train: list[Example]
     test: dict[str, list[Example]]
+    too_long: dict[str, int] = field(default_factory=dict)
 
 
 def load_examples(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Splits:
@@ -42,27 +47,56 @@ def load_examples(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", 
     Raises:
         ConfigError: naming the setting or the record at fault.
     """
-    train = load_training(settings, tokenizer, seed)
+    left_out: dict[str, int] = {}
+    train = _fitting(_all_training(settings, tokenizer, seed), settings, tokenizer, "train", left_out)
     if settings.test is not None or settings.train == "synthetic":
-        return Splits(train, load_test(settings, tokenizer, seed))
-    train, test = _hold_out(train, settings.test_fraction, seed)
-    return Splits(train, by_task(test))
+        test = _fitting(_all_test(settings, tokenizer, seed), settings, tokenizer, "test", left_out)
+    else:
+        train, test = _hold_out(train, settings.test_fraction, seed)
+    return Splits(train, by_task(test), left_out)
 
 
 def load_training(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> list[Example]:
     """All that data.train names, nothing held out. Arguments and errors as for `load_examples`."""
+    return _fitting(_all_training(settings, tokenizer, seed), settings, tokenizer, "train", {})
+
+
+def load_test(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> dict[str, list[Example]]:
+    """The test examples alone: a server that has data.test needs no training data. As for `load_examples`."""
+    if settings.test is not None or settings.train == "synthetic":
+        return by_task(_fitting(_all_test(settings, tokenizer, seed), settings, tokenizer, "test", {}))
+    return load_examples(settings, tokenizer, seed).test
+
+
+def _all_training(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> list[Example]:
     if settings.train == "synthetic":
         return _synthetic(settings.synthetic, seed).examples("train", settings.synthetic.train_examples, seed)
     return _read(settings.train, "train", tokenizer)
 
 
-def load_test(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> dict[str, list[Example]]:
-    """The test examples alone: a server that has data.test needs no training data. As for `load_examples`."""
+def _all_test(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> list[Example]:
     if settings.test is not None:
-        return by_task(_read(settings.test, "test", tokenizer))
-    if settings.train == "synthetic":
-        return by_task(_synthetic(settings.synthetic, seed).examples("test", settings.synthetic.test_examples, seed))
-    return load_examples(settings, tokenizer, seed).test
+        return _read(settings.test, "test", tokenizer)
+    return _synthetic(settings.synthetic, seed).examples("test", settings.synthetic.test_examples, seed)
+
+
+def _fitting(
+    examples: list[Example],
+    settings: DataSettings,
+    tokenizer: "PreTrainedTokenizerBase",
+    use: str,
+    left_out: dict[str, int],
+) -> list[Example]:
+    """With `data.too_long = "drop"` the examples that fit; `left_out` gets how many do not."""
+    if settings.too_long == "refuse":
+        return examples  # tokenising refuses, with the place
+    kept = fitting(examples, tokenizer, settings)
+    left_out[use] = len(examples) - len(kept)
+    if not kept:
+        raise ConfigError(
+            f"data.max_length is {settings.max_length}, and the answer of every example of data.{use} is longer; raise it"
+        )
+    return kept
 
 
 def by_task(examples: Sequence[Example]) -> dict[str, list[Example]]:

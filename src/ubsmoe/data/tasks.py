@@ -16,7 +16,7 @@ class Example:
     `answer` is the short label that scoring compares ("answer2"), `completion` the text a model is trained to write
     ("the correct answer is answer2"), `candidates` every label the question admits (empty for free text), `fields`
     whatever else a partition may group by. A `templated` prompt is fed to the model as it is; any other is an
-    instruction that still gets the run's template.
+    instruction that still gets the run's template. `where` is the file and line that it was read from.
     """
 
     prompt: str
@@ -26,6 +26,7 @@ class Example:
     candidates: tuple[str, ...] = ()
     fields: dict[str, str] = field(default_factory=dict)
     templated: bool = False
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

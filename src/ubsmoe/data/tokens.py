@@ -86,9 +86,36 @@ def tokenize(
     completions = _encode([e.completion for e in examples], tokenizer)
     start = _start(tokenizer)
     return [
-        _join(start, prompt, (*completion, int(tokenizer.eos_token_id)), settings.max_length, number)
-        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1)
+        _join(
+            start,
+            prompt,
+            (*completion, int(tokenizer.eos_token_id)),
+            settings.max_length,
+            example.where or f"example {number}",
+        )
+        for number, (example, prompt, completion) in enumerate(zip(examples, prompts, completions, strict=True), 1)
     ]
+
+
+def fitting(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", settings: DataSettings) -> list[Example]:
+    """The examples that `tokenize` would not refuse, whichever of their candidates is the answer.
+
+    Args:
+        examples: some of them too long.
+        tokenizer: of the base model.
+        settings: the run's [data]; gives max_length, in tokens.
+    """
+    words = [_spellings(example) for example in examples]
+    lengths = iter([len(ids) for ids in _encode([text for group in words for text in group], tokenizer)])
+    longest = [max(next(lengths) for _ in group) for group in words]
+    room = settings.max_length - len(_start(tokenizer)) - 2  # of the prompt, and the end of the text
+    return [example for example, length in zip(examples, longest, strict=True) if length <= room]
+
+
+def _spellings(example: Example) -> list[str]:
+    """The completion, and what it would be with each other candidate."""
+    others = [label for label in example.candidates if example.answer and label != example.answer]
+    return [example.completion, *(example.completion.replace(example.answer, label) for label in others)]
 
 
 def collate(tokens: Sequence[Tokens], pad_id: int, loss_on_prompt: bool = False) -> dict[str, Int[Tensor, "B T"]]:
@@ -174,16 +201,16 @@ def _encode(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list
 
 def _start(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """What the tokenizer puts in front of every text by itself: its beginning-of-text token, or nothing."""
-    first: int = tokenizer("a").input_ids[0]
-    return (first,) if first == tokenizer.bos_token_id else ()
+    first = tuple(tokenizer("a").input_ids[:1])
+    return first if first == (tokenizer.bos_token_id,) else ()
 
 
-def _join(start: tuple[int, ...], prompt: list[int], answer: tuple[int, ...], max_length: int, number: int) -> Tokens:
+def _join(start: tuple[int, ...], prompt: list[int], answer: tuple[int, ...], max_length: int, where: str) -> Tokens:
     room = max_length - len(start) - len(answer)
     if room < 1:
         raise ConfigError(
-            f"data.max_length is {max_length}, but the answer of example {number} alone takes {len(answer)} tokens and "
-            f"the prompt needs at least {len(start) + 1}; raise it to {max_length - room + 1} or more"
+            f"data.max_length is {max_length}, but the answer of {where} alone takes {len(answer)} tokens and the prompt needs at "
+            f'least {len(start) + 1}; raise it to {max_length - room + 1} or more, or set data.too_long = "drop"'
         )
     # A chat template has usually written the beginning-of-text token already; twice would be a text no model has seen.
     body = prompt[1:] if start and prompt[:1] == list(start) else prompt

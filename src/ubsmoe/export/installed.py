@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from ubsmoe.export.sidecar import Sidecar
 from ubsmoe.model.adapter import MatrixAdapter
+from ubsmoe.model.conventions import router_matrix, top_k_name
 from ubsmoe.model.expert_weights import up_name
 from ubsmoe.model.surgery import SparseModel
 
@@ -105,7 +106,7 @@ def merge(sparse: SparseModel, installed: Installed) -> dict[str, Any]:
             if f"layers.{index}.attention.{name}.A" in installed.adapter:
                 _add(projection.weight[None], installed.adapter, f"layers.{index}.attention.{name}", scale, False)
         if (difference := installed.adapter.get(f"layers.{index}.router")) is not None:
-            weight = router.get_parameter(sparse.layers[index].convention.weight)
+            _, weight = router_matrix(router, sparse.layers[index].convention)
             weight.copy_(weight.float() + difference.to(weight.device))
         if scales:
             experts.down_proj.mul_(scales[index])
@@ -115,7 +116,7 @@ def merge(sparse: SparseModel, installed: Installed) -> dict[str, Any]:
     if left["phi"] and left["num_candidates"] == sparse.num_experts and all(isinstance(b, Tensor) for b in biases):
         for (router, _), row in zip(modules, left.pop("phi"), strict=True):
             router.bias.add_(torch.tensor(row).to(router.bias))
-    sparse.model.config.num_experts_per_tok = left["top_k"]
+    setattr(sparse.model.config, top_k_name(sparse.model.config), left["top_k"])
     return left
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ubsmoe.errors import UserError
 from ubsmoe.model.adapter import layer_of_experts
+from ubsmoe.model.conventions import router_matrix
 from ubsmoe.model.expert_weights import up_name
 from ubsmoe.model.layer import SparseLayer
 from ubsmoe.model.surgery import SparseModel
@@ -57,7 +58,7 @@ def to_peft(
             tensors[f"{key}.lora_B.weight"] = b.permute(1, 2, 0).reshape(b.shape[1], -1)
         difference = adapter.get(f"layers.{layer.index}.router")
         if difference is not None:
-            key = _wrapped(paths[layer.router])
+            key = _wrapped(_router_path(layer, paths))
             tensors[f"{key}.lora_A.weight"] = difference
             tensors[f"{key}.lora_B.weight"] = torch.eye(len(difference))
     projections = {
@@ -66,11 +67,9 @@ def to_peft(
         for name, module in layer.attention.projections.items()
         if f"layers.{layer.index}.attention.{name}.A" in adapter
     }
-    routers = sorted(
-        {_suffix(paths[layer.router]) for layer in sparse.layers if f"layers.{layer.index}.router" in adapter}
-    )
+    trained = [layer for layer in sparse.layers if f"layers.{layer.index}.router" in adapter]
     experts = {(_suffix(paths[layer.experts]), stored) for layer in sparse.layers for stored in _stored(layer)}
-    own_rank = {f"{router}.weight": sparse.num_experts for router in routers}
+    own_rank = {_suffix(name): sparse.num_experts for name in sorted(_router_names(trained, paths))}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -98,7 +97,7 @@ def from_peft(
     """
     rank, alpha = _rank_and_alpha(config)
     given, adapter, paths = dict(tensors), {}, _paths(sparse)
-    _refuse_own_scales(config, [f"{paths[layer.router]}.weight" for layer in sparse.layers])
+    _refuse_own_scales(config, _router_names(sparse.layers, paths))
     for layer in sparse.layers:
         for name, (key, (experts, *shape)) in _places(layer, paths).items():
             if layer_of_experts(f"{name}.A") is None and f"{key}.lora_A.weight" not in given:
@@ -112,9 +111,9 @@ def from_peft(
                 )
             adapter[f"{name}.A"] = a.view(experts, rank, -1).float()
             adapter[f"{name}.B"] = b.view(-1, rank, experts).permute(2, 0, 1).float()
-        key = _wrapped(paths[layer.router])
+        key = _wrapped(_router_path(layer, paths))
         if f"{key}.lora_A.weight" in given:
-            own = _own_scale(config, f"{paths[layer.router]}.weight", alpha / rank)
+            own = _own_scale(config, _router_names([layer], paths)[0], alpha / rank)
             a, b = (_take(given, f"{key}.lora_{factor}.weight") for factor in "AB")
             adapter[f"layers.{layer.index}.router"] = own * (b.float() @ a.float())
     if given:
@@ -164,6 +163,17 @@ def _own_scale(config: Mapping[str, Any], name: str, otherwise: float) -> float:
 def _paths(sparse: SparseModel) -> dict[Any, str]:
     """The name of every module in the base."""
     return {module: name for name, module in sparse.model.named_modules()}
+
+
+def _router_path(layer: SparseLayer, paths: Mapping[Any, str]) -> str:
+    """The module that owns a router's matrix."""
+    owner, _ = router_matrix(layer.router, layer.convention)
+    return f"{paths[layer.router]}.{owner}".rstrip(".")
+
+
+def _router_names(layers: Iterable[SparseLayer], paths: Mapping[Any, str]) -> list[str]:
+    """The routers' matrices as parameters of the base."""
+    return [f"{paths[layer.router]}.{layer.convention.weight}" for layer in layers]
 
 
 def _places(layer: SparseLayer, paths: Mapping[Any, str]) -> dict[str, tuple[str, tuple[int, int, int]]]:

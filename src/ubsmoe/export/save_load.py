@@ -14,10 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from ubsmoe.config import ConfigError, ModelSettings
+from ubsmoe.export.against_stock import check_merged, check_peft
 from ubsmoe.export.card import export_card
 from ubsmoe.export.installed import Installed, merge
 from ubsmoe.export.peft import CONFIG, WEIGHTS, AdapterMismatch, from_peft, to_peft
 from ubsmoe.export.sidecar import Format, Sidecar, beyond_stock, parse_sidecar
+from ubsmoe.model.conventions import top_k_name
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.storage import exportfolder
 from ubsmoe.storage.disk import encode_json
@@ -53,9 +55,11 @@ def write(
 
     Raises:
         ExportError: if `out` is taken or cannot be written; then nothing is.
+        UserError: if stock software would make something else of it; then nothing is written either.
     """
     exportfolder.check_free(out)  # before anything is merged
-    stock_top_k = sparse.model.config.num_experts_per_tok
+    k_name = top_k_name(sparse.model.config)
+    stock_top_k = getattr(sparse.model.config, k_name)
     sidecar = parse_sidecar(
         {
             "format": format,
@@ -75,14 +79,16 @@ def write(
         if format == "merged":
             sparse.model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            check_merged(folder, sparse, sidecar.top_k)
         elif format == "peft":
             tensors, config = to_peft(sparse, installed.adapter, installed.alpha, origin.model.base)
             exportfolder.write_tensors(folder / WEIGHTS, tensors)
             exportfolder.put_text(folder / CONFIG, encode_json(config, indent=2).decode())
+            check_peft(folder, sparse, installed, tensors)
         else:
             exportfolder.write_tensors(folder / NATIVE, installed.adapter)
         card = export_card(sidecar.model_dump(), beyond_stock(sidecar, stock_top_k))
-        exportfolder.put_text(folder / "README.md", card)
+        exportfolder.put_text(folder / "README.md", card.replace("num_experts_per_tok", k_name))
 
     exportfolder.write_export(out, sidecar.model_dump(), fill)
     return sidecar

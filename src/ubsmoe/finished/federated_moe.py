@@ -103,7 +103,14 @@ class FederatedMoE:
 
         Returns:
             The new text alone.
+
+        Raises:
+            UserError: for a prompt that holds no text.
         """
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ConfigError("the prompt is not UTF-8 text; expected Unicode")
+        if not self.tokenizer(prompt).input_ids:
+            raise ConfigError("the prompt is empty; expected text to continue")
         inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         out = self.model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad_id(self.tokenizer), **settings)

@@ -8,6 +8,8 @@ from typing import Any
 from ubsmoe.config import ConfigError
 from ubsmoe.errors import require
 from ubsmoe.finished.run import open_run
+from ubsmoe.model.checkpoint import READ
+from ubsmoe.server.evaluate import own_generation
 
 
 def harness_scores(
@@ -52,11 +54,12 @@ def harness_scores(
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
     run = open_run(path)
-    model = huggingface.HFLM(pretrained=run.model.model, tokenizer=run.tokenizer, batch_size=batch_size)
+    model = huggingface.HFLM(pretrained=run.model.model, tokenizer=run.tokenizer, batch_size=batch_size, **READ)
     results = []
     for profile in run.tiers if tier is None else [run.tier(tier)]:
         run.install(profile)
-        found = evaluator.evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+        with own_generation(run.model.model, run.tokenizer):
+            found = evaluator.evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
         run.model.clear()
         scores = {
             name: {key: value for key, value in row.items() if key != "alias"} for name, row in found["results"].items()

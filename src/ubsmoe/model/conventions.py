@@ -1,6 +1,7 @@
 """What a family's blocks look like and what its routers do with K: found out by looking and trying, not by name."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,21 +63,42 @@ class LinearMaps(TorchFunctionMode):
         return out
 
 
+def router_matrix(router: nn.Module, convention: RouterConvention) -> tuple[str, nn.Parameter]:
+    """The module within a router that owns the matrix of its logits ("" for the router itself), and that matrix.
+
+    Families keep it as `weight`, or in a linear map `wg` (HunYuan), `gate` (AFMoE) or `proj` of the router's.
+    """
+    return convention.weight.rpartition(".")[0], router.get_parameter(convention.weight)
+
+
+def top_k_name(config: Any) -> str:
+    """What a family's configuration calls the experts per token."""
+    names = "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts"
+    return next(name for name in names if hasattr(config, name))
+
+
 def find_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """(router, experts) of every block that has both, in order."""
+    """(router, experts) of every block that has both, in order.
+
+    Raises:
+        UnsupportedModel: for experts or routers of a kind that cannot be given a budget.
+    """
     for module in model.modules():
         experts = getattr(module, "experts", None)
         router = getattr(module, "gate", None) or getattr(module, "router", None)
-        if isinstance(experts, nn.Module) and hasattr(experts, "num_experts") and hasattr(router, "top_k"):
+        if isinstance(experts, nn.Module) and hasattr(experts, "num_experts") and isinstance(router, nn.Module):
             if not hasattr(experts, "is_transposed"):
                 raise UnsupportedModel(
-                    f"{type(experts).__name__} does not follow transformers' experts interface; update transformers"
+                    f"{type(experts).__name__} does not follow the experts interface of this transformers, which is not supported"
                 )
             if getattr(experts, "has_post_expert_norm", False):
                 raise UnsupportedModel(
                     f"{type(experts).__name__} normalises each expert's output, which is not supported"
                 )
-            assert isinstance(router, nn.Module)
+            if not isinstance(getattr(router, "top_k", None), int):
+                raise UnsupportedModel(
+                    f"{type(router).__name__} has no top_k of its own, so no budget can be set on it, which is not supported"
+                )
             yield router, experts
 
 
@@ -88,16 +110,17 @@ Routed = tuple[Float[Tensor, "T M"], Float[Tensor, "T K"], Int[Tensor, "T K"]]
 def observe_router(router: nn.Module, num_experts: int) -> RouterConvention:
     """Run a router on random inputs, at K = 1, 2 and its own, and see what it does.
 
-    A router on the meta device is tried out on a copy with random numbers in it.
+    What it takes beside the hidden states is a bias per expert on the choice (MiniMax-M2, LFM2-MoE, AFMoE, HY-V3), drawn at random
+    too. A router on the meta device is tried out on a copy with random numbers in it.
 
     Raises:
-        UnsupportedModel: if it ignores `top_k` (PhiMoE always takes two), needs more than the hidden state, scores its experts in
+        UnsupportedModel: if it ignores `top_k` (PhiMoE always takes two), needs more than that, scores its experts in
             another way, or computes its logits by more than one linear map.
     """
     if next(router.parameters()).is_meta:
         router = _with_random_weights(router)
     name, maps = type(router).__name__, dict[str, Tensor]()
-    runs = _try_out(router, name, maps)
+    runs = _try_out(router, name, maps, num_experts)
     for top_k, (logits, _, index) in runs.items():
         if index.shape[-1] != top_k or logits.shape[-1] != num_experts:
             raise UnsupportedModel(
@@ -119,7 +142,7 @@ def observe_router(router: nn.Module, num_experts: int) -> RouterConvention:
     )
 
 
-def _try_out(router: nn.Module, name: str, maps: dict[str, Tensor]) -> dict[int, Routed]:
+def _try_out(router: nn.Module, name: str, maps: dict[str, Tensor], num_experts: int) -> dict[int, Routed]:
     """What a router returns for the same hidden states at each K; `maps` gets the outputs of its linear maps.
 
     The inputs are scaled to logits of size 1: a sharper router puts all its weight on one expert whatever K, a flatter one
@@ -133,6 +156,7 @@ def _try_out(router: nn.Module, name: str, maps: dict[str, Tensor]) -> dict[int,
     stock, weight = router.top_k, next(router.parameters())
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(16, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+    biases = [torch.randn(num_experts, generator=generator).to(weight.device) for _ in _biases(router)]
     runs = {}
     try:
         size = nn.functional.linear(hidden.float(), weight.float()).std()
@@ -140,13 +164,35 @@ def _try_out(router: nn.Module, name: str, maps: dict[str, Tensor]) -> dict[int,
         for top_k in (1, 2, int(stock)):  # type: ignore[arg-type]
             router.top_k = top_k  # type: ignore[assignment]
             with LinearMaps(router, seen):
-                logits, weights, index = router(hidden)
-            runs[top_k] = logits, weights, index
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UnsupportedModel(f"{name} cannot be run on hidden states alone: {error}") from error
+                runs[top_k] = _run(router, hidden, biases)
+    except Exception as error:  # a router is anybody's code
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnsupportedModel(
+            f"{name} cannot be run on hidden states and a bias per expert alone: {reason}"
+        ) from error
     finally:
         router.top_k = stock
     return runs
+
+
+def _run(router: nn.Module, hidden: Float[Tensor, "T h"], biases: list[Float[Tensor, " M"]]) -> Routed:
+    """What a router returns for these tokens, which some want as [B, T, h]."""
+    try:
+        out = router(hidden, *biases)
+    except (ValueError, IndexError):
+        out = router(hidden.unsqueeze(0), *biases)
+    if not isinstance(out, tuple) or len(out) != 3:
+        raise ValueError(
+            f"it returns {len(out) if isinstance(out, tuple) else 1} values; expected logits, weights and indices"
+        )
+    return out
+
+
+def _biases(router: nn.Module) -> list[str]:
+    """What its forward takes beside the hidden states: all that it must have, and whatever is called a bias."""
+    _, *others = inspect.signature(router.forward).parameters.values()
+    named = [one for one in others if one.kind is one.POSITIONAL_OR_KEYWORD]
+    return [one.name for one in named if one.default is one.empty or "bias" in one.name]
 
 
 def _scoring(name: str, routed: Routed) -> Literal["softmax", "sigmoid"]:

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.data.tokens import check_tokenizer
+from ubsmoe.model.checkpoint import LOAD, READ, check_finite, check_rope, check_tensors, check_weights, one_sentence
 from ubsmoe.model.conventions import UnsupportedModel
 from ubsmoe.model.layer import Rescale
-from ubsmoe.model.presets import check_place, checked_k_max, quieten
+from ubsmoe.model.presets import check_place, check_sparse, checked_k_max, quieten
 from ubsmoe.model.surgery import SparseModel
 
 
@@ -31,9 +33,14 @@ def load_base(settings: ModelSettings, rescale: Rescale = "none", k_max: int | N
     """
     tokenizer = load_tokenizer(settings)
     with _place_of(settings) as place:
-        # trust_remote_code stays off: a base is data, never code
-        refuse_quantised(AutoConfig.from_pretrained(place), settings.base)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, settings.dtype))
+        check_sparse(read_config(place, settings.base), settings.base)
+        if Path(place).is_dir():
+            check_weights(Path(place))
+        model, found = AutoModelForCausalLM.from_pretrained(
+            place, dtype=getattr(torch, settings.dtype), use_safetensors=True, **LOAD
+        )
+    check_tensors(found, settings.base)
+    check_finite(model.named_parameters(), settings.base)
     try:
         model = model.to(settings.device).eval()
     except (RuntimeError, AssertionError) as error:
@@ -48,10 +55,10 @@ def load_skeleton(settings: ModelSettings, rescale: Rescale = "none", k_max: int
     Only the configuration is read, and no memory is taken for weights. Arguments and errors are those of `load_base`.
     """
     with _place_of(settings) as place:
-        config = AutoConfig.from_pretrained(place)
-    refuse_quantised(config, settings.base)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype)).eval()
+        config = read_config(place, settings.base)
+        check_sparse(config, settings.base)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype), **READ).eval()
     return _operated(model, settings, rescale, k_max)
 
 
@@ -59,6 +66,14 @@ def _operated(model: Any, settings: ModelSettings, rescale: Rescale, k_max: int 
     sparse = SparseModel(model, rescale)
     sparse.limit_k_max(checked_k_max(k_max, sparse.k_max, settings.base))
     return sparse
+
+
+def read_config(place: str | Path, base: str) -> Any:
+    """The configuration at `place`. Raises UserError for one that no model can be built from."""
+    config = AutoConfig.from_pretrained(place, **READ)
+    refuse_quantised(config, base)
+    check_rope(config, ROPE_INIT_FUNCTIONS, base)
+    return config
 
 
 def refuse_quantised(config: Any, base: str) -> None:
@@ -75,7 +90,12 @@ def refuse_quantised(config: Any, base: str) -> None:
 def load_tokenizer(settings: ModelSettings) -> Any:
     """The base's tokenizer alone, for whoever looks at data before weights. Raises ConfigError as `load_base` does."""
     with _place_of(settings) as place:
-        return AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(place, **READ)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ConfigError(
+            f"model.base: {settings.base} has no tokenizer files; copy tokenizer.json beside its config.json"
+        )
+    return tokenizer
 
 
 @contextmanager
@@ -83,15 +103,13 @@ def _place_of(settings: ModelSettings) -> Iterator[str | Path]:
     """Where the base lies; whatever fails while it is read becomes one sentence."""
     place = shipped_path(settings.base) or settings.base
     quieten()
-    try:
+    word = (
+        f"model.base: cannot load {settings.base!r} (%s); expected ubsmoe-tiny, a folder with a transformers "
+        "model, or a model id that the Hugging Face hub can be asked for"
+    )
+    with one_sentence(lambda reason: word.replace("%s", reason)):
         check_place(place)
         yield place
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.base: cannot load {settings.base!r} ({reason}); expected ubsmoe-tiny, a folder with a transformers "
-            "model, or a model id that the Hugging Face hub can be asked for"
-        ) from None
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

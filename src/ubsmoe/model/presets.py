@@ -39,12 +39,26 @@ def model_shape(name_or_path: str | Path) -> ModelShape:
     """
     name = str(name_or_path)
     config = _preset(name) if name in PRESETS else _from_folder_or_hub(name)
+    check_sparse(config, name)
+    return shape_from_config(config)
+
+
+def check_sparse(config: Config, name: str) -> None:
+    """Raise UserError for the configuration of a dense model."""
     if not _num_experts(config):
         raise UserError(
             f"{name} is a dense model ({config.model_type}): it has no experts to choose from. "
             f"Set model.base to a sparse mixture of experts, such as {', '.join(PRESETS)}"
         )
-    return shape_from_config(config)
+
+
+def check_length(config: Config, max_length: int, name: str) -> None:
+    """Raise ConfigError for texts longer than a model has positions for."""
+    positions = getattr(_text(config), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < max_length:
+        raise ConfigError(
+            f"data.max_length is {max_length}, but {name} has {positions} positions; lower it to {positions} or less"
+        )
 
 
 def shape_from_config(config: Config) -> ModelShape:
@@ -122,8 +136,8 @@ def _from_folder_or_hub(name: str) -> Config:
     try:
         check_place(name)
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of many types: not JSON, no field, a check of transformers' own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"no usable model configuration at {name!r} ({reason}); model.base must be one of {', '.join(PRESETS)}, "
             "a folder with a config.json, or a Hugging Face model id whose code is part of transformers"
@@ -136,7 +150,15 @@ def _first(config: Config, *names: str) -> Any:
 
 
 def _num_experts(config: Config) -> int:
-    return int(_first(config, "num_experts", "num_local_experts", "n_routed_experts") or 0)
+    config = _text(config)
+    names = "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"
+    found = _first(config, *names) or _first(_first(config, "ffn_config"), *names)
+    return max(found, default=0) if isinstance(found, list | tuple) else int(found or 0)
+
+
+def _text(config: Config) -> Config:
+    """The part of a configuration that is about text."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _moe_layers(config: Config) -> list[int]:

@@ -44,8 +44,12 @@ class SparseModel:
         self.layers = [SparseLayer(i, *pair, find_projections(model, pair[0])) for i, pair in enumerate(blocks)]
         if not self.layers:
             raise UnsupportedModel(
-                f"{type(model).__name__} has no mixture-of-experts layers: this project varies the number of experts, "
-                "so model.base must be a sparse mixture of experts (OLMoE, Mixtral, Qwen-MoE, DeepSeek, gpt-oss, ...)"
+                f"{type(model).__name__} has no mixture-of-experts layers that can be given a budget; expected a sparse "
+                "mixture of experts behind transformers' experts interface (OLMoE, Mixtral, Qwen-MoE, DeepSeek, gpt-oss, ...)"
+            )
+        if len({(layer.num_experts, layer.k_max) for layer in self.layers}) > 1:
+            raise UnsupportedModel(
+                f"{type(model).__name__} has layers of different numbers of experts, which is not supported"
             )
         self.adapter: dict[str, nn.Parameter] = {}
         self._keep: Bool[Tensor, "B S"] | None = None

@@ -23,7 +23,7 @@ from ubsmoe.costs.tiers import TierCost
 from ubsmoe.costs.workload import Batch
 from ubsmoe.data.tokens import Tokens
 from ubsmoe.plan.devices import RUNTIME_BYTES, smallest_device
-from ubsmoe.plan.tiers import TierPlan, plan_tiers
+from ubsmoe.plan.tiers import TierPlan, check_base, plan_tiers
 from ubsmoe.plan.work import Work, assumed_work, client_work, read_work
 from ubsmoe.seeds import generator_for
 
@@ -65,8 +65,9 @@ def forecast(
         What `ubsmoe plan --json` prints: the assumptions, "tiers" and "run".
 
     Raises:
-        UserError: as `plan_tiers`; or if data are to be read and cannot be.
+        UserError: as `plan_tiers`; if the run would refuse its base; or if data are to be read and cannot be.
     """
+    check_base(settings)
     plan = plan_tiers(settings)
     works = assumed_work(settings, examples) if examples else read_work(settings)
     speed = flops_per_second or measured_speed(plan.shape, settings)

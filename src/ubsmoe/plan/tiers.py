@@ -8,7 +8,7 @@ from ubsmoe.costs.shape import ModelShape, Trained, budget_top_k
 from ubsmoe.costs.tiers import Tier, TierCost, tier_costs
 from ubsmoe.costs.traffic import Traffic
 from ubsmoe.costs.workload import Batch, Workload
-from ubsmoe.model.presets import checked_k_max, model_shape
+from ubsmoe.model.presets import PRESETS, check_length, checked_k_max, model_shape
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,15 @@ class TierPlan:
     shape: ModelShape
     workload: Workload
     costs: list[TierCost]
+
+
+def check_base(settings: RunSettings) -> None:
+    """Raise the UserError that a run would end in because of its base; of a preset nothing needs to be looked at."""
+    if settings.model.base not in PRESETS:
+        from ubsmoe.model.load import load_skeleton  # imports torch
+
+        skeleton = load_skeleton(settings.model, settings.tiers.rescale, settings.tiers.k_max)
+        check_length(skeleton.model.config, settings.data.max_length, settings.model.base)
 
 
 def plan_tiers(settings: RunSettings) -> TierPlan:

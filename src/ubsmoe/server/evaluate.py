@@ -9,12 +9,13 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from ubsmoe.config import DataSettings, EvaluateSettings
 from ubsmoe.data.tasks import TASKS, Example, extract_answer
@@ -127,6 +128,9 @@ def _by_length(questions: Sequence[Question], batch_size: int) -> Iterator[list[
 def candidate_logs(model: SparseModel, inputs: dict[str, Tensor], batch: Sequence[Question]) -> list[Tensor]:
     """Per question, the log-probability of each candidate. The prompt is read once, its cache shared by the candidates."""
     cache = DynamicCache(config=model.model.config)
+    # the state of convolutions and state spaces is not repeated, even by a layer that repeats its attention's
+    if any(hasattr(layer, "conv_states") or not hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
+        return _logs_without_cache(model, batch)
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
     last = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
     last[:, -1] = True
@@ -155,6 +159,40 @@ def candidate_logs(model: SparseModel, inputs: dict[str, Tensor], batch: Sequenc
     return [total[: len(question.candidates)] for total, question in zip(totals, batch, strict=True)]
 
 
+def _logs_without_cache(model: SparseModel, batch: Sequence[Question]) -> list[Tensor]:
+    """The same for hybrid mixtures: the state of a linear attention or a state space cannot be shared by several tokens.
+
+    Prompt and candidate are read as one text, padded on the right, where padding reaches nothing before it.
+    """
+    rows = [
+        (question.tokens.prompt_length, question.tokens.input_ids, one)
+        for question in batch
+        for one in question.candidates
+    ]
+    texts = [(*ids[:start], *candidate) for start, ids, candidate in rows]
+    length, device = max(map(len, texts)), model.model.device
+    ids = torch.tensor([[*text] + [0] * (length - len(text)) for text in texts], device=device)
+    real = torch.tensor([[1] * len(text) + [0] * (length - len(text)) for text in texts], device=device)
+    places = torch.arange(length - 1, device=device)
+    starts = torch.tensor([start for start, _, _ in rows], device=device).unsqueeze(1)
+    said = (places >= starts - 1) & real[:, 1:].bool()  # positions whose next token is the candidate's
+    found = model.logits_at(ids, real, said).float().log_softmax(-1)
+    logs = torch.zeros(said.shape, device=device)
+    logs[said] = found.gather(-1, ids[:, 1:][said].unsqueeze(-1)).squeeze(-1)
+    return list(logs.sum(-1).cpu().split([len(question.candidates) for question in batch]))
+
+
+@contextmanager
+def own_generation(model: Any, tokenizer: Any) -> Iterator[None]:
+    """Inside, generation follows what is asked for and nothing that the base's generation_config.json says."""
+    stock = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=pad_id(tokenizer))
+    try:
+        yield
+    finally:
+        model.generation_config = stock
+
+
 class _StopAtLabel(StoppingCriteria):
     """Ends a row as soon as its label is readable: later tokens cannot change the first match."""
 
@@ -179,14 +217,8 @@ def _generate(
     if settings.decoding == "greedy":
         stop = _StopAtLabel(tokenizer, [question.example.task for question in batch], length)
         how = {"stopping_criteria": StoppingCriteriaList([stop])}
-    out = model.model.generate(
-        **inputs,
-        **how,
-        do_sample=False,
-        max_new_tokens=settings.max_new_tokens,
-        pad_token_id=pad_id(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    with own_generation(model.model, tokenizer):
+        out = model.model.generate(**inputs, **how, do_sample=False, max_new_tokens=settings.max_new_tokens)
     texts: list[str] = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
     return texts
 

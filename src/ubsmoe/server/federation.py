@@ -17,6 +17,7 @@ from ubsmoe.messages import Announcement, Profile
 from ubsmoe.methods.chosen import chosen_method, client_profile, shape_of_model, tier_profiles
 from ubsmoe.methods.method import Method, RunShape
 from ubsmoe.model.load import check_sha256, load_base, load_skeleton, weights_sha256
+from ubsmoe.model.presets import check_length
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.server.evaluate import Question, prepare
 from ubsmoe.server.validator import UpdateSpecs
@@ -94,6 +95,7 @@ def build_server(settings: RunSettings, weights: bool | None = None) -> Federati
     """
     place = settings.model, settings.tiers.rescale, settings.tiers.k_max
     skeleton = load_skeleton(*place)
+    check_length(skeleton.model.config, settings.data.max_length, settings.model.base)
     shape = shape_of_model(settings, skeleton)
     method = chosen_method(settings, shape)  # refused, if it is, before any weights are loaded
     evaluate = settings.evaluate

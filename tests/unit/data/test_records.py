@@ -251,7 +251,7 @@ def test_a_chat_needs_a_tokenizer_with_a_chat_template(write: Write, bos_tokeniz
         ("bad.csv", "prompt,completion\n", r"bad\.csv holds no records; expected"),
         ("bad.csv", "prompt,completion\na,b\na\n", r"bad\.csv line 3: expected 2 cells, as the header has"),
         ("bad.csv", "prompt,completion\na,b,c\n", r"line 2: expected 2 cells"),
-        ("bad.csv", 'prompt,completion\n"a" x,b\n', r"bad\.csv after line 1: not CSV"),
+        ("bad.csv", 'prompt,completion\n"a" x,b\n', r"bad\.csv line 2: not CSV"),
         ("bad.csv", "prompt,completion\na,\n", r"line 2: missing field 'completion'"),
         ("bad.csv", "prompt,completion,candidates\na,b,b or c\n", r"'candidates': not JSON .* a list written as JSON"),
     ],

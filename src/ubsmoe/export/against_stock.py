@@ -1,0 +1,105 @@
+"""An export is loaded by the software it is for, and compared with what is in memory, before it is published.
+
+Names alone prove nothing: PEFT leaves out what it has no place for, with a warning at most.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ubsmoe.errors import UserError
+from ubsmoe.export.installed import Installed
+from ubsmoe.model.checkpoint import LOAD, READ, check_tensors, named
+from ubsmoe.model.surgery import SparseModel
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+"""Largest mean difference of logits, as a share of their mean size: other kernels add in another order."""
+
+
+class ExportMismatch(UserError):
+    """An export that stock software would load as something else; it is not published."""
+
+
+def check_merged(folder: Path, sparse: SparseModel, top_k: int) -> None:
+    """Raise UserError unless transformers loads a merged model as it is in memory, where nothing but its K is in place."""
+    stock, found = AutoModelForCausalLM.from_pretrained(folder, dtype=sparse.model.dtype, **LOAD)
+    check_tensors(found, str(folder))
+    sparse.clear()
+    with _without_rescale(sparse):
+        sparse.set_top_k(top_k)
+        ours = _logits(sparse.model)
+    sparse.clear()
+    _compare(_logits(stock.to(sparse.device).eval()), ours, "transformers", sparse.model.dtype)
+
+
+def check_peft(folder: Path, sparse: SparseModel, installed: Installed, tensors: dict[str, Tensor]) -> None:
+    """Raise UserError unless PEFT puts every tensor of an adapter on the base and gets its logits; nothing without PEFT."""
+    if find_spec("peft") is None:
+        return
+    peft = import_module("peft")
+    twin = _twin(sparse.model)
+    ours = SparseModel(twin)
+    ours.load_adapter(installed.adapter, installed.alpha)
+    expected = _logits(twin)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT looks for the patterns of parameters among modules, too
+        theirs = peft.PeftModel.from_pretrained(_twin(sparse.model), str(folder)).eval()
+    loaded = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
+    if lost := sorted(name for name in tensors if name not in loaded or not _equal(loaded[name], tensors[name])):
+        raise ExportMismatch(f"PEFT has no place on this base for {named(lost)}; export it as merged or native instead")
+    _compare(_logits(theirs), expected, "PEFT", sparse.model.dtype)
+
+
+def _twin(model: Any) -> Any:
+    """Another model object on the same weights."""
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype, **READ)
+    twin.load_state_dict(model.state_dict(), assign=True)
+    twin.tie_weights()
+    for name, buffer in model.named_buffers():  # those that are computed, not saved
+        owner, _, last = name.rpartition(".")
+        twin.get_submodule(owner)._buffers[last] = buffer
+    return twin.requires_grad_(False).eval()
+
+
+@contextmanager
+def _without_rescale(sparse: SparseModel) -> Iterator[None]:
+    """Inside, K < K_max has no output scale, which stock software does not have either."""
+    before = [layer.rescale for layer in sparse.layers]
+    for layer in sparse.layers:
+        layer.rescale = "none"
+    try:
+        yield
+    finally:
+        for layer, rescale in zip(sparse.layers, before, strict=True):
+            layer.rescale = rescale
+
+
+@torch.no_grad()
+def _logits(model: Any) -> Float[Tensor, "1 T V"]:
+    ids = torch.arange(12, device=model.device) % model.get_input_embeddings().num_embeddings
+    logits: Tensor = model(input_ids=ids.unsqueeze(0), use_cache=False).logits
+    return logits.float()
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.cpu(), other.to(one.dtype).cpu())
+
+
+def _compare(theirs: Float[Tensor, "1 T V"], ours: Float[Tensor, "1 T V"], who: str, dtype: torch.dtype) -> None:
+    off = float((theirs - ours).abs().mean() / ours.abs().mean().clamp_min(1e-6))
+    if not off <= TOLERANCE[dtype]:
+        raise ExportMismatch(
+            f"{who} computes other logits from this export than were trained (off by {off:.1%} of their size); "
+            "export it natively instead, and report this family"
+        )
