@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from ubsmoe.errors import UserError
 from ubsmoe.export import against_stock, peft
-from ubsmoe.export import formats as exports
+from ubsmoe.export import save_load as exports
 from ubsmoe.model.surgery import SparseModel
-from unit.export.test_formats import assert_close, exported, logits
+from unit.export.test_save_load import assert_close, exported, logits
 from unit.model.families import WIDTH, tiny
 
 SIZES: dict[str, dict[str, Any]] = {
