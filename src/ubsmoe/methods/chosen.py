@@ -61,6 +61,9 @@ def chosen_method(settings: RunSettings, shape: RunShape) -> Method:
     if settings.privacy is not None:
         refuse(method, "privacy")
         require("dp_accounting", "dp")
+    if settings.secure_aggregation is not None:
+        refuse(method, "secure_aggregation")
+        require("cryptography", "secagg")
     return method
 
 
