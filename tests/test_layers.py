@@ -29,14 +29,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"config", "errors", "model", "storage"},
     "bases": {"config", "data", "maths", "model", "seeds", "storage"},
     "bases/pretrain": {"config", "data", "maths"},
-    "client": {"config", "data", "errors", "messages", "methods", "model", "secagg", "seeds", "wire"},
+    "client": {"config", "costs", "data", "errors", "messages", "methods", "model", "secagg", "seeds", "wire"},
     # a run: planned, carried out, opened again
     "plan": {"client", "config", "costs", "data", "errors", "methods", "model", "seeds"},
     "server": {
         *{"client", "config", "data", "errors", "export", "maths", "messages", "methods", "model"},
         *{"secagg", "seeds", "storage", "wire"},
     },
-    "engines": {"client", "config", "data", "errors", "messages", "plan", "secagg", "seeds", "server", "wire"},
+    "engines": {
+        *{"client", "config", "data", "errors", "messages", "methods", "plan", "secagg", "seeds", "server", "wire"},
+    },
     "engines/flower": {"client", "config", "data", "errors", "messages", "secagg", "server", "storage", "wire"},
     "finished": {
         *{"config", "costs", "data", "errors", "export", "messages", "methods", "model", "seeds", "server", "storage"},

@@ -14,13 +14,15 @@ from torch import Tensor
 from ubsmoe.client.train import ClientFailure
 from ubsmoe.config import RunSettings
 from ubsmoe.config.secure import FEWEST_IN_A_SUM
+from ubsmoe.costs.secure import USE_BITS
 from ubsmoe.messages import Task, Tensors, Update
-from ubsmoe.methods.method import Method, by_examples
+from ubsmoe.methods.chosen import largest_weight, most_clients, secure_word, weight_bits
+from ubsmoe.methods.method import Method
 from ubsmoe.methods.sums import LONGEST_LOSS, LOSS, SHARES, UTILIZATION, private_vector, weighed, whole_counts
 from ubsmoe.secagg.graph import needed
 from ubsmoe.secagg.member import Check, Memory, Refusal, Sign, mask, offer, reveal, seal
 from ubsmoe.secagg.messages import Boxes, Masked, Roster, Start, Survivors, Terms
-from ubsmoe.secagg.vector import Summand, encode, step_of, word_for
+from ubsmoe.secagg.vector import Summand, encode, step_of
 from ubsmoe.seeds import generator_for
 from ubsmoe.wire.codec import decode_task
 from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed, WireError
@@ -29,7 +31,6 @@ KEYS, SHARES_OF_KEYS, TRAIN, UNMASK = "secure_keys", "secure_shares", "secure_tr
 STEPS = (KEYS, SHARES_OF_KEYS, TRAIN, UNMASK)
 """The kinds of message of a secure round, in order."""
 
-USE_BITS = 16  # of a weight below one example, where clients weigh by their use of experts
 NOBODY = "0" * 64
 
 
@@ -49,14 +50,11 @@ def rules_of(settings: RunSettings, method: Method | None = None) -> Rules:
         method: the run's; without it the weights are taken to be whole.
 
     Raises:
-        UserError: if no word is wide enough.
+        ConfigError: if no word is wide enough.
     """
     secure, privacy = settings.secure_aggregation, settings.privacy
     assert secure is not None
-    poisson = settings.clients.sampling == "poisson"
-    clients = settings.clients.count if poisson else settings.clients_per_round
-    most = 1 if privacy else secure.max_examples
-    fraction = 0 if privacy or method is None or method.weigh is by_examples else USE_BITS
+    fraction, clients = 0 if method is None else weight_bits(settings, method), most_clients(settings)
     terms = Terms(
         run="",
         round=0,
@@ -64,12 +62,13 @@ def rules_of(settings: RunSettings, method: Method | None = None) -> Rules:
         threshold=secure.threshold,
         neighbours=secure.neighbours,
         clients=clients,
-        max_weight=most,
-        word=word_for(clients, most, secure.bits, fraction),
+        max_weight=largest_weight(settings),
+        word=secure_word(settings, fraction),
         bits=secure.bits,
         fraction=fraction,
         clip=privacy.clip_norm if privacy else secure.clip,
     )
+    poisson = settings.clients.sampling == "poisson"  # the draw may be small
     return Rules(terms, FEWEST_IN_A_SUM if poisson else max(FEWEST_IN_A_SUM, needed(secure.threshold, clients)))
 
 
@@ -149,9 +148,7 @@ class SecureClient:
 
     def _offer(self, terms: Terms) -> Packed:
         own = self._rules.terms
-        if terms.fraction not in (0, USE_BITS) or terms.word != word_for(
-            own.clients, own.max_weight, own.bits, terms.fraction
-        ):
+        if terms.fraction not in (0, USE_BITS) or terms.word != secure_word(self._settings, terms.fraction):
             raise Refusal(f"the server sums words of {terms.word} bits, {terms.fraction} of them for weights below one")
         self._memory, public = offer(self._client, terms, own, self._memory, self._sign)
         return Packed(public.bytes(), b"")

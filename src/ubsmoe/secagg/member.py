@@ -169,9 +169,10 @@ def reveal(memory: Memory, asked: Survivors, fewest: int) -> tuple[Memory, Revea
         raise Refusal(f"the server asks for a share of {unknown[0]}, which this client does not hold")
     if memory.client not in asked.survived:
         raise Refusal("the server says that this client vanished; both shares of its secrets would unmask its update")
-    most = max(memory.needed, min(fewest, len(memory.holders)))
-    if len(asked.survived) < most:
-        raise Refusal(f"the server would unmask a sum of {len(asked.survived)} clients, {most} are needed")
+    sees_all = len(memory.holders) == len(memory.offers)  # else only its neighbours are named to it
+    least = max(memory.needed, fewest) if sees_all else memory.needed
+    if len(asked.survived) < least:
+        raise Refusal(f"the server would unmask a sum of {len(asked.survived)} clients, {least} are needed")
     seeds = {name: memory.shares[name][0] for name in asked.survived}
     keys = {name: memory.shares[name][1] for name in asked.vanished}
     revealed = Revealed(session=asked.session, seeds=seeds, keys=keys)

@@ -46,25 +46,6 @@ class Sums:
         return torch.where(weight > 0, value / weight, 0.0)
 
 
-def word_for(clients: int, max_weight: int, bits: int, fraction: int) -> Literal[32, 64]:
-    """k, the bits of a word: 32 or 64, whichever holds the largest sum.
-
-    Raises:
-        UserError: if neither does.
-
-    >>> word_for(15, 4096, bits=16, fraction=0), word_for(16, 4096, bits=16, fraction=0)
-    (32, 64)
-    """
-    largest = clients * (max_weight << fraction) << (bits - 1)
-    for word in WORDS:
-        if largest < 1 << (word - 1):
-            return word
-    raise UserError(
-        f"secure_aggregation: sums of {clients} clients with up to {max_weight} examples at {bits} bits do not fit 64-bit words; "
-        "lower max_examples or bits"
-    )
-
-
 def step_of(limit: float, bits: int) -> float:
     """The distance of two neighbouring numbers."""
     return float(limit / ((1 << (bits - 1)) - 1))
