@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ubsmoe.client.node_config import KEYS, SHARES_OF_KEYS
 from ubsmoe.client.train import ClientFailure
 from ubsmoe.config import RunSettings
 from ubsmoe.config.secure import FEWEST_IN_A_SUM
@@ -26,10 +27,6 @@ from ubsmoe.secagg.vector import Summand, encode, step_of
 from ubsmoe.seeds import generator_for
 from ubsmoe.wire.codec import decode_task
 from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed, WireError
-
-KEYS, SHARES_OF_KEYS, TRAIN, UNMASK = "secure_keys", "secure_shares", "secure_train", "secure_unmask"
-STEPS = (KEYS, SHARES_OF_KEYS, TRAIN, UNMASK)
-"""The kinds of message of a secure round, in order."""
 
 NOBODY = "0" * 64
 
@@ -153,6 +150,10 @@ class SecureClient:
         self._memory, public = offer(self._client, terms, own, self._memory, self._sign)
         return Packed(public.bytes(), b"")
 
+    def expect(self, start: Start) -> None:
+        """Raise Refusal, before any training, unless this message begins the work of this client's session."""
+        self._held().after("sealed", start.session)
+
     def masked(self, start: Start, task: Task, update: Update, method: Method) -> Packed:
         """The update, clipped, as a masked vector.
 
@@ -160,7 +161,7 @@ class SecureClient:
             Refusal: if the task is another client's or round's than the keys, or its weights are not the method's.
             ClientFailure: if the update is none that may be summed.
         """
-        self._held().after("sealed", start.session)
+        self.expect(start)
         terms = self._held().terms
         if (task.profile.client, task.round, task.run) != (self._client, terms.round, terms.run):
             raise Refusal("the server's task is of another client, round or run than the keys of this session")

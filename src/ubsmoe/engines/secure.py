@@ -4,7 +4,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
-from ubsmoe.client.secure import TRAIN, SecureClient, task_in
+from ubsmoe.client.node_config import TRAIN
+from ubsmoe.client.secure import SecureClient, task_in
 from ubsmoe.config import RunSettings
 from ubsmoe.errors import UserError
 from ubsmoe.messages import Dropped, Reply, Task, Update

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from ubsmoe.client.node_config import TRAIN
 from ubsmoe.config import ConfigError, RunSettings
 from ubsmoe.messages import Dropped, Engine, Profile, Reply, Stage, Task, Update
 from ubsmoe.plan.forecast import flops_by_client
@@ -120,8 +121,6 @@ class SimulatedEngine:
         self, kind: str, round: int, messages: Iterable[tuple[str, Packed]]
     ) -> Iterator[tuple[str, Packed | Dropped]]:
         """As `server.secure.Courier` says: keys and shares are there at once, and clients are silent or late in training."""
-        from ubsmoe.client.secure import TRAIN  # needs the extra secagg, which other runs need not
-
         courier = cast("Courier", self._inner)
         if kind != TRAIN:
             yield from courier.ask(kind, round, messages)

@@ -11,17 +11,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ubsmoe.client.secure import (
-    KEYS,
-    SHARES_OF_KEYS,
-    TRAIN,
-    UNMASK,
-    limits_of,
-    private_limit,
-    rules_of,
-    start_message,
-    vector_in,
-)
+from ubsmoe.client.node_config import KEYS, SHARES_OF_KEYS, TRAIN, UNMASK
+from ubsmoe.client.secure import limits_of, private_limit, rules_of, start_message, vector_in
 from ubsmoe.errors import RoundError
 from ubsmoe.messages import Dropped, Profile, Task
 from ubsmoe.methods.method import Contribution, State, adapter_part

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from ubsmoe.client import secure as secure_client
-from ubsmoe.client.secure import STEPS, TRAIN, UNMASK, SecureClient, private_limit, task_in
+from ubsmoe.client.node_config import SECURE_STEPS, TRAIN, UNMASK
+from ubsmoe.client.secure import SecureClient, private_limit, task_in
 from ubsmoe.config import RunSettings, parse_run, to_json, with_overrides
 from ubsmoe.engines.local import LocalEngine, process_pool
 from ubsmoe.engines.simulated import as_simulated
@@ -131,7 +132,7 @@ def test_counts_are_the_plain_ones_exactly(tiny_run: dict[str, Any]) -> None:
     )
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", SECURE_STEPS)
 @pytest.mark.parametrize("gone", [{"client-1"}, {"client-1", "client-4"}], ids=["one", "two"])
 def test_one_and_two_of_five_may_vanish_at_any_step(step: str, gone: set[str], tiny_run: dict[str, Any]) -> None:
     secure, told = a_round(tiny_run, SECURE, {step: gone})
@@ -145,7 +146,7 @@ def test_one_and_two_of_five_may_vanish_at_any_step(step: str, gone: set[str], t
     assert {event["client"] for event in told if event["event"] == "dropped"} == gone
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", SECURE_STEPS)
 def test_three_of_five_stop_the_round_in_one_sentence(step: str, tiny_run: dict[str, Any]) -> None:
     with pytest.raises(RoundError, match=r"^round 1: .*(needs 3|3 are needed); nothing was unmasked"):
         a_round(tiny_run, SECURE, {step: {"client-0", "client-1", "client-4"}})

@@ -7,27 +7,32 @@ registered with at the SuperLink. The sender of an answer is known from Flower's
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 
+from ubsmoe.client.node_config import KEYS
+from ubsmoe.client.node_config import TRAIN as SECURE_TRAIN
 from ubsmoe.config import ConfigError, to_json
 from ubsmoe.data.partition import client_names
 from ubsmoe.engines.flower.app import read_app
 from ubsmoe.engines.flower.record import from_record, to_record
+from ubsmoe.engines.flower.secure import carried
 from ubsmoe.errors import UserError
 from ubsmoe.messages import Announcement, Dropped, Profile, Reply, Task, Update
 from ubsmoe.server.federation import Federation, assign_tier, build_server
 from ubsmoe.server.rounds import run
 from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.codec import decode_announcements, decode_update, encode_task
-from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed, WireError
+from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed, WireError, enclose
 
 ANNOUNCE = "query.announce"
 TRAIN = "train"
 POLL_SECONDS = 0.2
+SECURE_SECONDS = 120.0  # for a step of a secure round in which nobody trains
 LONGEST_REASON = 300  # characters of a node's error text that go into the events
 
 
@@ -105,6 +110,21 @@ class FlowerEngine:
                 elif not came:
                     time.sleep(POLL_SECONDS)
             yield replies.pop(client)
+
+    def ask(
+        self, kind: str, round: int, messages: Iterable[tuple[str, Packed]]
+    ) -> Iterator[tuple[str, Packed | Dropped]]:
+        """As `server.secure.Courier` says. Steps without training have SECURE_SECONDS, training the run file's deadline."""
+        limit = self._settings.rounds.deadline_seconds if kind == SECURE_TRAIN else SECURE_SECONDS
+        if kind == KEYS:
+            self._look_around()
+        word = f"{'train' if kind == SECURE_TRAIN else 'query'}.{kind}"
+
+        def push(client: str, packed: Packed) -> str | None:
+            return self._push(word, self._nodes[client], enclose(packed, client=client), str(round), limit)
+
+        read = partial(_answer_of, number=round, nodes=self._nodes)
+        return carried(messages, round, push, self._pull, read, limit, self._clock, POLL_SECONDS)
 
     def _send(
         self, tasks: Iterable[Task], seconds: float | None
@@ -202,6 +222,16 @@ def _reply_of(message: Message, task: Task, nodes: Mapping[str, int]) -> Reply:
     if update.client != client:
         return Dropped(client, task.round, "validation", _short(f"answered in the name of {update.client!r}"))
     return update
+
+
+def _answer_of(message: Message, client: str, number: int, nodes: Mapping[str, int]) -> Packed | Dropped:
+    """What a message of a secure round holds; the protocol reads it."""
+    if message.has_error():
+        return Dropped(client, number, "training", _short(message.error.reason or "no reason given"))
+    try:
+        return _content(message, nodes[client])
+    except WireError as error:
+        return Dropped(client, number, "wire", _short(str(error)))
 
 
 def _lost(client: str, number: int, wanted: int, limit: float | None = None) -> Dropped:

@@ -1,0 +1,53 @@
+"""The messages of a secure round over a Grid: pushed one by one, and awaited in order."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from ubsmoe.messages import Dropped
+from ubsmoe.wire.packed import Packed
+
+Answer = Packed | Dropped
+
+
+def carried(
+    messages: Iterable[tuple[str, Packed]],
+    round: int,
+    push: Callable[[str, Packed], str | None],
+    pull: Callable[[list[str], dict[str, Any]], list[tuple[Any, Any]]],
+    read: Callable[[Any, str], Answer],
+    limit: float | None,
+    clock: Callable[[], float],
+    poll_seconds: float,
+) -> Iterator[tuple[str, Answer]]:
+    """Each client's answer, in the order of the messages.
+
+    Args:
+        messages: by client.
+        round: the number that a lost client's event has.
+        push: sends a client its message; gives the message's id, or None if Flower did not take it.
+        pull: gives the answers that are there, each with its client, and takes them off the given ids.
+        read: what a client's answer holds.
+        limit: seconds after which a client is lost; None waits for ever.
+        clock: seconds.
+        poll_seconds: between two looks.
+    """
+    asked, waiting, came = list[str](), dict[str, Any](), dict[str, Answer]()
+    for client, packed in messages:
+        asked.append(client)
+        message_id = push(client, packed)
+        if message_id is None:
+            came[client] = Dropped(client, round, "wire", "Flower did not take the message")
+        else:
+            waiting[message_id] = client
+    began = clock()
+    for client in asked:
+        while client not in came:
+            late = limit is not None and clock() - began > limit
+            found = pull([message_id for message_id, other in waiting.items() if late or other == client], waiting)
+            came |= {other: read(message, other) for message, other in found}
+            if late and client not in came:
+                came[client] = Dropped(client, round, "deadline", f"no answer within {limit:g} s")
+            elif not found:
+                time.sleep(poll_seconds)
+        yield client, came.pop(client)
