@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bases/pretrain": {"config", "data", "maths"},
     "client": {"config", "costs", "data", "errors", "messages", "methods", "model", "secagg", "seeds", "wire"},
     # a run: planned, carried out, opened again
-    "plan": {"client", "config", "costs", "data", "errors", "methods", "model", "seeds"},
+    "plan": {"client", "config", "costs", "data", "errors", "methods", "model", "secagg", "seeds"},
     "server": {
         *{"client", "config", "data", "errors", "export", "maths", "messages", "methods", "model"},
         *{"secagg", "seeds", "storage", "wire"},

@@ -3,7 +3,7 @@
 n clients in a round, h of them (itself among them) hold shares of a client's secrets, d words in a vector of k bits each.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from ubsmoe.costs.shape import ModelShape
@@ -30,28 +30,32 @@ def word_bits(clients: int, max_weight: int, bits: int, fraction: int) -> Litera
 
 @dataclass(frozen=True)
 class SecureCost:
-    """What a client has beside its task in a secure round; `masks` are vectors of pseudo-random words that it makes."""
+    """What a client has beside its task in a secure round, at most; `masks` are vectors of pseudo-random words that it makes."""
 
     vector_bytes: int
     key_upload_bytes: int
     key_download_bytes: int
     masks: int
 
+    def as_dict(self) -> dict[str, int]:
+        """Ready for JSON."""
+        return asdict(self)
 
-def secure_cost(shape: ModelShape, elements: int, tensors: int, word: int, clients: int, holders: int) -> SecureCost:
+
+def secure_cost(shape: ModelShape, elements: int, word: int, clients: int, holders: int) -> SecureCost:
     """The cost of a client's secure round.
 
+        d <= elements + L (6 M + K_max + 16) + 3 L M + 4      numbers; a weight for each row; use and counts; loss and totals
+
     Args:
-        shape: the base.
-        elements: numbers of its update, all experts.
-        tensors: how many tensors they stand in; each has a weight for every row.
+        shape: the base; L layers of M experts.
+        elements: numbers of a client's update, of all experts.
         word: k.
         clients: n.
         holders: h.
     """
-    use = shape.num_moe_layers * shape.num_experts
-    weights = tensors * shape.num_experts + 2 * shape.num_moe_layers + 1
-    words = elements + weights + 3 * use + 3  # utilization, shares and counts; loss, tokens, assignments
+    layers, experts = shape.num_moe_layers, shape.num_experts
+    words = elements + layers * (6 * experts + shape.k_max + 16) + 3 * layers * experts + 4
     return SecureCost(
         vector_bytes=words * word // 8,
         key_upload_bytes=OFFER_BYTES + (holders - 1) * BOX_BYTES + holders * SHARE_BYTES,

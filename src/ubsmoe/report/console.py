@@ -225,6 +225,12 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
             f"training takes {_duration(run['seconds_one_after_another'])} one client after another, "
             f"{_duration(run['seconds_side_by_side'])} side by side; evaluation is not counted",
         ]
+    if secure := plan.get("secure_aggregation"):
+        keys = secure["key_upload_bytes"] + secure["key_download_bytes"]
+        lines.append(
+            f"secure aggregation, per client and round: {secure['vector_bytes'] / 1e6:,.1f} MB of masked integers up, "
+            f"{keys / 1e3:,.1f} kB of keys and shares, {secure['mask_seconds']:.3g} s for {secure['masks']} masks"
+        )
     if fits := plan.get("fits"):
         held = ", ".join(str(tier + 1) for tier in fits["tiers"]) or "none"
         lines.append(f"a device of {fits['memory_bytes'] / 2**30:.3g} GiB holds tiers: {held}")

@@ -34,7 +34,8 @@ class Refusal(UserError):
 class Memory(BaseModel):
     """What a client keeps between the steps of one round; keys, seed and shares in hex.
 
-    `offers` are the round's by client, `shares` by the client they are of: (of its seed, of its mask key).
+    `offers` are the round's by client, `shares` by the client they are of: (of its seed, of its mask key). `summed` are those whose
+    sum this client has helped to unmask in this round, in this session or an earlier one.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -46,6 +47,7 @@ class Memory(BaseModel):
     seed: str = ""
     offers: dict[str, Offer] = {}
     shares: dict[str, tuple[str, str]] = {}
+    summed: list[str] = []
 
     def after(self, stage: str, session: str) -> None:
         """Raise Refusal unless this session has come to that stage and no further."""
@@ -74,16 +76,17 @@ def offer(client: str, terms: Terms, own: Terms, before: Memory | None, sign: Si
         sign: with the machine's registered key.
 
     Raises:
-        Refusal: if the terms differ from the client's own, or the round has been revealed before: of two sums of one round that
-            differ in one client, the difference is that client's update.
+        Refusal: if the terms differ from the client's own, or a later round has begun. A round that broke off may be repeated: what
+            it can tell is `reveal`'s to judge.
     """
     for name in ("threshold", "neighbours", "clients", "max_weight", "bits", "clip"):
         if getattr(terms, name) != getattr(own, name):
             raise Refusal(f"the server's {name} is {getattr(terms, name)}, this machine's {getattr(own, name)}")
+    summed: list[str] = []
     if before and before.terms.run == terms.run:
-        last = before.terms.round
-        if terms.round < last or (terms.round == last and before.stage == "revealed"):
-            raise Refusal(f"the server asks for round {terms.round}, and round {last} has been summed already")
+        if terms.round < before.terms.round:
+            raise Refusal(f"the server asks for round {terms.round} after round {before.terms.round}")
+        summed = before.summed if terms.round == before.terms.round else []
     secrets = {name: new_secret() for name in ("mask_key", "box_key", "seed")}
     public = Offer(
         session=terms.session,
@@ -93,7 +96,7 @@ def offer(client: str, terms: Terms, own: Terms, before: Memory | None, sign: Si
         commitment=hashlib.sha256(secrets["seed"]).hexdigest(),
     )
     kept = {name: secret.hex() for name, secret in secrets.items()}
-    return Memory(client=client, terms=terms, **kept), sign(public)
+    return Memory(client=client, terms=terms, summed=summed, **kept), sign(public)
 
 
 def seal(memory: Memory, roster: Roster, fewest: int, check: Check) -> tuple[Memory, Boxes]:
@@ -159,7 +162,8 @@ def reveal(memory: Memory, asked: Survivors, fewest: int) -> tuple[Memory, Revea
 
     Raises:
         Refusal: if a client is named twice or in both lists, is none whose shares are held here, if this client itself is not among
-            those who answered, or if so few answered that their sum must not be seen.
+            those who answered, if so few answered that their sum must not be seen, or if this round has been summed over others:
+            the difference of two sums that differ in one client is that client's update.
     """
     memory.after("masked", asked.session)
     named = [*asked.survived, *asked.vanished]
@@ -173,10 +177,16 @@ def reveal(memory: Memory, asked: Survivors, fewest: int) -> tuple[Memory, Revea
     least = max(memory.needed, fewest) if sees_all else memory.needed
     if len(asked.survived) < least:
         raise Refusal(f"the server would unmask a sum of {len(asked.survived)} clients, {least} are needed")
+    survived = sorted(asked.survived)
+    if memory.summed and survived != memory.summed:
+        raise Refusal(
+            f"round {memory.terms.round} has been summed over {len(memory.summed)} clients before and would now be over "
+            f"{len(survived)} or others: the difference could be one client's update"
+        )
     seeds = {name: memory.shares[name][0] for name in asked.survived}
     keys = {name: memory.shares[name][1] for name in asked.vanished}
     revealed = Revealed(session=asked.session, seeds=seeds, keys=keys)
-    return memory.model_copy(update={"stage": "revealed", "shares": {}, "offers": {}}), revealed
+    return memory.model_copy(update={"stage": "revealed", "shares": {}, "offers": {}, "summed": survived}), revealed
 
 
 def sign_of(one: str, other: str) -> int:

@@ -139,7 +139,7 @@ LIES = {
     "another clip": ("query.secure_keys", edited(Terms, clip=9.0), "the server's clip is 9.0, this machine's 0.5"),
     "coarser numbers": ("query.secure_keys", edited(Terms, bits=8), "the server's bits is 8, this machine's 16"),
     "another word": ("query.secure_keys", edited(Terms, word=64), "sums words of 64 bits"),
-    "an old round": ("query.secure_keys", edited(Terms, round=1), "round 1, and round 1 has been summed already"),
+    "an old round": ("query.secure_keys", edited(Terms, round=0), "asks for round 0 after round 1"),
     "one node in both lists": ("query.secure_unmask", twice, "names one client twice"),
 }
 

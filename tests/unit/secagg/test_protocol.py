@@ -182,17 +182,47 @@ def test_a_client_takes_no_terms_but_those_of_its_own_run_file(change: dict[str,
         offer("a", terms(**change), terms(), None, lambda one: one)
 
 
-def test_a_round_that_was_revealed_is_not_repeated_and_one_that_broke_is_with_new_secrets() -> None:
+def repeated(before: Session, names: Collection[str]) -> Session:
+    """The same clients asked for round 1 again, of whom these answer."""
+    again = Session(session="7" * 64)
+    pairs = {name: offer(name, again.terms, again.terms, before.memory[name], lambda one: one) for name in FIVE}
+    again.memory = {name: memory for name, (memory, _) in pairs.items()}
+    again.offers = {name: one for name, (_, one) in pairs.items()}
+    again.seal()
+    again.mask(vectors(names))
+    return again
+
+
+def test_a_round_that_broke_off_is_repeated_with_new_secrets() -> None:
+    first = masked_session()
+    again = repeated(first, FIVE[1:])  # nothing was revealed, so others may answer now
+    assert again.offers["a"].mask_key != first.offers["a"].mask_key
+    assert again.tally.total(again.reveal()) is not None
+    for kind in ("mask_key", "seed"):
+        assert getattr(first.memory["a"], kind) == ""  # and the first try can no longer be unmasked
+
+
+def test_a_round_that_was_summed_is_repeated_over_the_same_clients_alone() -> None:
+    """Of two sums that differ in one client the difference is its update."""
+    first = masked_session()
+    total = first.tally.total(first.reveal())
+    same = repeated(first, ALL_BUT_E)
+    assert torch.equal(same.tally.total(same.reveal()), total)
+    for names in (FIVE, "abc"):
+        with pytest.raises(
+            Refusal, match=f"round 1 has been summed over 4 clients before and would now be over {len(names)}"
+        ):
+            repeated(first, names).reveal()
+
+
+def test_no_round_before_the_last_is_asked_for() -> None:
     session = masked_session()
-    again = terms(session="7" * 64)
-    fresh, _ = offer("a", again, again, session.memory["a"], lambda one: one)
-    assert fresh.mask_key not in ("", session.offers["a"].mask_key) and fresh.shares == {}
     session.reveal()
-    for number in (0, 1):
-        with pytest.raises(Refusal, match="round 1 has been summed already"):
-            offer("a", terms(round=number), terms(), session.memory["a"], lambda one: one)
-    offer("a", terms(round=2), terms(), session.memory["a"], lambda one: one)
-    offer("a", terms(run="another"), terms(), session.memory["a"], lambda one: one)
+    with pytest.raises(Refusal, match="asks for round 0 after round 1"):
+        offer("a", terms(round=0), terms(), session.memory["a"], lambda one: one)
+    later, _ = offer("a", terms(round=2), terms(), session.memory["a"], lambda one: one)
+    assert later.summed == []
+    offer("a", terms(round=0, run="another"), terms(), session.memory["a"], lambda one: one)
 
 
 def bent(session: Session, how: str) -> Roster:

@@ -13,6 +13,7 @@ Answer = Packed | Dropped
 def carried(
     messages: Iterable[tuple[str, Packed]],
     round: int,
+    node_of: Callable[[str], int],
     push: Callable[[str, Packed], str | None],
     pull: Callable[[list[str], dict[str, Any]], list[tuple[Any, Any]]],
     read: Callable[[Any, str], Answer],
@@ -25,6 +26,7 @@ def carried(
     Args:
         messages: by client.
         round: the number that a lost client's event has.
+        node_of: where a client is. A node has one message at a time, since Flower keeps one state for it, the last to be written.
         push: sends a client its message; gives the message's id, or None if Flower did not take it.
         pull: gives the answers that are there, each with its client, and takes them off the given ids.
         read: what a client's answer holds.
@@ -32,22 +34,29 @@ def carried(
         clock: seconds.
         poll_seconds: between two looks.
     """
-    asked, waiting, came = list[str](), dict[str, Any](), dict[str, Answer]()
+    asked, waiting, came, began = list[str](), dict[str, Any](), dict[str, Answer](), dict[str, float]()
+
+    def wait_for(client: str) -> None:
+        while client not in came:
+            late = limit is not None and clock() - began[client] > limit
+            found = pull([message_id for message_id, other in waiting.items() if late or other == client], waiting)
+            came.update({other: read(message, other) for message, other in found})
+            if late and client not in came:
+                came[client] = Dropped(client, round, "deadline", f"no answer within {limit:g} s")
+            elif not found:
+                time.sleep(poll_seconds)
+
     for client, packed in messages:
+        for other in asked:
+            if node_of(other) == node_of(client):
+                wait_for(other)
         asked.append(client)
+        began[client] = clock()
         message_id = push(client, packed)
         if message_id is None:
             came[client] = Dropped(client, round, "wire", "Flower did not take the message")
         else:
             waiting[message_id] = client
-    began = clock()
     for client in asked:
-        while client not in came:
-            late = limit is not None and clock() - began > limit
-            found = pull([message_id for message_id, other in waiting.items() if late or other == client], waiting)
-            came |= {other: read(message, other) for message, other in found}
-            if late and client not in came:
-                came[client] = Dropped(client, round, "deadline", f"no answer within {limit:g} s")
-            elif not found:
-                time.sleep(poll_seconds)
+        wait_for(client)
         yield client, came.pop(client)

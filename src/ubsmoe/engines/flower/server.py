@@ -124,7 +124,9 @@ class FlowerEngine:
             return self._push(word, self._nodes[client], enclose(packed, client=client), str(round), limit)
 
         read = partial(_answer_of, number=round, nodes=self._nodes)
-        return carried(messages, round, push, self._pull, read, limit, self._clock, POLL_SECONDS)
+        return carried(
+            messages, round, self._nodes.__getitem__, push, self._pull, read, limit, self._clock, POLL_SECONDS
+        )
 
     def _send(
         self, tasks: Iterable[Task], seconds: float | None
