@@ -30,9 +30,9 @@ from ubsmoe.maths.robust import squared_norm
 from ubsmoe.messages import Engine, Profile, Reply, Task, Tensors, Update
 from ubsmoe.methods.chosen import chosen_method, shape_of_model, tier_profiles
 from ubsmoe.methods.method import State
+from ubsmoe.methods.sums import delta_of
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.federation import Federation, build_federation
-from ubsmoe.server.robust import delta_of
 from ubsmoe.server.rounds import evaluate_tier, one_round
 from ubsmoe.server.start import start_state
 

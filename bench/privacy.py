@@ -22,9 +22,9 @@ from ubsmoe.config import load_run
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.maths.robust import squared_norm
 from ubsmoe.messages import Task, Update
+from ubsmoe.methods.sums import delta_of
 from ubsmoe.server.federation import Federation, build_federation
 from ubsmoe.server.privacy import spent
-from ubsmoe.server.robust import delta_of
 from ubsmoe.server.rounds import evaluate_tier, one_round
 from ubsmoe.server.start import noise_key, start_state
 

@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"costs", "errors"},
     "storage": {"errors", "version"},
     "data": {"config", "errors", "seeds"},
+    "secagg": {"errors", "maths", "wire"},
     "wire": {"config", "errors", "maths", "messages"},
     "report": {"errors", "maths", "messages", "storage"},
     # the model, what a method does with it, what a client does with both
@@ -28,15 +29,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"config", "errors", "model", "storage"},
     "bases": {"config", "data", "maths", "model", "seeds", "storage"},
     "bases/pretrain": {"config", "data", "maths"},
-    "client": {"config", "data", "errors", "messages", "methods", "model", "seeds", "wire"},
+    "client": {"config", "costs", "data", "errors", "messages", "methods", "model", "secagg", "seeds", "wire"},
     # a run: planned, carried out, opened again
-    "plan": {"client", "config", "costs", "data", "errors", "methods", "model", "seeds"},
+    "plan": {"client", "config", "costs", "data", "errors", "methods", "model", "secagg", "seeds"},
     "server": {
         *{"client", "config", "data", "errors", "export", "maths", "messages", "methods", "model"},
-        *{"seeds", "storage", "wire"},
+        *{"secagg", "seeds", "storage", "wire"},
     },
-    "engines": {"client", "config", "data", "messages", "plan", "seeds", "server", "wire"},
-    "engines/flower": {"client", "config", "data", "errors", "messages", "server", "storage", "version", "wire"},
+    "engines": {
+        *{"client", "config", "data", "errors", "messages", "methods", "plan", "secagg", "seeds", "server", "wire"},
+    },
+    "engines/flower": {
+        *{"client", "config", "data", "errors", "messages", "secagg", "server", "storage", "version", "wire"},
+    },
     "finished": {
         *{"config", "costs", "data", "errors", "export", "messages", "methods", "model", "seeds", "server", "storage"},
     },
@@ -55,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 ONLY_IN: dict[str, set[str]] = {
     "transformers": {"bases", "bases/pretrain", "data", "export", "model", "server"},
     "flwr": {"engines/flower"},
-    "cryptography": {"engines/flower"},
+    "cryptography": {"engines/flower", "secagg"},
     "typer": {"cli"},
     "matplotlib": {"report", "study"},
     "plotly": {"report"},

@@ -108,7 +108,7 @@ def num_bytes(tensors: Tensors) -> int:
 
 def test_exemptions_and_refusals_exist_and_have_a_reason(method):
     assert set(method.exempt) <= set(PROPERTIES)
-    assert set(method.refuses) <= {"robust", "privacy", "dmr", "pg", "averaging"}
+    assert set(method.refuses) <= {"robust", "privacy", "secure_aggregation", "dmr", "pg", "averaging"}
     assert all(reason.strip() for reason in (*method.exempt.values(), *method.refuses.values()))
     assert describe(method.name).summary
 

@@ -48,7 +48,7 @@ def test_a_methods_page_has_its_formula_source_settings_and_properties(generate:
     assert all(f"[`[method.{part}]`](../parts/{part}.md)" in page for part in describe(name).parts)
     assert all(f"`{one}`" in page for one in generate.PROPERTIES)
     assert all(f"Is exempt from `{one}`: {reason}." in page for one, reason in method.exempt.items())
-    for section in ("robust", "privacy"):
+    for section in ("robust", "privacy", "secure_aggregation"):
         assert (f"Refuses `[{section}]`: " in page) == (section in method.refuses)
     for part in PARTS:
         assert (f"Refuses `[method.{part}]`: " in page) == (part in method.refuses)

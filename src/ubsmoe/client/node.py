@@ -5,10 +5,13 @@ The configuration of a node (`client.node_config`) says which clients it is and 
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from ubsmoe.client.node_config import NodeConfig
+from ubsmoe.client.node_config import SECURE_STEPS, UNSIGNED, NodeConfig
+from ubsmoe.client.node_config import TRAIN as SECURE_TRAIN
 from ubsmoe.client.train import ClientFailure, Trainer, make_trainer, train
 from ubsmoe.config import ConfigError, RunSettings
 from ubsmoe.data.partition import client_names, partition_clients
@@ -18,7 +21,10 @@ from ubsmoe.messages import Announcement, Task, Update
 from ubsmoe.methods.chosen import chosen_method, shape_of_model
 from ubsmoe.model.load import check_sha256, load_base, load_tokenizer, weights_sha256
 from ubsmoe.wire.codec import decode_task, encode_announcements, encode_update
-from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed
+from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed, disclose, enclose
+
+if TYPE_CHECKING:
+    from ubsmoe.secagg.member import Check, Sign
 
 
 class Machine:
@@ -64,8 +70,8 @@ class Node:
         """Answer a message, bytes in and bytes out.
 
         Args:
-            kind: "announce" or "train".
-            packed: a task, if it is "train".
+            kind: "announce", "train" or one of SECURE_STEPS.
+            packed: a task, if it is "train"; of a secure round the message, enclosed with its client and that one's memory.
 
         Raises:
             WireError: if the bytes are no task.
@@ -73,8 +79,32 @@ class Node:
         """
         if kind == "announce":
             return encode_announcements(self.announce())
+        if kind in SECURE_STEPS:
+            return self._answer_secure(kind, packed)
         task = decode_task(packed, MAX_MESSAGE_BYTES)
         return encode_update(self.train(task), task.payload, self._settings.wire.dtype)
+
+    def _answer_secure(self, kind: str, packed: Packed) -> Packed:
+        """The answer to a message of a secure round, enclosed with the client's memory after it."""
+        from ubsmoe.client.secure import SecureClient, task_in  # needs the extra secagg, which other runs need not
+        from ubsmoe.secagg.messages import Start
+
+        inner, (client, memory) = disclose(packed, "client", "memory")
+        if client not in self._examples:
+            raise ConfigError(f"client {client!r} is not on this machine, which has {', '.join(self._examples)}")
+        if self._settings.secure_aggregation is None:
+            raise ConfigError(
+                "the server asks for secure aggregation, and the run file here has no [secure_aggregation]"
+            )
+        member = SecureClient(client, self._settings, memory, *_signing(self._identity))
+        if kind == SECURE_TRAIN:
+            start = Start.read(inner.header)
+            member.expect(start)
+            task = task_in(start, inner)
+            answer = member.masked(start, task, self.train(task), self._machine.trainer.method)
+        else:
+            answer = member.answer(kind, inner)
+        return enclose(answer, memory=member.memory)
 
     def announce(self) -> list[Announcement]:
         """The clients of this node; reads its data, not the base.
@@ -127,6 +157,20 @@ def _share(names: Sequence[str], identity: NodeConfig) -> Sequence[str]:
             f"node configuration: partition-id {first} of num-partitions {step} has no client among {len(names)}"
         )
     return names[first::step]
+
+
+def _signing(identity: NodeConfig) -> "tuple[Sign, Check]":
+    """How this machine signs its keys and checks the others'."""
+    from ubsmoe.secagg.signing import check_with, sign_with
+
+    if {"signing-key", "peer-keys"} <= identity.keys():
+        return sign_with(Path(str(identity["signing-key"]))), check_with(Path(str(identity["peer-keys"])))
+    if not identity.get(UNSIGNED):
+        raise ConfigError(
+            "node configuration: [secure_aggregation] needs signing-key (this machine's private key) and peer-keys (a folder with "
+            "everybody's public keys); or unsigned=true for a trial, in which a lying server can read updates"
+        )
+    return (lambda one: one), (lambda one: None)
 
 
 def _number(identity: NodeConfig, key: str) -> float:

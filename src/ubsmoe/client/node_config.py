@@ -7,6 +7,11 @@ A machine is told which clients it is in one of two ways:
     client, budget                 one client of that name that affords that budget (1 when left out); all of
                                    data.train on this machine is its own, and no other machine sees it
 
+For [secure_aggregation] it names the keys, which no server sends (docs/security.md):
+
+    signing-key, peer-keys         this machine's registered private key; a folder with everybody's public ones
+    unsigned                       true for a trial without keys, in which the server could listen
+
 It may also say where things lie: model.base, model.device, data.train, threads. A machine changes nothing else of a run file.
 """
 
@@ -16,8 +21,13 @@ from ubsmoe.config import ConfigError, RunSettings, parse_run, with_overrides
 
 NodeConfig = Mapping[str, str | int | float | bool]
 
-IDENTITY_KEYS = ("partition-id", "num-partitions", "client", "budget")
+UNSIGNED = "unsigned"
+IDENTITY_KEYS = ("partition-id", "num-partitions", "client", "budget", "signing-key", "peer-keys", UNSIGNED)
 LOCATION_KEYS = ("model.base", "model.device", "data.train", "threads")
+
+KEYS, SHARES_OF_KEYS, TRAIN, UNMASK = "secure_keys", "secure_shares", "secure_train", "secure_unmask"
+SECURE_STEPS = (KEYS, SHARES_OF_KEYS, TRAIN, UNMASK)
+"""The kinds of message of a secure round, in order."""
 
 
 def on_this_machine(settings: RunSettings, config: NodeConfig) -> tuple[RunSettings, NodeConfig]:

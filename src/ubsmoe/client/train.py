@@ -23,7 +23,7 @@ from ubsmoe.seeds import generator_for
 
 @dataclass(frozen=True)
 class Trainer:
-    """All that clients share: the base (one per process), the method, how to train, and how updates travel."""
+    """All that clients share: the base (one per process), the method, how to train, how updates travel, and the whole run file."""
 
     model: SparseModel
     method: Method
@@ -34,6 +34,7 @@ class Trainer:
     loss_on_prompt: bool = False
     base_sha256: str = ""
     wire_dtype: WireDtype = "float32"
+    run: RunSettings | None = None
 
 
 def make_trainer(
@@ -50,6 +51,7 @@ def make_trainer(
         settings.data.loss_on_prompt,
         base_sha256,
         settings.wire.dtype,
+        settings,
     )
 
 

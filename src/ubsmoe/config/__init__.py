@@ -12,6 +12,7 @@ from ubsmoe.config.reading import (
     with_overrides,
 )
 from ubsmoe.config.section import Settings
+from ubsmoe.config.secure import SecureAggregationSettings
 from ubsmoe.config.settings import (
     AdapterSettings,
     ClientSettings,
@@ -42,6 +43,7 @@ __all__ = [
     "RobustSettings",
     "RoundSettings",
     "RunSettings",
+    "SecureAggregationSettings",
     "Settings",
     "SimulationSettings",
     "SyntheticSettings",

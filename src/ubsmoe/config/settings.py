@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 
 from ubsmoe.config.data import DataSettings
 from ubsmoe.config.section import Budget, Rank, Settings, Share
+from ubsmoe.config.secure import SecureAggregationSettings, conflict_with_secure
 from ubsmoe.costs.workload import WireDtype
 
 
@@ -241,6 +242,7 @@ class RunSettings(Settings):
     wire: WireSettings = WireSettings()
     robust: RobustSettings = RobustSettings()
     privacy: PrivacySettings | None = None
+    secure_aggregation: SecureAggregationSettings | None = None
     simulation: SimulationSettings | None = None
     evaluate: EvaluateSettings = EvaluateSettings()
 
@@ -265,6 +267,8 @@ class RunSettings(Settings):
                 "[privacy] bounds what one client can do to a mean, which [robust] and rounds.extra_clients do not average; "
                 "leave them out"
             )
+        if self.secure_aggregation and (reason := conflict_with_secure(self)):
+            raise ValueError(reason)
         if self.clients_per_round < self.robust.fewest_clients:
             raise ValueError(
                 f"robust.rule {self.robust.rule!r} against {self.robust.attackers} attackers needs "

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +22,9 @@ from ubsmoe.server.federation import Federation
 from ubsmoe.server.rounds import score
 from ubsmoe.wire.codec import decode_task, decode_update, encode_task, encode_update
 from ubsmoe.wire.packed import Packed
+
+if TYPE_CHECKING:
+    from ubsmoe.engines.secure import SecureClients
 
 Progress = Callable[[Task, int, int, float], None]
 TRAIN, SCORE = b"train", b"score"  # kinds of a job
@@ -53,6 +57,7 @@ class LocalEngine:
         self._give_up_seconds = give_up_seconds
         self._trainer, self._examples, self._clients = trainer, examples, clients
         self._progress, self._pool = progress, pool
+        self._secure: SecureClients | None = None
 
     def clients(self) -> list[Profile]:
         """All clients, in every round."""
@@ -61,6 +66,17 @@ class LocalEngine:
     def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
         """Train every task's client; lazily, so that the server can drop an update before the next one exists."""
         return _in_pool(self._pool, tasks, self._give_up_seconds) if self._pool else map(self._reply, tasks)
+
+    def ask(
+        self, kind: str, round: int, messages: Iterable[tuple[str, Packed]]
+    ) -> Iterator[tuple[str, Packed | Dropped]]:
+        """As `server.secure.Courier` says."""
+        if self._secure is None:
+            from ubsmoe.engines.secure import SecureClients  # needs the extra secagg, which other runs need not
+
+            assert self._trainer.run is not None
+            self._secure = SecureClients(self._trainer.run, self._trainer.method, self.exchange)
+        return self._secure.ask(kind, round, messages)
 
     def _reply(self, task: Task) -> Reply:
         on_step = partial(self._progress, task) if self._progress else None

@@ -10,14 +10,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
+from typing import TYPE_CHECKING, cast
 
 import torch
 
+from ubsmoe.client.node_config import TRAIN
 from ubsmoe.config import ConfigError, RunSettings
 from ubsmoe.messages import Dropped, Engine, Profile, Reply, Stage, Task, Update
 from ubsmoe.plan.forecast import flops_by_client
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.federation import Federation
+from ubsmoe.wire.packed import Packed
+
+if TYPE_CHECKING:
+    from ubsmoe.server.secure import Courier
 
 Seconds = Callable[[Profile], float]
 
@@ -110,6 +116,21 @@ class SimulatedEngine:
             else:
                 reply = next(replies)
                 yield replace(reply, seconds=answers[client]) if isinstance(reply, Update) else reply
+
+    def ask(
+        self, kind: str, round: int, messages: Iterable[tuple[str, Packed]]
+    ) -> Iterator[tuple[str, Packed | Dropped]]:
+        """As `server.secure.Courier` says: keys and shares are there at once, and clients are silent or late in training."""
+        courier = cast("Courier", self._inner)
+        if kind != TRAIN:
+            yield from courier.ask(kind, round, messages)
+            return
+        asked, profiles = dict(messages), {profile.client: profile for profile in self.clients()}
+        answers = {client: self._answer(Task(round, profiles[client], {})) for client in asked}
+        missing = lost(answers, len(asked), self._settings.rounds.deadline_seconds or math.inf)
+        replies = courier.ask(kind, round, ((name, packed) for name, packed in asked.items() if name not in missing))
+        for client in asked:
+            yield (client, Dropped(client, round, *missing[client])) if client in missing else next(replies)
 
     def _answer(self, task: Task) -> float:
         """Seconds after which the client answers; infinite if it is silent in this round."""

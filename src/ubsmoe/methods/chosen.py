@@ -1,12 +1,15 @@
 """The method that a run file chooses, built in one place for everybody who asks: server, clients, plan."""
 
+from typing import Literal
+
 from ubsmoe.config import ConfigError, RobustSettings, RunSettings
+from ubsmoe.costs.secure import USE_BITS, word_bits
 from ubsmoe.costs.shape import ModelShape
 from ubsmoe.errors import require
 from ubsmoe.messages import Profile
 from ubsmoe.methods import build
 from ubsmoe.methods.averaging import mean_of
-from ubsmoe.methods.method import Method, RunShape, refuse
+from ubsmoe.methods.method import Method, RunShape, by_examples, refuse
 from ubsmoe.model.presets import checked_k_max
 from ubsmoe.model.surgery import SparseModel
 
@@ -57,7 +60,41 @@ def chosen_method(settings: RunSettings, shape: RunShape) -> Method:
     if settings.privacy is not None:
         refuse(method, "privacy")
         require("dp_accounting", "dp")
+    if settings.secure_aggregation is not None:
+        refuse(method, "secure_aggregation")
+        require("cryptography", "secagg")
+        secure_word(settings, weight_bits(settings, method))
     return method
+
+
+def largest_weight(settings: RunSettings) -> int:
+    """The most that one client weighs in a secure sum; alike for all in a private run."""
+    assert settings.secure_aggregation is not None
+    return 1 if settings.privacy else settings.secure_aggregation.max_examples
+
+
+def weight_bits(settings: RunSettings, method: Method) -> int:
+    """How many bits of a weight in a secure sum lie below one: none where clients weigh by whole examples."""
+    return 0 if settings.privacy or method.weigh is by_examples else USE_BITS
+
+
+def secure_word(settings: RunSettings, fraction: int) -> Literal[32, 64]:
+    """The bits of a word of secure sums with so many bits of a weight below one. Raises ConfigError if none is wide enough."""
+    secure, most = settings.secure_aggregation, largest_weight(settings)
+    assert secure is not None
+    clients = most_clients(settings)
+    word = word_bits(clients, most, secure.bits, fraction)
+    if word is None:
+        raise ConfigError(
+            f"secure_aggregation: sums of {clients} clients with up to {most} examples at {secure.bits} bits do not fit "
+            "64-bit words; lower max_examples or bits"
+        )
+    return word
+
+
+def most_clients(settings: RunSettings) -> int:
+    """How many clients a round can have."""
+    return settings.clients.count if settings.clients.sampling == "poisson" else settings.clients_per_round
 
 
 def tier_profiles(settings: RunSettings, method: Method, shape: RunShape) -> list[Profile]:

@@ -40,7 +40,7 @@ def fedavg(shape: RunShape) -> Method:
     def aggregate(state: State, contributions: Iterable[Contribution]) -> State:
         mean = shape.mean()
         for one in contributions:
-            mean.add(one.adapters, shape.weigh(one))
+            mean.add(one.adapters, one.weights or shape.weigh(one))
         return replace(state, adapters=mean.result(state.adapters))
 
-    return Method("fedavg", State, dispatch, install, aggregate)
+    return Method("fedavg", State, dispatch, install, aggregate, weigh=shape.weigh)

@@ -13,7 +13,7 @@ that nobody activated stays.
 Source: FedIT (Zhang et al. 2023, arXiv 2305.05644); padding: as in HetLoRA (arXiv 2401.06432).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -23,7 +23,12 @@ from ubsmoe.maths.means import WeightedMean
 from ubsmoe.messages import Profile
 from ubsmoe.methods.factors import at_rank, keep_untouched, rank_of
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import OWN_FACTORS, Contribution, Method, RunShape, State
+from ubsmoe.methods.method import OWN_FACTORS, Contribution, Method, Refusable, RunShape, State
+
+REFUSES: Mapping[Refusable, str] = {
+    **OWN_FACTORS,
+    "secure_aggregation": "what a client is sent depends on its rank, and changes of factors of different rank do not add up",
+}
 
 
 def fedit(shape: RunShape) -> Method:
@@ -40,6 +45,4 @@ def fedit(shape: RunShape) -> Method:
             expert_tokens += one.expert_tokens
         return replace(state, adapters=keep_untouched(state.adapters, mean.result(state.adapters), expert_tokens))
 
-    return replace(
-        fedavg(shape), name="fedit", dispatch=dispatch, aggregate=aggregate, varies="rank", refuses=OWN_FACTORS
-    )
+    return replace(fedavg(shape), name="fedit", dispatch=dispatch, aggregate=aggregate, varies="rank", refuses=REFUSES)

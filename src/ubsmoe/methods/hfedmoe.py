@@ -24,6 +24,7 @@ Source: HFedMoE (Fang et al. 2026, arXiv 2601.00583).
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -32,6 +33,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ubsmoe.costs.traffic import adapter_traffic
+from ubsmoe.maths.means import Weight
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.fedavg import fedavg
 from ubsmoe.methods.method import (
@@ -76,6 +78,7 @@ def hfedmoe(
         threshold: tau times M: an expert counts from this share of an even use on.
     """
     tau = threshold / shape.num_experts
+    weigh = partial(usage_weights, tau=tau)
 
     def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
         install_adapter(model, payload, profile, shape.alpha)
@@ -87,7 +90,7 @@ def hfedmoe(
     def aggregate(state: State, contributions: Iterable[Contribution]) -> State:
         mean = shape.mean()
         for one in contributions:
-            mean.add(one.adapters, usage_weights(one, tau))
+            mean.add(one.adapters, one.weights or weigh(one))
         return replace(state, adapters=mean.result(state.adapters))
 
     return replace(
@@ -95,6 +98,7 @@ def hfedmoe(
         name="hfedmoe",
         install=install,
         aggregate=aggregate,
+        weigh=weigh,
         refuses=REFUSES,
         traffic=sending(adapter_traffic, up=len(REPORT) * shape.num_layers * shape.num_experts),
         ranges=dict.fromkeys(REPORT, (0.0, 1.0)),  # both are means of router scores
@@ -158,12 +162,12 @@ class Selection:
         }
 
 
-def usage_weights(one: Contribution, tau: float) -> dict[str, float | Tensor]:
+def usage_weights(one: Contribution, tau: float) -> dict[str, Weight]:
     """Each tensor's weight: examples where usage reaches tau, per expert, and for attention; alpha_c of the layer for a router."""
     usage, weight = one.extras["usage"].double(), one.extras["importance"].double()
     counts = (usage >= tau) & (usage > 0)
     alpha = (usage * weight * counts).sum(-1)
-    weights: dict[str, float | Tensor] = {}
+    weights: dict[str, Weight] = {}
     for name in one.adapters:
         layer = int(name.split(".")[1])
         if name.endswith(".router"):

@@ -64,7 +64,11 @@ def lossfree(
 
     def aggregate(state: State, contributions: Iterable[Contribution]) -> State:
         loads = shape.mean()
-        seen = observing(contributions, lambda one: loads.add({"load": one.shares}, one.assignments))
+
+        def see(one: Contribution) -> None:  # not `shares`: of the sum of a round those are weighed by examples
+            loads.add({"load": one.expert_tokens.double() / max(one.assignments, 1)}, one.assignments)
+
+        seen = observing(contributions, see)
         after = method.aggregate(state, seen)
         load = loads.result({"load": torch.zeros(size, dtype=torch.float64)})["load"]
         move = step * steps_per_round * torch.sign(load.mean(-1, keepdim=True) - load)

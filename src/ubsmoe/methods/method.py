@@ -37,7 +37,7 @@ class Contribution:
 
     `weight` is n_c, the number of examples. `expert_tokens` [L, M] are the tokens routed to each expert, out of `tokens`; each row
     sums to `assignments`, the (token, expert) assignments of a layer. `extras` is what one method alone needs. `loss` is the
-    mean training loss, None where it is not told.
+    mean training loss, None where it is not told. `weights` are those of its tensors where they are settled: in the sum of a round.
     """
 
     client: str
@@ -48,6 +48,7 @@ class Contribution:
     assignments: float
     extras: Tensors = field(default_factory=dict)
     loss: float | None = None
+    weights: "Mapping[str, Weight] | None" = None
 
     @cached_property
     def utilization(self) -> Float[Tensor, "L M"]:
@@ -156,14 +157,17 @@ class Hooks:
         )
 
 
-Refusable = Literal["robust", "privacy", "dmr", "pg", "averaging"]
-"""Sections of a run file that a method may refuse: [robust], [privacy], [method.dmr], [method.pg], [method.averaging]."""
+Refusable = Literal["robust", "privacy", "secure_aggregation", "dmr", "pg", "averaging"]
+"""Sections of a run file that a method may refuse; the last three stand in [method]."""
 
-OWN_FACTORS: Mapping[Refusable, str] = dict.fromkeys(
-    ("robust", "privacy", "averaging"),
-    "it needs each client's own factors, and no rule or noise on their mean is one on the updates'",
-)
-"""Why a method that works on single clients' factors refuses all three."""
+OWN_FACTORS: Mapping[Refusable, str] = {
+    **dict.fromkeys(
+        ("robust", "privacy", "averaging"),
+        "it needs each client's own factors, and no rule or noise on their mean is one on the updates'",
+    ),
+    "secure_aggregation": "it needs each client's own factors, which a sum of them does not tell",
+}
+"""Why a method that works on single clients' factors refuses them."""
 
 USE_WEIGHS: Mapping[Refusable, str] = {
     "privacy": "it weighs each client by its own use of an expert, which noise on the clients' mean does not cover"
@@ -200,9 +204,10 @@ class Method:
     with it, each with the reason. `event` is what the method tells of its state in a round's event.
     `pair_fraction` is the share of missing (token, expert) assignments that a client computes beside the routed ones, and
     `pairs_reach_input` says whether they send a gradient to the layer's input too; costs charge for both. `traffic` counts
-    the bytes of a client's tensors, at most where they vary. `ranges` says where the values of an extra lie, by its name or by
-    what its name begins with; an update outside is dropped. `validate_update` says what else is wrong with the values of an
-    update whose names and shapes are right, or nothing.
+    the bytes of a client's tensors, at most where they vary. `weigh` gives the weights by which `aggregate` averages adapters, so
+    that a client can add its part to a sum; a method that needs more than sums refuses `secure_aggregation`. `ranges` says where
+    the values of an extra lie, by its name or by what its name begins with; an update outside is dropped. `validate_update` says
+    what else is wrong with the values of an update whose names and shapes are right, or nothing.
     """
 
     name: str
@@ -218,6 +223,7 @@ class Method:
     pair_fraction: float = 0.0
     pairs_reach_input: bool = False
     traffic: TrafficOf = adapter_traffic
+    weigh: Weigh = by_examples
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     validate_update: Callable[[Update], str | None] = lambda update: None
 
@@ -259,7 +265,7 @@ def install_adapter(model: SparseModel, payload: Tensors, profile: Profile, alph
 def refuse(method: Method, section: Refusable) -> None:
     """Raise UserError if a section of the run file makes no sense with the method."""
     if reason := method.refuses.get(section):
-        name = section if section in ("robust", "privacy") else f"method.{section}"
+        name = section if section in ("robust", "privacy", "secure_aggregation") else f"method.{section}"
         raise UserError(f"[{name}] cannot be combined with method {method.name}: {reason}")
 
 

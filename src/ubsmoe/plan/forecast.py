@@ -83,6 +83,7 @@ def forecast(
         "speed": "given" if flops_per_second else "measured on this machine",
         "tiers": [tier.as_dict() for tier in tiers],
         "run": _run(settings, tiers),
+        **_secure(settings, plan),
     }
 
 
@@ -155,6 +156,25 @@ def _run(settings: RunSettings, tiers: Sequence[TierForecast]) -> dict[str, Any]
         "seconds_side_by_side": rounds * max(tier.seconds for tier in tiers),
         "largest_memory_bytes": max(tier.memory.total for tier in tiers),
     }
+
+
+def _secure(settings: RunSettings, plan: TierPlan) -> dict[str, Any]:
+    """What a secure round adds for a client: bytes, and seconds of this machine for its masks."""
+    if plan.secure is None:
+        return {}
+    from ubsmoe.secagg.masks import add_mask  # needs the extra secagg, which other plans need not
+
+    vector = torch.zeros(1 << 22, dtype=torch.int32)
+    began = time.perf_counter()
+    add_mask(vector, bytes(32), 1)
+    seconds = (time.perf_counter() - began) * plan.secure.vector_bytes / vector.nbytes
+    own = plan.secure
+    words = (
+        f"secure aggregation, per client and round: {own.vector_bytes / 1e6:,.1f} MB of masked integers up, "
+        f"{(own.key_upload_bytes + own.key_download_bytes) / 1e3:,.1f} kB of keys and shares, "
+        f"{own.masks * seconds:.3g} s for {own.masks} masks"
+    )
+    return {"secure_aggregation": {**own.as_dict(), "mask_seconds": own.masks * seconds, "in_words": words}}
 
 
 def measured_speed(shape: ModelShape, settings: RunSettings, seconds: float = 0.3) -> float:

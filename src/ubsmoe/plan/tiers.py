@@ -1,23 +1,26 @@
 """What each tier of a run costs, from its settings alone: no weights are loaded."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ubsmoe.config import RunSettings
+from ubsmoe.costs.secure import SecureCost, secure_cost
 from ubsmoe.costs.shape import ModelShape, Trained, budget_top_k
 from ubsmoe.costs.tiers import Tier, TierCost, tier_costs
-from ubsmoe.costs.traffic import Traffic
+from ubsmoe.costs.traffic import FLOAT32, Traffic
 from ubsmoe.costs.workload import Batch, Workload
 from ubsmoe.model.presets import PRESETS, check_length, checked_k_max, model_shape
 
 
 @dataclass(frozen=True)
 class TierPlan:
-    """The base's sizes, what a client does in a step (at the rank of its tier), and what that costs each tier."""
+    """The base's sizes, what a client does in a step (at the rank of its tier), what that costs each tier, and secure rounds."""
 
     shape: ModelShape
     workload: Workload
     costs: list[TierCost]
+    secure: SecureCost | None = None
 
 
 def check_base(settings: RunSettings) -> None:
@@ -36,7 +39,14 @@ def plan_tiers(settings: RunSettings) -> TierPlan:
         UserError: if the base's config cannot be found or is dense, or the method or the tiers do not fit.
     """
     # methods import torch, which a base's costs alone need not
-    from ubsmoe.methods.chosen import chosen_method, shape_of_sizes, tier_ranks
+    from ubsmoe.methods.chosen import (
+        chosen_method,
+        most_clients,
+        secure_word,
+        shape_of_sizes,
+        tier_ranks,
+        weight_bits,
+    )
 
     shape = model_shape(settings.model.base)
     method = chosen_method(settings, shape_of_sizes(settings, shape))
@@ -48,7 +58,15 @@ def plan_tiers(settings: RunSettings) -> TierPlan:
         return method.traffic(shape, rank, workload.trained, workload.wire_dtype)
 
     tiers = _tiers(settings, shape, tier_ranks(settings, method) if method.varies == "rank" else None)
-    return TierPlan(shape, workload, tier_costs(shape, tiers, workload, traffic))
+    costs = tier_costs(shape, tiers, workload, traffic)
+    if settings.secure_aggregation is None:
+        return TierPlan(shape, workload, costs)
+    elements = traffic(shape, settings.adapter.rank).upload_bytes // FLOAT32
+    fraction, clients = weight_bits(settings, method), most_clients(settings)
+    neighbours = settings.secure_aggregation.neighbours or clients
+    holders = min(clients, 2 * math.ceil(neighbours / 2) + 1)
+    secure = secure_cost(shape, elements, secure_word(settings, fraction), clients, holders)
+    return TierPlan(shape, workload, [replace(cost, upload_bytes=secure.vector_bytes) for cost in costs], secure)
 
 
 def plan_base(settings: RunSettings) -> TierPlan:

@@ -232,6 +232,8 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
             f"training takes {_duration(run['seconds_one_after_another'])} one client after another, "
             f"{_duration(run['seconds_side_by_side'])} side by side; evaluation is not counted",
         ]
+    if secure := plan.get("secure_aggregation"):
+        lines.append(secure["in_words"])
     if fits := plan.get("fits"):
         held = ", ".join(str(tier + 1) for tier in fits["tiers"]) or "none"
         lines.append(f"a device of {fits['memory_bytes'] / 2**30:.3g} GiB holds tiers: {held}")

@@ -12,14 +12,11 @@ from torch import Tensor
 
 from ubsmoe.config import PrivacySettings, RunSettings
 from ubsmoe.maths import privacy
-from ubsmoe.maths.robust import clip_factor, squared_norm
 from ubsmoe.messages import Tensors
 from ubsmoe.methods.method import Contribution
+from ubsmoe.methods.sums import COUNTS, with_delta
 from ubsmoe.seeds import generator_for
-from ubsmoe.server.robust import Answer, delta_of, with_delta
 from ubsmoe.wire.form import UpdateSpec
-
-COUNTS = "expert_tokens"
 
 
 def spent(settings: RunSettings, rounds: int) -> dict[str, float]:
@@ -34,7 +31,7 @@ def spent(settings: RunSettings, rounds: int) -> dict[str, float]:
 
 
 def noisy_mean(
-    answers: Iterable[Answer],
+    vectors: Iterable[Mapping[str, Tensor]],
     sent: Tensors,
     spec: UpdateSpec,
     settings: PrivacySettings,
@@ -45,7 +42,7 @@ def noisy_mean(
     """One contribution in the place of all, as maths/privacy.py defines it; memory does not grow with clients.
 
     Args:
-        answers: valid updates and their tasks, maybe none.
+        vectors: the clients', clipped (`private_vector`), or a sum of them; maybe none.
         sent: what a client is sent; the same for all.
         spec: names and shapes of an update, known without looking at any.
         settings: [privacy].
@@ -57,12 +54,9 @@ def noisy_mean(
     shapes = {name: shape for name, (shape, _) in {**spec.adapters, **spec.extras}.items()}
     sums: dict[str, Tensor] = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in sorted(shapes.items())}
     sums[COUNTS] = torch.zeros(spec.expert_tokens[0], dtype=torch.float64)
-    for _, update in answers:
-        use = settings.clip_norm * privacy.deviation(update.expert_tokens, update.assignments)
-        delta = {**delta_of(update, sent), COUNTS: use}
-        factor = clip_factor(squared_norm(delta) ** 0.5, settings.clip_norm)
-        for name, value in delta.items():
-            sums[name] += factor * value
+    for vector in vectors:
+        for name, value in vector.items():
+            sums[name] += value
     scale, generator = settings.noise_multiplier * settings.clip_norm, generator_for(*key, "noise", _sha256(sums))
     mean = {name: privacy.noisy(total, scale, generator) / wanted for name, total in sums.items()}
     shares = privacy.shares_from(mean.pop(COUNTS) / settings.clip_norm)

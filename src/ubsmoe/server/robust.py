@@ -5,18 +5,18 @@ average: methods/averaging.py chooses them, and methods get them as `RunShape.me
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from statistics import median_low
 
 import torch
-from torch import Tensor
 
 from ubsmoe.config import RobustSettings
 from ubsmoe.errors import RoundError
 from ubsmoe.maths import robust
 from ubsmoe.messages import Dropped, Profile, Task, Tensors, Update
 from ubsmoe.methods.method import Contribution, contribution
+from ubsmoe.methods.sums import delta_of, with_delta
 
 Answer = tuple[Task, Update]
 """A task and the valid update that answers it."""
@@ -71,20 +71,6 @@ def robustify(
             reason = f"among the {settings.attackers} that lie farthest from the others (robust.rule multi_krum)"
             drop(Dropped(update.client, update.round, "robust", reason))
     yield from (contributions[number] for number in kept)
-
-
-def delta_of(update: Update, sent: Tensors) -> dict[str, Tensor]:
-    """What a client changed of what it was sent, float64, by name: its adapter, and the method's own tensors."""
-    returned = {**update.extras, **update.adapters}
-    return {name: value.double() - sent[name].double() for name, value in returned.items() if name in sent}
-
-
-def with_delta(returned: Tensors, sent: Tensors, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as they would be had the client changed what it was sent by `delta`."""
-    return {
-        name: (sent[name].double() + delta[name]).to(value.dtype) if name in delta else value
-        for name, value in returned.items()
-    }
 
 
 def clipped(update: Update, sent: Tensors, longest: float) -> Update:

@@ -1,15 +1,19 @@
 """A run: in every round dispatch, train, validate, aggregate; then evaluate."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor
 
 from ubsmoe.config import RunSettings
 from ubsmoe.errors import printable
 from ubsmoe.messages import Dropped, Engine, Profile, Task, Update, in_order
 from ubsmoe.methods.method import Contribution, State
 from ubsmoe.methods.state import pack, unpack
+from ubsmoe.methods.sums import private_vector
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.evaluate import Score, evaluate
 from ubsmoe.server.federation import Federation
@@ -22,6 +26,9 @@ from ubsmoe.server.start import noise_key, sample_clients, settled, start_state
 from ubsmoe.server.validator import Validator
 from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.change import upload_bytes
+
+if TYPE_CHECKING:
+    from ubsmoe.server.secure import Courier
 
 Report = Callable[[str, int, dict[str, Any]], None]
 Log = Callable[..., None]
@@ -163,8 +170,24 @@ def one_round(
             yield task, update
         validator.check_quorum(count, number)
 
-    if settings.privacy:
-        contributions = iter([_noisy_mean(federation, everybody, answers(), state, number, noise)])
+    def private(vectors: Iterable[Mapping[str, Tensor]]) -> Contribution:
+        return _noisy_mean(federation, everybody, vectors, state, number, noise)
+
+    def secure_sum() -> Iterator[Contribution]:
+        """The only contribution of a round in which no single update is seen."""
+        from ubsmoe.server.secure import SecureRound  # needs the extra secagg, which other runs need not
+
+        trial = SecureRound(federation, cast("Courier", engine), number, log)
+        yield trial.contribution(
+            clients, partial(_tasks, federation, state, number), state, lambda sums: private([sums])
+        )
+        validator.check_quorum(trial.count, number)
+
+    if settings.secure_aggregation:
+        contributions = secure_sum()
+    elif settings.privacy:
+        longest = settings.privacy.clip_norm
+        contributions = iter([private(private_vector(one, task.payload, longest) for task, one in answers())])
     else:
         most = most_examples(everybody, settings.clients.max_weight)
         contributions = robustify(answers(), settings.robust, drop, most)
@@ -201,7 +224,12 @@ def _client_fields(update: Update, task: Task, settings: RunSettings) -> dict[st
 
 
 def _noisy_mean(
-    federation: Federation, clients: list[Profile], answers: Iterable[Answer], state: State, number: int, noise: str
+    federation: Federation,
+    clients: list[Profile],
+    vectors: Iterable[Mapping[str, Tensor]],
+    state: State,
+    number: int,
+    noise: str,
 ) -> Contribution:
     """The contribution that stands for a private round; its shape and K follow from what is public."""
     settings, tier = federation.settings, federation.tiers[0]
@@ -210,7 +238,7 @@ def _noisy_mean(
     mean_top_k = sum(client.top_k for client in clients) / len(clients)
     key = (noise, number)
     return noisy_mean(
-        answers, task.payload, federation.specs(task), settings.privacy, settings.clients_per_round, mean_top_k, key
+        vectors, task.payload, federation.specs(task), settings.privacy, settings.clients_per_round, mean_top_k, key
     )
 
 

@@ -22,8 +22,10 @@ class LoopGrid(Grid):
     def __init__(self, app: ClientApp, nodes: dict[int, dict[str, Any]], run_config: dict[str, Any]) -> None:
         self.nodes, self.faults, self.asked = dict(nodes), {}, []  # type: ignore[var-annotated]
         self.names: dict[int, str] = {}
+        self.faulty = "train"  # the kind of message to which faults apply
         self._app, self._run_config, self._messages = app, run_config, {}  # type: ignore[var-annotated]
         self._written = 0
+        self._states: dict[int, RecordDict] = {}  # what Flower keeps for a node between messages
 
     def set_run(self, run: Any) -> None: ...
 
@@ -61,9 +63,10 @@ class LoopGrid(Grid):
     def _answers(self, key: str) -> list[Message]:
         message = self._messages.pop(key)
         node = message.metadata.dst_node_id
-        context = Context(0, node, self.nodes.get(node, {}), RecordDict(), self._run_config)
+        state = self._states.setdefault(node, RecordDict())
+        context = Context(0, node, self.nodes.get(node, {}), state, self._run_config)
         fault = self.faults.get(node)
-        if fault is None or message.metadata.message_type != "train":
+        if fault is None or not message.metadata.message_type.startswith(self.faulty):
             return [self._app(message, context)]
         answers = fault(message, lambda: self._app(message, context))
         if not answers:

@@ -17,7 +17,7 @@ from ubsmoe.plan.devices import GIB, RUNTIME_BYTES, fitting, smallest_device
 from ubsmoe.plan.forecast import forecast
 from ubsmoe.plan.work import assumed_work, batch_shape
 from ubsmoe.server.federation import build_federation
-from ubsmoe.server.rounds import run
+from ubsmoe.server.rounds import one_round, run
 from ubsmoe.server.start import start_state
 from ubsmoe.storage.events import read_events
 from ubsmoe.storage.runfolder import RunFolder
@@ -94,6 +94,34 @@ def test_bytes_are_those_of_the_events(tiny_run: dict[str, Any], tmp_path: Path,
         else:  # what no token went to stays at home
             assert tier["upload_bytes"] / 3 < event["upload_bytes"] <= tier["upload_bytes"]
     assert plan["run"]["download_bytes"] == sum(event["download_bytes"] for event in clients)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter.attention": "trained", "adapter.router": "trained", "method.dmr.phi": "trained"},
+        {"method.name": "flame"},
+        {"method.name": "fed_sb", "secure_aggregation.bits": 30},
+    ],
+    ids=str,
+)
+def test_a_masked_vector_is_as_long_as_planned_and_hardly_shorter(
+    tiny_run: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    settings = settings_of(tiny_run, **{"secure_aggregation": {}, **changes})
+    federation, plan = build_federation(settings), forecast(settings, flops_per_second=1e9)
+    engine = LocalEngine(federation.trainer, federation.examples, federation.clients)
+    sizes = list[int]()
+
+    def log(event: str, number: int, **fields: Any) -> None:
+        sizes.extend([fields["upload_bytes"]] if event == "client" else [])
+
+    one_round(federation, engine, start_state(federation), 1, log)
+    planned = plan["secure_aggregation"]
+    slack = 8 * 2 * (6 * 6 + 4 + 16 + 18)  # bytes of the weights' bound
+    assert len(sizes) == 4 and len(set(sizes)) == 1 and sizes[0] <= planned["vector_bytes"] <= sizes[0] + slack
+    assert all(tier["upload_bytes"] == planned["vector_bytes"] for tier in plan["tiers"])
+    assert planned["masks"] == 4 and planned["mask_seconds"] > 0
 
 
 def test_without_data_every_example_is_as_long_as_may_be() -> None:

@@ -13,12 +13,12 @@ import torch
 from ubsmoe.config import PrivacySettings, parse_run, to_json, with_overrides
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.errors import UserError
-from ubsmoe.messages import Profile, Reply, Task, Update
+from ubsmoe.messages import Reply, Task, Update
 from ubsmoe.methods.method import Contribution
+from ubsmoe.methods.sums import delta_of, private_vector
 from ubsmoe.plan.tiers import run_costs
 from ubsmoe.server.federation import build_federation
 from ubsmoe.server.privacy import noisy_mean, spent
-from ubsmoe.server.robust import delta_of
 from ubsmoe.server.rounds import run
 from ubsmoe.server.start import sample_clients, start_state
 from ubsmoe.storage.runfolder import RunFolder, read_adapter
@@ -28,7 +28,6 @@ A = "layers.0.up.A"
 SENT = {A: torch.full((2, 3), 1.0), "phi": torch.zeros(1, 2)}
 COUNTS = torch.tensor([[10, 10]])
 SPEC = UpdateSpec(spec_of({A: SENT[A]}), spec_of({"phi": SENT["phi"]}), (COUNTS.shape, COUNTS.dtype))
-TASK = Task(3, Profile("a", tier=0, budget=1.0, top_k=2, rank=1), SENT)
 SETTINGS = PrivacySettings(noise_multiplier=1e-9, clip_norm=3.0)
 
 
@@ -38,8 +37,8 @@ def update(by: float, counts: torch.Tensor = COUNTS, phi: float = 0.0) -> Update
 
 
 def mean(updates: list[Update], settings: PrivacySettings = SETTINGS, wanted: int = 4) -> Contribution:
-    answers = [(TASK, update) for update in updates]
-    return noisy_mean(answers, SENT, SPEC, settings, wanted, 2.0, ("a", 3))
+    vectors = [private_vector(update, SENT, settings.clip_norm) for update in updates]
+    return noisy_mean(vectors, SENT, SPEC, settings, wanted, 2.0, ("a", 3))
 
 
 def test_without_noise_and_clipping_it_is_the_sum_over_the_clients_wanted() -> None:

@@ -5,20 +5,22 @@ process, or answers them itself if there is none.
 """
 
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import Context, Error, Message
+from flwr.app import ConfigRecord, Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from ubsmoe.client.node_config import on_this_machine
+from ubsmoe.client.node_config import SECURE_STEPS, UNSIGNED, NodeConfig, on_this_machine
+from ubsmoe.client.node_config import TRAIN as SECURE_TRAIN
 from ubsmoe.config import RunSettings
 from ubsmoe.engines.flower import resident
 from ubsmoe.engines.flower.app import read_app
 from ubsmoe.engines.flower.record import from_record, to_record
 from ubsmoe.errors import UserError
-from ubsmoe.wire.packed import Packed, WireError
+from ubsmoe.wire.packed import Packed, WireError, disclose, enclose
 
 if TYPE_CHECKING:
     from ubsmoe.client.node import Machine
@@ -31,6 +33,9 @@ def client_app(run_file: Path) -> ClientApp:
     app = ClientApp()
     app.query("announce")(_handler("announce", run_file))
     app.train()(_handler("train", run_file))
+    for kind in SECURE_STEPS:
+        register = app.train if kind == SECURE_TRAIN else app.query
+        register(kind)(_handler(kind, run_file))
     return app
 
 
@@ -50,6 +55,29 @@ def _answer(kind: str, run_file: Path, message: Message, context: Context) -> Pa
     seconds = float(config.pop(RESIDENT_SECONDS, 0))
     settings, identity = on_this_machine(read_app(run_file, context.run_config), config)
     packed = from_record(message.content)
+    if kind in SECURE_STEPS:
+        return _answer_secure(kind, settings, identity, packed, context, seconds)
+    return _answer_with(kind, settings, identity, packed, seconds)
+
+
+def _answer_secure(
+    kind: str, settings: RunSettings, identity: NodeConfig, packed: Packed, context: Context, seconds: float
+) -> Packed:
+    """A message of a secure round. What a client remembers of it lies in Flower's state, since its processes come and go."""
+    _, (client,) = disclose(packed, "client")
+    place = f"secure.{client}"
+    kept = context.state.config_records.get(place, ConfigRecord())
+    inner, _ = disclose(packed)
+    asked = enclose(inner, client=client, memory=str(kept.get("memory", "")))
+    if "ray" in sys.modules:  # simulated nodes, which have no keys and share a process
+        identity = {UNSIGNED: True, **identity}
+    answer, (memory,) = disclose(_answer_with(kind, settings, identity, asked, seconds), "memory")
+    context.state[place] = ConfigRecord({"memory": memory})
+    return answer
+
+
+def _answer_with(kind: str, settings: RunSettings, identity: NodeConfig, packed: Packed, seconds: float) -> Packed:
+    """The answer of the resident, or of this process if there is none."""
     if seconds > 0:
         try:
             return resident.ask(kind, settings, identity, packed, seconds)

@@ -120,7 +120,8 @@ def local_federation(
             processes = [superlink]
             for i in range(nodes):
                 found.flwr("supernode", "register", str(home / f"{_node(i)}.pub"))
-                config = {"partition-id": i, "num-partitions": nodes, **node_config(i)}
+                keys = {"signing-key": str(home / _node(i)), "peer-keys": str(home)}
+                config = {"partition-id": i, "num-partitions": nodes, **keys, **node_config(i)}
                 options = supernode_options(home, home / _node(i), port, config)
                 processes.append(start("flower-supernode", options, _node(i)))
             _wait(lambda: _online(found) == nodes, processes, f"{nodes} SuperNodes, {home}/node-*.log")

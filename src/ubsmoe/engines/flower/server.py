@@ -9,16 +9,19 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 
+from ubsmoe.client.node_config import TRAIN as SECURE_TRAIN
 from ubsmoe.config import ConfigError, to_json
 from ubsmoe.engines.flower.app import read_app
 from ubsmoe.engines.flower.record import from_record, to_record
 from ubsmoe.engines.flower.roster import Roster
+from ubsmoe.engines.flower.secure import carried
 from ubsmoe.errors import printable
 from ubsmoe.messages import Dropped, Profile, Reply, Task, Update
 from ubsmoe.server.federation import Federation, build_server
@@ -26,12 +29,12 @@ from ubsmoe.server.rounds import run
 from ubsmoe.storage.record import loss_text
 from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.codec import decode_announcements, decode_update, encode_task
-from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed, WireError
+from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed, WireError, enclose
 
 ANNOUNCE = "query.announce"
 TRAIN = "train"
 POLL_SECONDS = 0.2
-
+SECURE_SECONDS = 120.0  # for a step of a secure round in which nobody trains
 
 DATA_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError)
 """What a message can make Flower's or our reading raise; a connection that fails raises something else and is no client's."""
@@ -130,6 +133,26 @@ class FlowerEngine:
                     time.sleep(POLL_SECONDS)
             yield replies.pop(client)
 
+    def ask(
+        self, kind: str, round: int, messages: Iterable[tuple[str, Packed]]
+    ) -> Iterator[tuple[str, Packed | Dropped]]:
+        """As `server.secure.Courier` says. Steps without training have SECURE_SECONDS, training the run file's longest wait."""
+        training = kind == SECURE_TRAIN
+        limit, setting = self._settings.rounds.longest_wait if training else (SECURE_SECONDS, "the time of a step")
+        word = f"{'train' if training else 'query'}.{kind}"
+
+        def push(client: str, packed: Packed) -> str | None:
+            node = self._roster.node_of(client)
+            return None if node is None else self._push(word, node, enclose(packed, client=client), str(round), limit)
+
+        node_of = self._roster.node_of
+        read = partial(_answer_of, number=round, node_of=node_of)
+        waited = carried(messages, round, node_of, push, self._pull, read, (limit, setting), self._clock, POLL_SECONDS)
+        for client, answer in waited:
+            silent = isinstance(answer, Dropped) and answer.stage == "deadline"
+            self._roster.heard(client, answered=not silent)
+            yield client, answer
+
     def _send(self, tasks: Iterable[Task], seconds: float) -> tuple[list[Task], dict[str, Task], dict[str, Reply]]:
         """Push every task. Gives all of them, those under way by message id, and a reply for each that Flower refused."""
         asked, waiting, refused = list[Task](), dict[str, Task](), dict[str, Reply]()
@@ -209,6 +232,20 @@ def _content(message: Message | Unreadable, node: int) -> Packed:
         return from_record(message.content)
     except DATA_ERRORS as error:
         raise WireError(str(error)) from None
+
+
+def _answer_of(
+    message: Message | Unreadable, client: str, number: int, node_of: Callable[[str], int | None]
+) -> Packed | Dropped:
+    """What a message of a secure round holds; the protocol reads it."""
+    if isinstance(message, Message) and message.has_error():
+        return Dropped(client, number, "training", _error_text(message))
+    try:
+        if (node := node_of(client)) is None:
+            raise WireError("its place was given up")
+        return _content(message, node)
+    except WireError as error:
+        return Dropped(client, number, "wire", printable(str(error)))
 
 
 def _lost(client: str, number: int, wanted: int, limit: str | None = None) -> Dropped:
