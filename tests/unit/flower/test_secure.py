@@ -187,7 +187,7 @@ def test_trials_without_keys_agree_among_themselves(
 
 
 FAULTS: dict[str, tuple[str, Callable[..., list[Message]], str]] = {
-    "is silent in training": ("train.secure_train", lambda m, a: [], "no answer within 40 s"),
+    "is silent in training": ("train.secure_train", lambda m, a: [], "no answer within rounds.deadline_seconds = 40 s"),
     "is silent at the end": ("query.secure_unmask", lambda m, a: [], "no answer within 120 s"),
     "sends half a vector": ("train.secure_train", lambda m, a: [half(a(), m)], "a vector of"),
     "sends noise for keys": (

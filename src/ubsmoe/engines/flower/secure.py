@@ -30,11 +30,11 @@ def carried(
         push: sends a client its message; gives the message's id, or None if Flower did not take it.
         pull: gives the answers that are there, each with its client, and takes them off the given ids.
         read: what a client's answer holds.
-        limit: seconds after which a client is lost, and what sets them.
+        limit: seconds after which a client is lost, and how that is said.
         clock: seconds.
         poll_seconds: between two looks.
     """
-    seconds, setting = limit
+    seconds, said = limit
     asked, waiting, came, began = list[str](), dict[str, Any](), dict[str, Answer](), dict[str, float]()
 
     def wait_for(client: str) -> None:
@@ -43,7 +43,7 @@ def carried(
             found = pull([message_id for message_id, other in waiting.items() if late or other == client], waiting)
             came.update({other: read(message, other) for message, other in found})
             if late and client not in came:
-                came[client] = Dropped(client, round, "deadline", f"no answer within {setting} = {seconds:g} s")
+                came[client] = Dropped(client, round, "deadline", f"no answer within {said}")
             elif not found:
                 time.sleep(poll_seconds)
 

@@ -138,7 +138,8 @@ class FlowerEngine:
     ) -> Iterator[tuple[str, Packed | Dropped]]:
         """As `server.secure.Courier` says. Steps without training have SECURE_SECONDS, training the run file's longest wait."""
         training = kind == SECURE_TRAIN
-        limit, setting = self._settings.rounds.longest_wait if training else (SECURE_SECONDS, "the time of a step")
+        limit, setting = self._settings.rounds.longest_wait if training else (SECURE_SECONDS, "")
+        said = f"{setting} = {limit:g} s" if setting else f"{limit:g} s"
         word = f"{'train' if training else 'query'}.{kind}"
 
         def push(client: str, packed: Packed) -> str | None:
@@ -147,7 +148,7 @@ class FlowerEngine:
 
         node_of = self._roster.node_of
         read = partial(_answer_of, number=round, node_of=node_of)
-        waited = carried(messages, round, node_of, push, self._pull, read, (limit, setting), self._clock, POLL_SECONDS)
+        waited = carried(messages, round, node_of, push, self._pull, read, (limit, said), self._clock, POLL_SECONDS)
         for client, answer in waited:
             silent = isinstance(answer, Dropped) and answer.stage == "deadline"
             self._roster.heard(client, answered=not silent)
