@@ -7,7 +7,7 @@ A machine is told which clients it is in one of two ways:
     client, budget                 one client of that name that affords that budget (1 when left out); all of
                                    data.train on this machine is its own, and no other machine sees it
 
-For [secure_aggregation] it names the keys, which no server sends (docs/security.md):
+For [secure_aggregation] it names the keys, which no server sends (docs/robustness.md):
 
     signing-key, peer-keys         this machine's registered private key; a folder with everybody's public ones
     unsigned                       true for a trial without keys, in which the server could listen

@@ -13,7 +13,7 @@ FEWEST_IN_A_SUM = 3  # of two, each knows the other's update from the sum
 
 
 class SecureAggregationSettings(Settings):
-    """[secure_aggregation]: the server sees sums and no client's update (docs/security.md); off when the section is left out."""
+    """[secure_aggregation]: the server sees sums and no client's update (docs/robustness.md); off when the section is left out."""
 
     threshold: Annotated[float, Field(gt=0.5, le=1)] = Field(
         0.66, description="share of a round's clients that must stay to its end; fewer cannot unmask, not even together"
@@ -38,6 +38,11 @@ def conflict_with_secure(run: "RunSettings") -> str | None:
         return (
             "[secure_aggregation] shows the server no single update, which [robust] needs, and no first answers, which "
             "rounds.extra_clients counts; leave them out"
+        )
+    if run.rounds.max_ratio not in (None, type(run.rounds)().max_ratio):
+        return (
+            f"rounds.max_ratio = {run.rounds.max_ratio:g} judges single updates by their median, and [secure_aggregation] shows "
+            "the server none; leave it out: there secure_aggregation.clip bounds what a client may change"
         )
     if run.wire.dtype != "float32":
         return (

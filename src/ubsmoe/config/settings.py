@@ -70,7 +70,8 @@ class ClientSettings(Settings):
     )
     max_weight: Annotated[float, Field(ge=1)] = Field(
         16.0,  # measured: docs/robustness.md, What a client may weigh
-        description="a client weighs at most so many times the clients' median number of examples, whatever it announces",
+        description="a client weighs at most so many times the clients' median number of examples, whatever it announces; "
+        "under [secure_aggregation] one with more takes no part",
     )
 
 
@@ -129,7 +130,7 @@ class RoundSettings(Settings):
     max_ratio: Annotated[float, Field(gt=1)] | None = Field(
         8.0,  # measured: docs/robustness.md, What changes too much
         description="an update with a tensor that changed more than so many times the clients' median is dropped; "
-        "nobody is judged by others where [privacy] is on",
+        "nobody is judged by others where [privacy] or [secure_aggregation] is on",
     )
 
     @property

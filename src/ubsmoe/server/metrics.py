@@ -1,6 +1,6 @@
 """What a round's contributions come to: mean loss, and how evenly the experts were used. No contribution is kept."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,16 +16,14 @@ class RoundMetrics:
 
     def __init__(self, shape: RunShape) -> None:
         self._used = torch.zeros(shape.num_layers, shape.num_experts, dtype=torch.float64)
-        self._weight = 0.0
-        self._heaviest, self._count = (0.0, ""), 0
+        self._weights: dict[str, float] = {}
         self._loss: float | None = 0.0
 
     def accumulate(self, contributions: Iterable[Contribution]) -> Iterator[Contribution]:
         """The same contributions, each counted as it passes."""
         for one in contributions:
             self._used += one.weight * one.utilization
-            self._weight += one.weight
-            self._heaviest, self._count = max(self._heaviest, (one.weight, one.client)), self._count + 1
+            self._weights[one.client] = one.weight
             self._loss = None if one.loss is None or self._loss is None else self._loss + one.weight * one.loss
             yield one
 
@@ -34,12 +32,13 @@ class RoundMetrics:
         """u_i = sum_c p_c a_{c,i} / tokens_c, per layer."""
         return self._used / max(self._weight, 1)
 
-    def dominant(self) -> dict[str, Any] | None:
-        """The client that has more than half of the weight of three or more, and its share; None where nobody has."""
-        weight, client = self._heaviest
-        if self._count < 3 or 2 * weight <= self._weight:
-            return None
-        return {"client": client, "reason": f"has {weight / self._weight:.0%} of the round's weight"}
+    @property
+    def _weight(self) -> float:
+        return sum(self._weights.values())
+
+    def dominant(self) -> dict[str, str] | None:
+        """As the function `dominant` says of the round's clients."""
+        return dominant(self._weights)
 
     def summary(self) -> dict[str, Any]:
         """Mean loss; utilization entropy (over ln M) and Gini per layer; how many experts nobody used; the utilization."""
@@ -51,3 +50,15 @@ class RoundMetrics:
             "dead_experts": int(balance.dead_experts(used).sum()),
             "utilization": used.tolist(),
         }
+
+
+def dominant(weights: Mapping[str, float]) -> dict[str, str] | None:
+    """The client that has more than half of the weight of three or more, and its share; None where nobody has.
+
+    >>> dominant({"a": 1, "b": 6, "c": 1})
+    {'client': 'b', 'reason': "has 75% of the round's weight"}
+    """
+    client, total = max(weights, key=weights.__getitem__, default=""), sum(weights.values())
+    if len(weights) < 3 or 2 * weights[client] <= total:
+        return None
+    return {"client": client, "reason": f"has {weights[client] / total:.0%} of the round's weight"}

@@ -178,18 +178,17 @@ def one_round(
         from ubsmoe.server.secure import SecureRound  # needs the extra secagg, which other runs need not
 
         trial = SecureRound(federation, cast("Courier", engine), number, log)
-        yield trial.contribution(
-            clients, partial(_tasks, federation, state, number), state, lambda sums: private([sums])
-        )
+        of = partial(_tasks, federation, state, number)
+        yield trial.contribution(clients, of, state, lambda sums: private([sums]), most)
         validator.check_quorum(trial.count, number)
 
+    most = most_examples(everybody, settings.clients.max_weight)
     if settings.secure_aggregation:
         contributions = secure_sum()
     elif settings.privacy:
         longest = settings.privacy.clip_norm
         contributions = iter([private(private_vector(one, task.payload, longest) for task, one in answers())])
     else:
-        most = most_examples(everybody, settings.clients.max_weight)
         contributions = robustify(answers(), settings.robust, drop, most)
     state = settled(method.aggregate(state, metrics.accumulate(contributions)), method)
 

@@ -4,6 +4,7 @@ The server relays keys and boxes, adds up masked vectors and unmasks their sum. 
 validate one: what a sum can show is checked, everything else is the clients' (`client.secure`).
 """
 
+import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -21,6 +22,7 @@ from ubsmoe.secagg.messages import Boxes, Masked, Message, Offer, Revealed
 from ubsmoe.secagg.tally import Tally
 from ubsmoe.secagg.vector import WORDS, Sums, decode, size_of
 from ubsmoe.server.federation import Federation
+from ubsmoe.server.metrics import dominant
 from ubsmoe.wire.codec import encode_task
 from ubsmoe.wire.packed import Packed, WireError
 
@@ -55,7 +57,7 @@ class SecureRound:
         own = {"run": federation.run_id, "round": number, "session": secrets.token_hex(32)}
         self._terms = rules.terms.model_copy(update=own)
         self._tally = Tally(self._terms, rules.fewest)
-        self._examples = 0  # announced by those whose vectors came
+        self._examples: dict[str, int] = {}  # announced by those whose vectors came
 
     def contribution(
         self,
@@ -63,6 +65,7 @@ class SecureRound:
         tasks: Tasks,
         state: State,
         private: Callable[[Mapping[str, Tensor]], Contribution],
+        most_examples: float = math.inf,
     ) -> Contribution:
         """What these clients come to together.
 
@@ -71,20 +74,36 @@ class SecureRound:
             tasks: makes the tasks of those who are left when training begins.
             state: the server's.
             private: gives the contribution of a private run, from the sums of the clients' clipped vectors.
+            most_examples: that a client may count for. One with more is not asked, since a sum cannot count it for less.
 
         Raises:
             RoundError: if too few clients are left at any step, or the sum is none of valid updates.
         """
         layout, counts = self._layout(state)
-        self._exchange_and_train(clients, tasks, layout, size_of(layout, counts))
+        light = [one for one in clients if self._may_weigh(one, most_examples)]
+        self._exchange_and_train(light, tasks, layout, size_of(layout, counts))
         total = self._tally.total(self._ask(UNMASK, self._tally.survivors(), Revealed))
         sums = decode(total, layout, counts, limits_of(layout, self._terms.clip), self._terms)
-        return private(sums.values) if self._federation.settings.privacy else self._plain(sums, self._sent(state))
+        if self._federation.settings.privacy:
+            return private(sums.values)
+        if found := dominant(self._examples):
+            self._log("warning", self._number, **found)
+        return self._plain(sums, self._sent(state))
 
     @property
     def count(self) -> int:
         """How many clients are in the sum."""
         return len(self._tally.survivors())
+
+    def _may_weigh(self, client: Profile, most: float) -> bool:
+        light = client.num_examples <= most or self._federation.settings.privacy is not None
+        if not light:
+            reason = (
+                f"it has {client.num_examples} examples and may weigh {most:g}, clients.max_weight times the median, which a sum "
+                "cannot cut it down to"
+            )
+            self._drop(Dropped(client.client, self._number, "robust", reason))
+        return light
 
     def _exchange_and_train(
         self, clients: Sequence[Profile], tasks: Tasks, layout: dict[str, list[int]], size: int
@@ -119,7 +138,7 @@ class SecureRound:
         except WireError as error:
             return self._drop(Dropped(name, self._number, "wire", str(error)), **size_down)
         profile = task.profile
-        self._examples += profile.num_examples
+        self._examples[name] = profile.num_examples
         public = {"tier": profile.tier, "top_k": profile.top_k, "rank": profile.rank, "examples": profile.num_examples}
         bytes_up = {"upload_bytes": len(answer.tensors)}
         self._log("client", self._number, client=name, **public, seconds=header.seconds, **size_down, **bytes_up)
@@ -199,7 +218,7 @@ class SecureRound:
         counts, assignments = sums.counts[COUNTS], sums.counts["assignments"]
         weights = torch.stack([sums.weights[name].max() for name in sums.weights])
         wrong = (counts < 0).any() or (counts.sum(-1) != assignments).any() or (weights > sums.weights[LOSS]).any()
-        if wrong or float(sums.weights[LOSS]) != self._examples:
+        if wrong or float(sums.weights[LOSS]) != sum(self._examples.values()):
             raise RoundError(
                 f"round {self._number}: this is no sum of valid updates: counts of experts do not add up to the assignments, or "
                 "weights to the announced examples; some client does not keep to the protocol, and nobody can see which. The "

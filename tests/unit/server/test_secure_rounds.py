@@ -19,6 +19,7 @@ from ubsmoe.config import RunSettings, parse_run, to_json, with_overrides
 from ubsmoe.engines.local import LocalEngine, process_pool
 from ubsmoe.engines.simulated import as_simulated
 from ubsmoe.errors import RoundError, UserError
+from ubsmoe.maths import privacy
 from ubsmoe.messages import Dropped, Profile, Reply, Task, Tensors, Update
 from ubsmoe.methods import METHODS
 from ubsmoe.methods.state import pack
@@ -180,6 +181,33 @@ def test_a_client_keeps_its_own_update_out_of_the_sum_if_it_is_none(tiny_run: di
         assert (lost["client"], lost["stage"]) == ("client-2", "training") and reason in lost["reason"]
 
 
+UNEVEN = {"data.partition.kind": "quantity", "data.partition.alpha": 0.8, "data.synthetic.train_examples": 200}
+
+
+def test_a_client_with_far_more_examples_than_the_median_is_not_asked_since_a_sum_cannot_cut_it_down(
+    tiny_run: dict[str, Any],
+) -> None:
+    _, told = a_round(tiny_run, SECURE | UNEVEN | {"clients.max_weight": 1.0})
+    counted = [event["examples"] for event in told if event["event"] == "client"]
+    lost = [event for event in told if event["event"] == "dropped"]
+    assert len(counted) == 3 and len(lost) == 2
+    for event in lost:
+        assert event["stage"] == "robust" and f"may weigh {max(counted)}, clients.max_weight" in event["reason"]
+
+
+def test_who_has_most_of_the_announced_examples_is_told(tiny_run: dict[str, Any]) -> None:
+    _, told = a_round(tiny_run, SECURE | UNEVEN | {"clients.max_weight": 100.0})
+    examples = {event["client"]: event["examples"] for event in told if event["event"] == "client"}
+    heaviest = max(examples, key=examples.__getitem__)
+    share = examples[heaviest] / sum(examples.values())
+    (warning,) = (event for event in told if event["event"] == "warning")
+    assert share > 0.5 and warning == {
+        "event": "warning",
+        "client": heaviest,
+        "reason": f"has {share:.0%} of the round's weight",
+    }
+
+
 def test_a_client_cuts_its_numbers_at_the_clip(tiny_run: dict[str, Any]) -> None:
     clip = {"secure_aggregation.clip": 1e-4}
     before = a_round(tiny_run, {"method.name": "fedavg", "train.learning_rate": 1e-12})[0]
@@ -204,13 +232,31 @@ def test_a_sum_that_no_honest_clients_have_stops_the_round(change: dict[str, Any
 PRIVATE = {"privacy.noise_multiplier": 0.3, "privacy.clip_norm": 0.05, "privacy.seed": 5, "method.dmr.phi": "trained"}
 
 
-def test_with_privacy_it_is_the_private_round_to_the_step_and_its_noise(tiny_run: dict[str, Any]) -> None:
-    """The clients clip by 0.05 less what rounding may add; that and a step are all the difference."""
-    secure, _ = a_round(tiny_run, PRIVATE | SECURE)
-    plain, _ = a_round(tiny_run, PRIVATE)
-    other, _ = a_round(tiny_run, PRIVATE | {"privacy.seed": 6})
-    assert distance(plain, other) > 0.003  # 0.3 x 0.05 / 5 is one standard deviation
-    assert distance(secure, plain) < 2e-5
+def test_with_privacy_it_is_the_private_sum_to_the_step_and_has_its_noise(
+    tiny_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clients clip by 0.05 less what rounding may add; that and a step for each of five are all the difference.
+
+    Noise follows from the sums to the last bit, so that of two rounds a step apart it is drawn apart.
+    """
+    sums, noises = list[torch.Tensor](), list[torch.Tensor]()
+
+    def watched(total: torch.Tensor, deviation: float, generator: torch.Generator) -> torch.Tensor:
+        result = noisy(total, deviation, generator)
+        sums.append(total.flatten().clone())
+        noises.append((result - total).flatten())
+        return result
+
+    noisy = privacy.noisy
+    monkeypatch.setattr(privacy, "noisy", watched)
+    a_round(tiny_run, PRIVATE | SECURE)
+    half = len(sums)
+    a_round(tiny_run, PRIVATE)
+    secure, plain = torch.cat(sums[:half]), torch.cat(sums[half:])
+    assert float((secure - plain).abs().max()) < 1e-4 < 0.01 * float(plain.norm())
+    drawn = torch.cat(noises[:half])
+    assert len(drawn) > 5000 and float(drawn.std()) == pytest.approx(0.3 * 0.05, rel=0.05)
+    assert not torch.equal(drawn, torch.cat(noises[half:]))
 
 
 def test_rounding_never_makes_a_clients_vector_longer_than_the_clip_norm() -> None:
@@ -226,6 +272,7 @@ REFUSED = [
     ({"robust.rule": "median"}, r"\[secure_aggregation\] shows the server no single update, which \[robust\] needs"),
     ({"robust.clip_norm": 1.0}, "no single update"),
     ({"clients.per_round": 3, "rounds.extra_clients": 1}, "rounds.extra_clients counts; leave them out"),
+    ({"rounds.max_ratio": 4.0}, r"rounds.max_ratio = 4 judges single updates .* secure_aggregation\.clip bounds"),
     ({"wire.dtype": "int8"}, 'wire.dtype is "int8", but .* sends integers of its own for every expert'),
     ({"clients.per_round": 2}, r"needs 3 clients in a round, there are 2"),
     ({"secure_aggregation.threshold": 0.5}, "secure_aggregation.threshold: .*greater than 0.5"),
