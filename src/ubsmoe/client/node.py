@@ -16,7 +16,7 @@ from ubsmoe.data.sources import load_examples, load_training
 from ubsmoe.data.tokens import Tokens, tokenize
 from ubsmoe.messages import Announcement, Task, Update
 from ubsmoe.methods.chosen import chosen_method, shape_of_model
-from ubsmoe.model.load import load_base, load_tokenizer, weights_sha256
+from ubsmoe.model.load import load_base, load_tokenizer
 from ubsmoe.wire.codec import decode_task, encode_announcements, encode_update
 from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed
 
@@ -44,7 +44,7 @@ class Machine:
         settings = self.settings
         model, tokenizer = load_base(settings.model, settings.tiers.rescale, settings.tiers.k_max)
         method = chosen_method(settings, shape_of_model(settings, model))
-        return make_trainer(settings, model, method, tokenizer, weights_sha256(model.model))
+        return make_trainer(settings, model, method, tokenizer, model.sha256)
 
 
 class Node:

@@ -8,6 +8,9 @@ from ubsmoe.costs.shape import EXPERTS_ONLY, Trained
 WireDtype = Literal["float32", "bfloat16", "int8"]
 """Precisions in which an update can travel."""
 
+ExpertFormat = Literal["int8", "nf4"]
+"""What the frozen experts can be quantised to."""
+
 
 @dataclass(frozen=True)
 class Batch:

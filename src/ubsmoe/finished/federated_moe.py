@@ -14,7 +14,7 @@ from ubsmoe.export import formats as exports
 from ubsmoe.export.installed import install, read_installed
 from ubsmoe.export.sidecar import Format, Sidecar
 from ubsmoe.finished.run import open_run
-from ubsmoe.model.load import load_base, weights_sha256
+from ubsmoe.model.load import load_base
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.storage.exportfolder import is_export
 from ubsmoe.storage.runfolder import is_run
@@ -55,7 +55,7 @@ class FederatedMoE:
             return cls._from_export(folder, base, device)
         settings = ModelSettings(base=str(place), device=device)
         sparse, tokenizer = load_base(settings)
-        return cls(sparse, tokenizer, exports.Origin(settings, weights_sha256(sparse.model), "none"))
+        return cls(sparse, tokenizer, exports.Origin(settings, sparse.sha256, "none"))
 
     @property
     def model(self) -> Any:
@@ -143,7 +143,7 @@ class FederatedMoE:
         place = str(folder) if sidecar.format == "merged" else base or sidecar.base
         settings = ModelSettings(base=place, dtype=sidecar.dtype, device=device)
         sparse, tokenizer = load_base(settings)
-        sha256 = weights_sha256(sparse.model)
+        sha256 = sparse.sha256
         if sidecar.format != "merged":
             exports.check_base(sidecar, sparse, sha256, folder)
         install(sparse, exports.read_tensors(folder, sidecar, sparse), sidecar)

@@ -14,7 +14,7 @@ from ubsmoe.messages import Profile
 from ubsmoe.methods.chosen import chosen_method, shape_of_model, tier_profiles
 from ubsmoe.methods.method import Method, State
 from ubsmoe.methods.state import unpack
-from ubsmoe.model.load import load_base, weights_sha256
+from ubsmoe.model.load import load_base
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.federation import build_server
@@ -60,7 +60,7 @@ def open_run(path: Path, device: str | None = None) -> FinishedRun:
     tensors, facts = read_adapter(path)
     settings = settings_of_run(path, {"model.device": device} if device else {})
     model, tokenizer = load_base(settings.model, settings.tiers.rescale, settings.tiers.k_max)
-    sha256 = weights_sha256(model.model)
+    sha256 = model.sha256
     _require_base(path, facts, sha256, settings)
     shape = shape_of_model(settings, model)
     method = chosen_method(settings, shape)

@@ -1,20 +1,25 @@
 """Bring in a base: the one that ships, a folder, or a Hugging Face model id."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.data.tokens import check_tokenizer
+from ubsmoe.errors import UserError
 from ubsmoe.model.conventions import UnsupportedModel
+from ubsmoe.model.fused import weight_files
 from ubsmoe.model.layer import Rescale
+from ubsmoe.model.opened import open_model, prepared_format, skeleton
+from ubsmoe.model.prepare import Preparation, prepared
 from ubsmoe.model.presets import check_place, checked_k_max, quieten
 from ubsmoe.model.surgery import SparseModel
+from ubsmoe.storage.bases import write_base
+from ubsmoe.storage.exportfolder import check_free
 
 
 def load_base(settings: ModelSettings, rescale: Rescale = "none", k_max: int | None = None) -> tuple[SparseModel, Any]:
@@ -32,14 +37,18 @@ def load_base(settings: ModelSettings, rescale: Rescale = "none", k_max: int | N
     tokenizer = load_tokenizer(settings)
     with _place_of(settings) as place:
         # trust_remote_code stays off: a base is data, never code
-        refuse_quantised(AutoConfig.from_pretrained(place), settings.base)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, settings.dtype))
+        config = AutoConfig.from_pretrained(place)
+        refuse_quantised(config, settings.base)
+        model, sha256 = open_model(place, config, settings, tokenizer)
     try:
-        model = model.to(settings.device).eval()
+        # what is quantised keeps parameters without numbers, which cannot be moved
+        model = model._apply(lambda t: t if t.is_meta else t.to(settings.device)).eval()
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"model.device: {settings.device!r} cannot be used here ({error})") from None
     check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
-    return _operated(model, settings, rescale, k_max), tokenizer
+    sparse = _operated(model, settings, rescale, k_max)
+    sparse.sha256 = sha256
+    return sparse, tokenizer
 
 
 def load_skeleton(settings: ModelSettings, rescale: Rescale = "none", k_max: int | None = None) -> SparseModel:
@@ -50,9 +59,7 @@ def load_skeleton(settings: ModelSettings, rescale: Rescale = "none", k_max: int
     with _place_of(settings) as place:
         config = AutoConfig.from_pretrained(place)
     refuse_quantised(config, settings.base)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype)).eval()
-    return _operated(model, settings, rescale, k_max)
+    return _operated(skeleton(config, getattr(torch, settings.dtype)), settings, rescale, k_max)
 
 
 def _operated(model: Any, settings: ModelSettings, rescale: Rescale, k_max: int | None) -> SparseModel:
@@ -61,14 +68,36 @@ def _operated(model: Any, settings: ModelSettings, rescale: Rescale, k_max: int 
     return sparse
 
 
+def prepare_base(settings: ModelSettings, out: Path | None = None) -> Path:
+    """Store a base so that runs map it, in the cache or in a folder that can be taken elsewhere; gives the folder.
+
+    Raises:
+        UserError: if there is no such base, it has no safetensors files, or it cannot be written; then nothing is.
+    """
+    tokenizer = load_tokenizer(settings)
+    with _place_of(settings) as place:
+        config = AutoConfig.from_pretrained(place)
+        refuse_quantised(config, settings.base)
+        if prepared_format(config):
+            raise ConfigError(f"model.base: {settings.base} is a prepared base already; name the base it was made from")
+        if not (files := weight_files(place)):
+            raise ConfigError(f"model.base: {settings.base} has no safetensors files, and only these can be prepared")
+        preparation = Preparation(skeleton(config, getattr(torch, settings.dtype)), files, settings.experts)
+        if out is None:
+            return prepared(preparation, files, settings.dtype, tokenizer)
+        check_free(out)
+        write_base(out, preparation.size, lambda folder: preparation.write(folder, tokenizer))
+        return out
+
+
 def refuse_quantised(config: Any, base: str) -> None:
     """Raise UnsupportedModel for a checkpoint of quantised weights: the kernel and every export read plain ones."""
     found = getattr(config, "quantization_config", None)
-    if found:
+    if found and not prepared_format(config):
         kind = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
         raise UnsupportedModel(
             f"model.base: {base} holds quantised weights ({kind or 'of unknown kind'}), and experts are computed from plain ones; "
-            'use the checkpoint it was made from, or a dequantised copy, with model.dtype = "bfloat16"'
+            'use the checkpoint it was made from with model.experts = "nf4" or "int8", or a dequantised copy'
         )
 
 
@@ -86,21 +115,14 @@ def _place_of(settings: ModelSettings) -> Iterator[str | Path]:
     try:
         check_place(place)
         yield place
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"model.base: cannot load {settings.base!r} ({reason}); expected ubsmoe-tiny, a folder with a transformers "
             "model, or a model id that the Hugging Face hub can be asked for"
         ) from None
-
-
-def weights_sha256(model: torch.nn.Module) -> str:
-    """One hash over all weights, by name: says which base an adapter belongs to, and that a run left it untouched."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def shipped_path(name: str) -> Path | None:

@@ -16,7 +16,7 @@ from ubsmoe.data.tokens import Tokens, tokenize
 from ubsmoe.messages import Announcement, Profile
 from ubsmoe.methods.chosen import chosen_method, client_profile, shape_of_model, tier_profiles
 from ubsmoe.methods.method import Method, RunShape
-from ubsmoe.model.load import load_base, load_skeleton, load_tokenizer, weights_sha256
+from ubsmoe.model.load import load_base, load_skeleton, load_tokenizer
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.server.evaluate import Question, prepare
 from ubsmoe.server.validator import UpdateSpecs
@@ -99,7 +99,7 @@ def build_server(settings: RunSettings, weights: bool | None = None) -> Federati
     evaluate = settings.evaluate
     if weights or (weights is None and (evaluate.before or evaluate.after or evaluate.every)):
         model, tokenizer = load_base(*place)
-        sha256 = weights_sha256(model.model)
+        sha256 = model.sha256
         if settings.model.sha256 not in (None, sha256):
             raise ConfigError(
                 f"model.sha256 is {settings.model.sha256}, but the weights of {settings.model.base} have {sha256}"

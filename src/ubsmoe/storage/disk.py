@@ -85,6 +85,29 @@ class AppendFile:
         _close_once(self)
 
 
+class PlacedFile:
+    """A new file of known size whose parts are written in any order."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        with _naming(path):
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            os.ftruncate(self._descriptor, size)
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Put bytes at an offset."""
+        with _naming(self.path):
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            _write_all(self._descriptor, data)
+
+    def close(self) -> None:
+        """Make what was written durable and give the file back; closing twice is fine."""
+        with _naming(self.path):
+            if self._descriptor >= 0:
+                os.fsync(self._descriptor)
+        _close_once(self)
+
+
 class Lock:
     """A file locked against every other process until `close`.
 
@@ -162,7 +185,7 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
     """Write every byte: os.write may take fewer than it is given, and says so only by its result."""
     rest = memoryview(data)
     while rest:
@@ -172,7 +195,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
         rest = rest[written:]
 
 
-def _close_once(file: AppendFile | Lock) -> None:
+def _close_once(file: AppendFile | PlacedFile | Lock) -> None:
     descriptor, file._descriptor = file._descriptor, -1
     if descriptor >= 0:
         os.close(descriptor)
