@@ -21,6 +21,7 @@ from ubsmoe.errors import UserError
 from ubsmoe.storage import disk
 
 WEIGHTS, FACTS = "model.safetensors", "ubsmoe-base.json"
+ALIGNED = 64
 _BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1, "I64": 8, "F64": 8, "I32": 4, "BOOL": 1}
 
 
@@ -44,15 +45,16 @@ class WeightsFile:
     """A safetensors file in the making. Every tensor's bytes come in order; the tensors may take turns."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Stored]) -> None:
-        # wide numbers first, as safetensors does: each tensor lies at a multiple of its own width
-        order = sorted(tensors, key=lambda name: (-_BYTES[tensors[name].dtype], name))
+        # wide numbers first, as safetensors does; whatever can begin at a multiple of ALIGNED does, as torch's own memory:
+        # some products of float32 round differently elsewhere
+        order = sorted(tensors, key=lambda name: (-_BYTES[tensors[name].dtype], tensors[name].num_bytes % ALIGNED > 0, name))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._next, self._digests, end = dict[str, int](), {name: hashlib.sha256() for name in tensors}, 0
         for name in order:
             self._next[name], end = end, end + tensors[name].num_bytes
             header[name] = {**tensors[name]._asdict(), "data_offsets": [self._next[name], end]}
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(8 + len(text)) % ALIGNED)
         self._begin = 8 + len(text)
         self._file = disk.PlacedFile(path, self._begin + end)
         self._file.write(0, len(text).to_bytes(8, "little") + text)
