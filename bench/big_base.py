@@ -84,7 +84,11 @@ def step(folder: str, experts: str, all_resident: bool) -> dict[str, Any]:
     began = time.perf_counter()
     settings = ModelSettings(base=folder, dtype="bfloat16", experts=experts if experts != "bf16" else None)
     sparse, _ = load_base(settings)
-    found: dict[str, Any] = {"load_seconds": round(time.perf_counter() - began, 2), "loaded": memory(), "sha256": sparse.sha256}
+    found: dict[str, Any] = {
+        "load_seconds": round(time.perf_counter() - began, 2),
+        "loaded": memory(),
+        "sha256": sparse.sha256,
+    }
     generator = torch.Generator().manual_seed(SEED)
     sparse.load_adapter(sparse.fresh_adapter(RANK, generator, shared_a=True), alpha=2 * RANK)
     sparse.set_top_k(TOP_K)
@@ -140,7 +144,10 @@ def run(command: list[str], limit: int | None = None) -> dict[str, Any]:
         began = time.perf_counter()
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=enter)
         found = {"limit_gb": limit / 1e9 if limit and group else None, "seconds": round(time.perf_counter() - began, 1)}
-    return found | {"exit_code": done.returncode, **(json.loads(done.stdout.splitlines()[-1]) if not done.returncode else {})}
+    return found | {
+        "exit_code": done.returncode,
+        **(json.loads(done.stdout.splitlines()[-1]) if not done.returncode else {}),
+    }
 
 
 def main() -> None:
@@ -175,12 +182,14 @@ def main() -> None:
         line("nf4 all resident", "resident", "nf4")
     finally:
         shutil.rmtree(place)
-    asked.out.write_text(json.dumps({"layers": asked.layers, "tokens": TOKENS, "top_k": TOP_K, "lines": lines}, indent=2))
+    asked.out.write_text(
+        json.dumps({"layers": asked.layers, "tokens": TOKENS, "top_k": TOP_K, "lines": lines}, indent=2)
+    )
 
 
 def child(what: str, source: str, experts: str) -> dict[str, Any]:
     """One line's process."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     if what != "prepare":
         return step(source, experts, all_resident=what == "resident")
     from ubsmoe.model.load import prepare_base

@@ -47,6 +47,7 @@ class Workload:
         accumulating: whether gradients of an earlier forward pass are there already.
         recomputing: gradient checkpointing: layers keep their input alone and run a second time, without the head.
         wire_dtype: precision of an update; a task travels in float32.
+        experts: what the frozen experts are quantised to; None for `dtype_bytes`.
 
     Raises:
         ValueError: if rank, length or fraction is impossible.
@@ -62,6 +63,7 @@ class Workload:
     accumulating: bool = False
     recomputing: bool = False
     wire_dtype: WireDtype = "float32"
+    experts: ExpertFormat | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 0 or self.batch.length < 1:

@@ -18,6 +18,7 @@ from ubsmoe.export.card import export_card
 from ubsmoe.export.installed import Installed, merge
 from ubsmoe.export.peft import CONFIG, WEIGHTS, AdapterMismatch, from_peft, to_peft
 from ubsmoe.export.sidecar import Format, Sidecar, beyond_stock, parse_sidecar
+from ubsmoe.model.quantised import format_of
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.storage import exportfolder
 from ubsmoe.storage.disk import encode_json
@@ -53,8 +54,14 @@ def write(
 
     Raises:
         ExportError: if `out` is taken or cannot be written; then nothing is.
+        ConfigError: for "merged" if the experts in memory are quantised.
     """
     exportfolder.check_free(out)  # before anything is merged
+    if format == "merged" and format_of(sparse.layers[0].experts):
+        raise ConfigError(
+            "a merged export holds whole weights, and this base's experts are quantised; use `ubsmoe export RUN --format merged`, "
+            "which adds the adapter to the plain base"
+        )
     stock_top_k = sparse.model.config.num_experts_per_tok
     sidecar = parse_sidecar(
         {
@@ -62,6 +69,7 @@ def write(
             "base": origin.model.base,
             "base_sha256": origin.base_sha256,
             "dtype": origin.model.dtype,
+            "experts": origin.model.experts,
             "family": sparse.model.config.model_type,
             "method": origin.method,
             "tier": origin.tier,

@@ -141,7 +141,8 @@ class FederatedMoE:
     def _from_export(cls, folder: Path, base: str | None, device: str) -> Self:
         sidecar = exports.read(folder)
         place = str(folder) if sidecar.format == "merged" else base or sidecar.base
-        settings = ModelSettings(base=place, dtype=sidecar.dtype, device=device)
+        experts = None if sidecar.format == "merged" else sidecar.experts
+        settings = ModelSettings(base=place, dtype=sidecar.dtype, device=device, experts=experts)
         sparse, tokenizer = load_base(settings)
         sha256 = sparse.sha256
         if sidecar.format != "merged":

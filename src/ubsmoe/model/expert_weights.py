@@ -16,8 +16,8 @@ class ExpertWeights:
     """A layer's frozen experts in one orientation.
 
     `up` and `down` are views, input first, or quantised; `pre` is 2 f where a gate stands beside the up projection, else f.
-    `activation` is the family's own; `is_swiglu` says that it is the plain silu(gate) * up with gate and up side by side, whose gradient the kernel
-    knows.
+    `activation` is the family's own; `is_swiglu` says that it is the plain silu(gate) * up with gate and up side by side, whose
+    gradient the kernel knows.
     """
 
     up: Float[Tensor, "M h pre"] | QuantisedExperts

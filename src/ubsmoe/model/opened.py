@@ -1,5 +1,6 @@
 """Open a base's weights in the way that takes least memory: mapped where its files allow it, prepared first where they do not."""
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ def open_model(place: str | Path, config: Any, settings: ModelSettings, tokenize
         if format := prepared_format(config):
             _check_fit(settings, config, format)
             facts = check_stored(Path(place))
-            return mapped(Path(place), config, dtype, format), str(facts["sha256"])
+            return mapped(Path(place), skeleton(config, dtype), format), str(facts["sha256"])
         files = weight_files(place)
         if sum(file.stat().st_size for file in files) < DIRECT_BYTES:
             return _loaded(place, settings, dtype)
@@ -52,6 +53,9 @@ def prepared_format(config: Any) -> Any:
 
 def skeleton(config: Any, dtype: torch.dtype) -> Any:
     """The model without weights."""
+    config = copy.deepcopy(config)
+    if prepared_format(config):
+        del config.quantization_config  # whose method is ours alone
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
@@ -71,9 +75,10 @@ def _prepared(
         return _loaded(place, settings, dtype)
     sha256 = str((bases.read_facts(folder) or {})["sha256"])
     if settings.experts:
-        config = preparation.config()
-        return mapped(folder, config, dtype, settings.experts), sha256
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), sha256
+        return mapped(folder, preparation.skeleton, settings.experts), sha256
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model._weight_conversions = None  # a merged export has the layout of the hub, as if it had been loaded from there
+    return model, sha256
 
 
 def _loaded(place: str | Path, settings: ModelSettings, dtype: torch.dtype) -> tuple[Any, str]:

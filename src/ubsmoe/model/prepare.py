@@ -16,7 +16,6 @@ from huggingface_hub.constants import HF_HOME
 from jaxtyping import Shaped
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from ubsmoe.costs.workload import ExpertFormat
 from ubsmoe.model.conventions import UnsupportedModel, find_blocks
@@ -59,7 +58,7 @@ class Preparation:
     """
 
     def __init__(self, skeleton: Any, files: list[Path], format: ExpertFormat | None) -> None:
-        self.checkpoint, self.format, self._model = Checkpoint(skeleton, files), format, skeleton
+        self.checkpoint, self.format, self.skeleton = Checkpoint(skeleton, files), format, skeleton
         self._quantised = expert_matrices(skeleton) if format else {}
 
     @property
@@ -81,14 +80,10 @@ class Preparation:
         """Bytes of the new file."""
         return sum(one.num_bytes for one in self.stored.values())
 
-    def config(self) -> Any:
-        """A copy of the model's configuration."""
-        return copy.deepcopy(self._model.config)
-
     def write(self, folder: Path, tokenizer: Any = None) -> dict[str, Any]:
         """Write config, weights and tokenizer into a folder; gives the facts about it."""
-        config = self.config()
-        config.dtype = self._model.dtype
+        config = copy.deepcopy(self.skeleton.config)
+        config.dtype = self.skeleton.dtype
         if self.format:
             config.quantization_config = {"quant_method": QUANT_METHOD, "experts": self.format}
         config.save_pretrained(folder)
@@ -105,7 +100,7 @@ class Preparation:
                         self._append(file, name, piece)
         finally:
             stored = file.close()
-        dtype = str(self._model.dtype).removeprefix("torch.")
+        dtype = str(self.skeleton.dtype).removeprefix("torch.")
         return {"sha256": digest.hexdigest(), "stored_sha256": stored, "dtype": dtype, "experts": self.format}
 
     def _append(self, file: bases.WeightsFile, name: str, piece: Shaped[Tensor, "..."]) -> None:
@@ -187,24 +182,21 @@ def check_stored(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def mapped(folder: Path, config: Any, dtype: torch.dtype, format: ExpertFormat) -> Any:
+def mapped(folder: Path, skeleton: Any, format: ExpertFormat) -> Any:
     """The model of a folder with quantised experts, on the CPU, every weight mapped.
 
     transformers gets everything but the experts' matrices, and for them numbers that take no memory.
     """
     tensors = dict(_tensors(folder))
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
     places = expert_matrices(skeleton)
     packed = {name: [tensors.pop(part) for part in packed_names(name, format)] for name in places}
     empty = {
-        name: torch.empty(1, dtype=dtype).expand(getattr(experts, stored).shape)
+        name: torch.empty(1, dtype=skeleton.dtype).expand(getattr(experts, stored).shape)
         for name, (experts, stored) in places.items()
     }
-    model = type(skeleton).from_pretrained(None, config=config, dtype=dtype, state_dict=tensors | empty)
+    model = type(skeleton).from_pretrained(
+        None, config=skeleton.config, dtype=skeleton.dtype, state_dict=tensors | empty
+    )
     for name, (experts, stored) in expert_matrices(model).items():
         put_in_place(experts, stored, format, *packed[name])
     return model

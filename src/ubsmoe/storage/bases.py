@@ -47,7 +47,9 @@ class WeightsFile:
     def __init__(self, path: Path, tensors: Mapping[str, Stored]) -> None:
         # wide numbers first, as safetensors does; whatever can begin at a multiple of ALIGNED does, as torch's own memory:
         # some products of float32 round differently elsewhere
-        order = sorted(tensors, key=lambda name: (-_BYTES[tensors[name].dtype], tensors[name].num_bytes % ALIGNED > 0, name))
+        order = sorted(
+            tensors, key=lambda name: (-_BYTES[tensors[name].dtype], tensors[name].num_bytes % ALIGNED > 0, name)
+        )
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._next, self._digests, end = dict[str, int](), {name: hashlib.sha256() for name in tensors}, 0
         for name in order:
@@ -159,7 +161,7 @@ def remember_sha256(cache: Path, key: str, sha256: str) -> None:
 
 @contextmanager
 def alone(cache: Path) -> Iterator[None]:
-    """Inside, no other process prepares a base in this cache; waits for one that does. Raises BaseFolderError as `write_base` does."""
+    """Inside, no other process prepares a base in this cache; waits for one that does. Raises as `write_base` does."""
     try:
         disk.make_folder(cache)
         lock = _waited_for(cache / ".lock")
