@@ -77,7 +77,7 @@ class Checkpoint:
         self.shapes: dict[str, tuple[int, ...]] = {
             name: tuple(state[name].shape) for name in state if name not in self.tied
         }
-        if missing := sorted(self.shapes.keys() - self._sources.keys()):
+        if missing := sorted(name for name, shape in self.shapes.items() if not self._is_whole(name, shape)):
             raise UnsupportedModel(f"model.base: its files lack {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}")
         self._dtypes = {name: _dtype_of(model, name, state[name]) for name in self.shapes}
 
@@ -126,6 +126,13 @@ class Checkpoint:
         # the file is opened anew, so that its pages are given back with the tensor
         with safe_open(self._file[name], framework="pt") as file:
             return file.get_tensor(name)
+
+    def _is_whole(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether the files hold all that a tensor is made of: what is stored expert by expert, for every expert."""
+        if name not in self._sources:
+            return False
+        counts = {len(names) for names in self._sources[name].names.values()}
+        return counts == {1} or counts == {shape[0]}
 
     def _find_sources(self, state: dict[str, Tensor]) -> dict[str, Source]:
         conversions = get_model_conversion_mapping(self._model)
