@@ -27,7 +27,7 @@ EXPERTS, HIDDEN, WIDTH, RANK, LENGTH, REPEATS = 64, 2048, 1024, 8, 128, 5
 
 
 def experts(format: Any) -> ExpertWeights:
-    config = SimpleNamespace(num_experts=EXPERTS, hidden_size=HIDDEN, intermediate_size=WIDTH, hidden_act="silu")
+    config = SimpleNamespace(num_local_experts=EXPERTS, hidden_size=HIDDEN, intermediate_size=WIDTH, hidden_act="silu")
     module: Any = OlmoeExperts(config).to(torch.bfloat16).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for weight in module.parameters():

@@ -77,11 +77,9 @@ def prepare_command(
 
     --set model.experts=nf4 or int8 quantises its experts on the way, --set model.dtype=bfloat16 says what runs compute in.
     """
-    from ubsmoe.model.load import prepare_base
-    from ubsmoe.storage.bases import read_facts
+    from ubsmoe.bases.prepared import prepare
 
-    folder = prepare_base(_model_settings(model, set_), out)
-    facts = read_facts(folder) or {}
+    folder, facts = prepare(_model_settings(model, set_), out)
     typer.echo(
         f"{folder}: {facts['bytes'] / 1e9:.2f} GB, {facts['experts'] or facts['dtype']} experts, sha256 {facts['sha256']}"
     )
