@@ -26,7 +26,7 @@ from ubsmoe.methods.method import PROPERTIES, Method, State
 from ubsmoe.methods.state import pack, unpack
 from ubsmoe.methods.table import describe
 from ubsmoe.model.adapter import layer_of_experts
-from ubsmoe.model.load import weights_sha256
+from ubsmoe.model.identity import weights_sha256
 from ubsmoe.server.update_checks import check_update, spec_of
 from ubsmoe.server.validator import UpdateSpecs
 from ubsmoe.storage.checkpoints import read_tensors, tensor_bytes

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 
 from ubsmoe.config.data import DataSettings
 from ubsmoe.config.section import Budget, Rank, Settings, Share
-from ubsmoe.costs.workload import WireDtype
+from ubsmoe.costs.workload import ExpertFormat, WireDtype
 
 
 class ModelSettings(Settings):
@@ -17,6 +17,9 @@ class ModelSettings(Settings):
 
     base: str = Field("ubsmoe-tiny", description="the shipped base, a folder, or a Hugging Face model id")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of the base and of the activations")
+    experts: ExpertFormat | None = Field(
+        None, description="what the frozen experts are quantised to, int8 or nf4; as stored when left out"
+    )
     device: str = Field("cpu", description="torch device every client trains on")
     sha256: str | None = Field(
         None, description="of the base's weights, as `ubsmoe base hash` prints it; any other base is refused"

@@ -26,6 +26,11 @@ class Memory:
         """The sum of the parts."""
         return sum(asdict(self).values())
 
+    @property
+    def resident(self) -> int:
+        """What a client on a CPU must have in memory: all but the weights, which are mapped from files and can be read again."""
+        return self.total - self.weights
+
 
 def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memory:
     """Bytes of the base, the task as received, the adapter in training, its optimiser, and what one step adds to them.
@@ -48,7 +53,7 @@ def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memo
     shape.check_top_k(top_k)
     adapter = FLOAT32 * shape.trained_elements(workload.rank, workload.trained)
     at_step = Memory(
-        weights=shape.parameters * workload.dtype_bytes,
+        weights=weight_bytes(shape, workload),
         task=adapter,
         adapters=adapter,
         optimizer=workload.optimizer_moments * adapter,
@@ -65,6 +70,21 @@ def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memo
     gradients = workload.accumulating * adapter
     at_backward = replace(at_step, gradients=gradients, activations=activations, working=working)
     return max(at_backward, at_step, key=lambda peak: peak.total)
+
+
+def weight_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Bytes of the base: experts in their format with their scales, everything else in `dtype_bytes`.
+
+    int8: 1 + 4 / columns per element (a float32 scale per stored row); nf4: 1/2 + 4/64 (one per 64 elements).
+    """
+    experts = shape.num_moe_layers * shape.num_experts * shape.expert_weights
+    rest = (shape.parameters - experts) * workload.dtype_bytes
+    if workload.experts == "nf4":
+        return rest + experts // 2 + FLOAT32 * experts // 64
+    if workload.experts == "int8":
+        rows = shape.up_matrices * shape.expert_width + shape.hidden
+        return rest + experts + FLOAT32 * shape.num_moe_layers * shape.num_experts * rows
+    return rest + experts * workload.dtype_bytes
 
 
 def _activations(shape: ModelShape, top_k: int, workload: Workload) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from ubsmoe.export.installed import Installed, merge
 from ubsmoe.export.peft import CONFIG, WEIGHTS, AdapterMismatch, from_peft, to_peft
 from ubsmoe.export.sidecar import Format, Sidecar, beyond_stock, parse_sidecar
 from ubsmoe.model.conventions import top_k_name
+from ubsmoe.model.quantised import format_of
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.storage import exportfolder
 from ubsmoe.storage.disk import encode_json
@@ -55,9 +56,15 @@ def write(
 
     Raises:
         ExportError: if `out` is taken or cannot be written; then nothing is.
+        ConfigError: for "merged" if the experts in memory are quantised.
         UserError: if stock software would make something else of it; then nothing is written either.
     """
     exportfolder.check_free(out)  # before anything is merged
+    if format == "merged" and format_of(sparse.layers[0].experts):
+        raise ConfigError(
+            "a merged export holds whole weights, and this base's experts are quantised; use `ubsmoe export RUN --format merged`, "
+            "which adds the adapter to the plain base"
+        )
     k_name = top_k_name(sparse.model.config)
     stock_top_k = getattr(sparse.model.config, k_name)
     sidecar = parse_sidecar(
@@ -66,6 +73,7 @@ def write(
             "base": origin.model.base,
             "base_sha256": origin.base_sha256,
             "dtype": origin.model.dtype,
+            "experts": origin.model.experts,
             "family": sparse.model.config.model_type,
             "method": origin.method,
             "tier": origin.tier,

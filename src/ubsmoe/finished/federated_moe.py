@@ -14,7 +14,7 @@ from ubsmoe.export import save_load as exports
 from ubsmoe.export.installed import install, read_installed
 from ubsmoe.export.sidecar import Format, Sidecar
 from ubsmoe.finished.run import open_run
-from ubsmoe.model.load import load_base, weights_sha256
+from ubsmoe.model.load import load_base
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.storage.exportfolder import is_export
 from ubsmoe.storage.runfolder import is_run
@@ -55,7 +55,7 @@ class FederatedMoE:
             return cls._from_export(folder, base, device)
         settings = ModelSettings(base=str(place), device=device)
         sparse, tokenizer = load_base(settings)
-        return cls(sparse, tokenizer, exports.Origin(settings, weights_sha256(sparse.model), "none"))
+        return cls(sparse, tokenizer, exports.Origin(settings, sparse.sha256, "none"))
 
     @property
     def model(self) -> Any:
@@ -148,9 +148,10 @@ class FederatedMoE:
     def _from_export(cls, folder: Path, base: str | None, device: str) -> Self:
         sidecar = exports.read(folder)
         place = str(folder) if sidecar.format == "merged" else base or sidecar.base
-        settings = ModelSettings(base=place, dtype=sidecar.dtype, device=device)
+        experts = None if sidecar.format == "merged" else sidecar.experts
+        settings = ModelSettings(base=place, dtype=sidecar.dtype, device=device, experts=experts)
         sparse, tokenizer = load_base(settings)
-        sha256 = weights_sha256(sparse.model)
+        sha256 = sparse.sha256
         if sidecar.format != "merged":
             exports.check_base(sidecar, sparse, sha256, folder)
         install(sparse, exports.read_tensors(folder, sidecar, sparse), sidecar)

@@ -14,7 +14,7 @@ from ubsmoe.messages import Profile
 from ubsmoe.methods.chosen import chosen_method, shape_of_model, tier_profiles
 from ubsmoe.methods.method import Method, State
 from ubsmoe.methods.state import unpack
-from ubsmoe.model.load import load_base, weights_sha256
+from ubsmoe.model.load import load_base
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.federation import build_server
@@ -46,12 +46,13 @@ class FinishedRun:
         self.method.install(self.model, payload, profile, generator_for(self.settings.seed, "evaluation"))
 
 
-def open_run(path: Path, device: str | None = None) -> FinishedRun:
+def open_run(path: Path, device: str | None = None, plain: bool = False) -> FinishedRun:
     """Open a finished run.
 
     Args:
         path: the run folder.
         device: where to, if not where it was trained.
+        plain: with experts as the base stores them, whatever they were quantised to in training.
 
     Raises:
         RunFolderError: if the folder holds no finished run.
@@ -59,8 +60,9 @@ def open_run(path: Path, device: str | None = None) -> FinishedRun:
     """
     tensors, facts = read_adapter(path)
     settings = settings_of_run(path, {"model.device": device} if device else {})
-    model, tokenizer = load_base(settings.model, settings.tiers.rescale, settings.tiers.k_max)
-    sha256 = weights_sha256(model.model)
+    place = settings.model.model_copy(update={"experts": None}) if plain else settings.model
+    model, tokenizer = load_base(place, settings.tiers.rescale, settings.tiers.k_max)
+    sha256 = model.sha256
     _require_base(path, facts, sha256, settings)
     shape = shape_of_model(settings, model)
     method = chosen_method(settings, shape)
@@ -80,7 +82,7 @@ def export_run(path: Path, out: Path, format: Format, tier: int | None = None) -
     Raises:
         UserError: if there is no finished run, no such tier, or `out` is taken; then nothing is written.
     """
-    run = open_run(path)
+    run = open_run(path, plain=format == "merged")  # an adapter is added to whole weights
     profile = run.tier(tier)
     run.install(profile)
     installed = read_installed(run.model)

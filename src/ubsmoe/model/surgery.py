@@ -20,6 +20,7 @@ from ubsmoe.model.attention import find_projections
 from ubsmoe.model.conventions import UnsupportedModel, answers_stay_put, find_blocks
 from ubsmoe.model.experts import IMPLEMENTATION
 from ubsmoe.model.layer import Rescale, SparseLayer, TrainableRule, attach, is_attached
+from ubsmoe.model.quantised import format_of
 
 
 class SparseModel:
@@ -30,6 +31,7 @@ class SparseModel:
     Attributes:
         model: the transformers model; its parameters are frozen and never written.
         layers: the SMoE layers in order.
+        sha256: of the base's plain weights, where it was loaded from files.
         adapter: the trainable tensors now in place, by their name on the wire.
 
     Raises:
@@ -51,13 +53,17 @@ class SparseModel:
             raise UnsupportedModel(
                 f"{type(model).__name__} has layers of different numbers of experts, which is not supported"
             )
+        self.sha256 = ""
         self.adapter: dict[str, nn.Parameter] = {}
         self._keep: Bool[Tensor, "B S"] | None = None
-        self._last_stays_put = answers_stay_put(model, blocks[-1][1])
-        self._stock = model.config._experts_implementation
         for layer in self.layers:
             layer.rescale = rescale
             attach(layer)
+        quantised = format_of(blocks[-1][1]) is not None  # which only our own implementation can run
+        self._stock = IMPLEMENTATION if quantised else model.config._experts_implementation
+        model.set_experts_implementation(self._stock)
+        # eager takes any precision
+        self._last_stays_put = answers_stay_put(model, blocks[-1][1], IMPLEMENTATION if quantised else "eager")
         model.register_forward_pre_hook(self._remember_tokens, with_kwargs=True)
 
     @property

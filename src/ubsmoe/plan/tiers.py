@@ -74,6 +74,7 @@ def run_workload(settings: RunSettings) -> Workload:
         accumulating=train.gradient_accumulation > 1,
         recomputing=train.gradient_checkpointing,
         wire_dtype=settings.wire.dtype,
+        experts=settings.model.experts,
     )
 
 

@@ -227,7 +227,7 @@ def _open_own(path: Path, flags: int = 0, mode: int = 0o666) -> int:
     return descriptor
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
     """Write every byte: os.write may take fewer than it is given, and says so only by its result."""
     rest = memoryview(data)
     while rest:

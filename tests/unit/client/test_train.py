@@ -13,7 +13,7 @@ from ubsmoe.config import TierSettings, TrainSettings, parse_run
 from ubsmoe.data.tokens import Tokens, collate
 from ubsmoe.messages import Task
 from ubsmoe.methods.method import Hooks, install_adapter
-from ubsmoe.model.load import weights_sha256
+from ubsmoe.model.identity import weights_sha256
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.federation import Federation, build_federation
 

@@ -16,7 +16,8 @@ from ubsmoe.errors import UserError
 from ubsmoe.export import save_load as exports
 from ubsmoe.export.installed import Installed, install, read_installed
 from ubsmoe.export.sidecar import Format, Sidecar
-from ubsmoe.model.load import shipped_path, weights_sha256
+from ubsmoe.model.identity import weights_sha256
+from ubsmoe.model.load import shipped_path
 from ubsmoe.model.surgery import SparseModel
 from unit.model.families import FAMILIES, RENORMALISES, tiny, words
 

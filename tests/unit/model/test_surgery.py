@@ -10,7 +10,7 @@ from torch import Tensor
 from ubsmoe.maths import routing
 from ubsmoe.maths.pseudo_gradient import PseudoGradient
 from ubsmoe.model.conventions import UnsupportedModel, observe_router
-from ubsmoe.model.load import weights_sha256
+from ubsmoe.model.identity import weights_sha256
 from ubsmoe.model.surgery import SparseModel
 from unit.model.families import FAMILIES, HIDDEN, RENORMALISES, VOCAB, tiny, words
 
