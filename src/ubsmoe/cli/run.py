@@ -81,12 +81,12 @@ def run_command(
     from ubsmoe.storage.runfolder import RunFolder
 
     check_workers(workers, settings)
-    keep_freed_memory()
     console, costs = Console(), known_costs(settings)
     shown = RunConsole(console)
     place = out or Path("out") / run_file.stem
     tracking = Tracking(track or [], place, settings.model_dump(mode="json"))
     federation = build_federation(settings)
+    keep_freed_memory()  # not before: what loading frees goes back to the system
 
     def on_event(event: str, round: int, fields: dict[str, Any]) -> None:
         shown.on_event(event, round, fields)

@@ -55,6 +55,8 @@ class SparseModel:
             layer.rescale = rescale
             attach(layer)
         model.register_forward_pre_hook(self._remember_tokens, with_kwargs=True)
+        # generation reads each row's last position: torch would copy the whole head for every row of that strided view
+        model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
 
     @property
     def device(self) -> torch.device:
