@@ -12,12 +12,16 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 
-def atomic_write(path: str | Path, data: bytes) -> None:
+Data = bytes | Sequence[bytes | memoryview]
+"""What is written: bytes, or pieces that follow one another."""
+
+
+def atomic_write(path: str | Path, data: Data) -> None:
     """Put `data` at `path` so that a reader, or a crash, finds the old file or the new one and nothing between.
 
     Args:
@@ -39,12 +43,18 @@ def atomic_write(path: str | Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def write_new_file(path: Path, data: bytes, mode: int = 0o666) -> None:
+def pieces(data: Data) -> Sequence[bytes | memoryview]:
+    """The pieces of what is written."""
+    return [data] if isinstance(data, bytes) else data
+
+
+def write_new_file(path: Path, data: Data, mode: int = 0o666) -> None:
     """Write and fsync a file; after a crash it may be there in part, so callers rename it into place afterwards."""
     with _naming(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         try:
-            _write_all(descriptor, data)
+            for piece in pieces(data):
+                _write_all(descriptor, piece)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -162,7 +172,7 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
     """Write every byte: os.write may take fewer than it is given, and says so only by its result."""
     rest = memoryview(data)
     while rest:

@@ -67,7 +67,7 @@ def check_free(path: str | Path) -> None:
 
 def write_tensors(path: Path, named: Mapping[str, "Tensor"]) -> None:
     """A safetensors file of an export, with the header that PyTorch programs look for."""
-    disk.write_new_file(path, tensors.tensor_bytes(named))
+    disk.write_new_file(path, tensors.tensor_parts(named, format="pt"))
 
 
 def put_text(path: Path, text: str) -> None:

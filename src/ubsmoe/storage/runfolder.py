@@ -114,7 +114,7 @@ class RunFolder:
 
     def write_adapter(self, adapter: Mapping[str, "Tensor"], facts: Mapping[str, Any] | None = None) -> str:
         """Write the final adapter; `facts`, such as alpha, go into its header. Returns its SHA-256."""
-        atomic_write(self.path / ADAPTER, tensors.tensor_bytes(adapter, facts))
+        atomic_write(self.path / ADAPTER, tensors.tensor_parts(adapter, facts))
         return disk.file_sha256(self.path / ADAPTER)
 
     def write_data_card(self, card: Mapping[str, Any]) -> None:
