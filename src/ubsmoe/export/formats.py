@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.export.card import export_card
-from ubsmoe.export.installed import Installed, merge
+from ubsmoe.export.installed import Installed
+from ubsmoe.export.merged import merge, write_merged
 from ubsmoe.export.peft import CONFIG, WEIGHTS, AdapterMismatch, from_peft, to_peft
 from ubsmoe.export.sidecar import Format, Sidecar, beyond_stock, parse_sidecar
 from ubsmoe.model.surgery import SparseModel
@@ -38,10 +39,10 @@ class Origin:
 def write(
     sparse: SparseModel, tokenizer: Any, installed: Installed, origin: Origin, format: Format, out: Path
 ) -> Sidecar:
-    """Write one export. After "merged" the model's weights are no longer the base's.
+    """Write one export; the model is left as it was.
 
     Args:
-        sparse: the base, with nothing in place.
+        sparse: the base; names and shapes are all that is asked of it, unless the format is "merged".
         tokenizer: the base's; goes with a merged model.
         installed: what to export.
         origin: facts for the sidecar.
@@ -54,7 +55,8 @@ def write(
     Raises:
         ExportError: if `out` is taken or cannot be written; then nothing is.
     """
-    exportfolder.check_free(out)  # before anything is merged
+    exportfolder.check_free(out)  # before anything is computed
+    merging = merge(sparse, installed)
     stock_top_k = sparse.model.config.num_experts_per_tok
     sidecar = parse_sidecar(
         {
@@ -67,13 +69,13 @@ def write(
             "tier": origin.tier,
             "rank": installed.rank,
             "alpha": installed.alpha,
-            **(merge(sparse, installed) if format == "merged" else installed.routing),
+            **(merging.routing if format == "merged" else installed.routing),
         }
     )
 
     def fill(folder: Path) -> None:
         if format == "merged":
-            sparse.model.save_pretrained(folder)
+            write_merged(sparse, merging.changes, sidecar.top_k, folder)
             tokenizer.save_pretrained(folder)
         elif format == "peft":
             tensors, config = to_peft(sparse, installed.adapter, installed.alpha, origin.model.base)

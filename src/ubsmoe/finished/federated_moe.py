@@ -111,7 +111,7 @@ class FederatedMoE:
         return text
 
     def save_pretrained(self, folder: str | Path, format: Format = "native") -> Sidecar:
-        """Export what is in place, at the current budget; "merged" uses this object up.
+        """Export what is in place, at the current budget; this object stays as it is.
 
         Raises:
             UserError: if there is no adapter, or the folder is taken.

@@ -31,6 +31,7 @@ class SparseModel:
         model: the transformers model; its parameters are frozen and never written.
         layers: the SMoE layers in order.
         adapter: the trainable tensors now in place, by their name on the wire.
+        device: where adapters are put: where the base is, unless it has no weights and its adapters are to be read off again.
 
     Raises:
         UnsupportedModel: if the model has no experts, or its routers ignore `top_k`.
@@ -48,6 +49,7 @@ class SparseModel:
                 "so model.base must be a sparse mixture of experts (OLMoE, Mixtral, Qwen-MoE, DeepSeek, gpt-oss, ...)"
             )
         self.adapter: dict[str, nn.Parameter] = {}
+        self.device: torch.device = next(model.parameters()).device
         self._keep: Bool[Tensor, "B S"] | None = None
         self._last_stays_put = answers_stay_put(model, blocks[-1][1])
         self._stock = model.config._experts_implementation
@@ -57,12 +59,6 @@ class SparseModel:
         model.register_forward_pre_hook(self._remember_tokens, with_kwargs=True)
         # generation reads each row's last position: torch would copy the whole head for every row of that strided view
         model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the base and the adapter are."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
 
     @property
     def num_experts(self) -> int:
@@ -121,9 +117,7 @@ class SparseModel:
                     f"{name} chooses its experts by more than their scores (groups, or a bias of its own), so a selection "
                     "bias would replace its rule; choose another method or base"
                 )
-            layer.routing = replace(
-                layer.routing, selection_bias=bias[layer.index].to(next(layer.router.parameters()).device)
-            )
+            layer.routing = replace(layer.routing, selection_bias=bias[layer.index].to(self.device))
 
     def set_output_scale(self, scale: Float[Tensor, " L"]) -> None:
         """Multiply the routed experts' sum in layer l by `scale[l]`; shared experts are left alone."""

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-
 Data = bytes | Sequence[bytes | memoryview]
 """What is written: bytes, or pieces that follow one another."""
 
