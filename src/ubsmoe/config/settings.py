@@ -86,6 +86,10 @@ class TrainSettings(Settings):
     local_epochs: PositiveFloat = Field(1.0, description="passes over the client's data per round")
     batch_size: PositiveInt = Field(16, description="examples per forward pass")
     gradient_accumulation: PositiveInt = Field(1, description="forward passes per optimiser step")
+    micro_batch: PositiveInt | None = Field(
+        None,
+        description="examples at a time of a batch, which it divides: the same step in less memory; all when left out",
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="keep only the input of each layer and run it again in the backward pass: less memory, more time",

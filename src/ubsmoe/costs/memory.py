@@ -67,6 +67,37 @@ def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memo
     return max(at_backward, at_step, key=lambda peak: peak.total)
 
 
+def evaluation_memory_bytes(shape: ModelShape, top_k: int, workload: Workload, rows: int, labelled: int) -> int:
+    """Bytes while questions are answered: weights, adapter, the cache of keys and values, and one layer's or the logits' work.
+
+    Args:
+        shape: the model.
+        top_k: K.
+        workload: its batch is a batch of prompts, `length` with all that is written after them.
+        rows: sequences in the cache, one per candidate or beam of a prompt.
+        labelled: positions whose logits are there at once.
+    """
+    adapter = FLOAT32 * shape.trained_elements(workload.rank, workload.trained)
+    kv_heads = shape.heads if shape.latent else shape.kv_heads
+    cached = rows * workload.batch.length * shape.num_layers * kv_heads * (shape.head_dim + shape.value_dim)
+    layer = workload.dtype_bytes * _held_by_layer(shape, workload.batch.tokens, top_k)
+    logits = _loss(shape, replace(workload, batch=replace(workload.batch, labelled=labelled)))
+    weights = shape.parameters * workload.dtype_bytes
+    return weights + 2 * adapter + workload.dtype_bytes * cached + max(layer, logits)
+
+
+def export_memory_bytes(shape: ModelShape, workload: Workload) -> dict[str, int]:
+    """Bytes while an adapter is exported, and while a model is merged, whose base counts as far as it is not mapped.
+
+    The adapter is there as its file, read, put in place, read off, and in the export's layout; a merged layer as it is in
+    memory and as it is in a file.
+    """
+    adapter = FLOAT32 * shape.trained_elements(workload.rank, workload.trained)
+    layer = workload.dtype_bytes * (shape.num_experts * shape.expert_weights + shape.attention_weights)
+    ends = workload.dtype_bytes * shape.vocab * shape.hidden * (1 if shape.tied_embeddings else 2)
+    return {"peft": 4 * adapter, "merged": 3 * adapter + max(2 * layer, ends)}
+
+
 def _activations(shape: ModelShape, top_k: int, workload: Workload) -> tuple[int, int]:
     """Bytes kept from forward to backward by all layers, and what one MoE layer takes while it goes backward."""
     tokens, width = workload.batch.tokens, workload.dtype_bytes

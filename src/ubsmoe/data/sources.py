@@ -28,7 +28,7 @@ class Splits:
     test: dict[str, list[Example]]
 
 
-def load_examples(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Splits:
+def load_examples(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase | None", seed: int) -> Splits:
     """The run's training and test examples.
 
     Without `data.test`, the synthetic data set has its own test questions, and any other source holds out `data.test_fraction` of
@@ -36,7 +36,7 @@ def load_examples(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", 
 
     Args:
         settings: the run's [data].
-        tokenizer: its chat template words records that hold messages.
+        tokenizer: its chat template words records that hold messages; None where there are none.
         seed: the run's seed; draws the synthetic questions and the held-out part.
 
     Raises:
@@ -49,14 +49,16 @@ def load_examples(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", 
     return Splits(train, by_task(test))
 
 
-def load_training(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> list[Example]:
+def load_training(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase | None", seed: int) -> list[Example]:
     """All that data.train names, nothing held out. Arguments and errors as for `load_examples`."""
     if settings.train == "synthetic":
         return _synthetic(settings.synthetic, seed).examples("train", settings.synthetic.train_examples, seed)
     return _read(settings.train, "train", tokenizer)
 
 
-def load_test(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> dict[str, list[Example]]:
+def load_test(
+    settings: DataSettings, tokenizer: "PreTrainedTokenizerBase | None", seed: int
+) -> dict[str, list[Example]]:
     """The test examples alone: a server that has data.test needs no training data. As for `load_examples`."""
     if settings.test is not None:
         return by_task(_read(settings.test, "test", tokenizer))
@@ -80,7 +82,7 @@ def _synthetic(settings: SyntheticSettings, seed: int) -> SyntheticQA:
         raise ConfigError(f"data.synthetic.entities: {error}") from None
 
 
-def _read(place: str, use: str, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
+def _read(place: str, use: str, tokenizer: "PreTrainedTokenizerBase | None") -> list[Example]:
     """Read the file, folder or hub data set that data.train or data.test names."""
     path = Path(place)
     if path.is_dir():

@@ -13,7 +13,7 @@ from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.data.tokens import check_tokenizer
 from ubsmoe.model.conventions import UnsupportedModel
 from ubsmoe.model.layer import Rescale
-from ubsmoe.model.presets import check_place, checked_k_max, quieten
+from ubsmoe.model.presets import EXPECTED, HUB_IDS, check_place, checked_k_max, quieten
 from ubsmoe.model.surgery import SparseModel
 
 
@@ -81,17 +81,14 @@ def load_tokenizer(settings: ModelSettings) -> Any:
 @contextmanager
 def _place_of(settings: ModelSettings) -> Iterator[str | Path]:
     """Where the base lies; whatever fails while it is read becomes one sentence."""
-    place = shipped_path(settings.base) or settings.base
+    place = shipped_path(settings.base) or HUB_IDS.get(settings.base, settings.base)
     quieten()
     try:
         check_place(place)
         yield place
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.base: cannot load {settings.base!r} ({reason}); expected ubsmoe-tiny, a folder with a transformers "
-            "model, or a model id that the Hugging Face hub can be asked for"
-        ) from None
+        raise ConfigError(f"model.base: cannot load {settings.base!r} ({reason}); {EXPECTED}") from None
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

@@ -10,12 +10,25 @@ from typing import Any
 
 from ubsmoe.config import ConfigError
 from ubsmoe.costs.shape import LatentAttention, ModelShape
+from ubsmoe.data.hub import go_offline_without_network
 from ubsmoe.errors import UserError
 
 Config = Any
 """A configuration of transformers, or what stands for one: its attributes are read by name, and families differ in them."""
 
-PRESETS = {"olmoe-1b-7b": "configs/olmoe-1b-7b.json", "ubsmoe-tiny": "ubsmoe-tiny/config.json"}
+PRESETS = {
+    "olmoe-1b-7b": "configs/olmoe-1b-7b.json",
+    "qwen3-30b-a3b": "configs/qwen3-30b-a3b.json",
+    "ubsmoe-tiny": "ubsmoe-tiny/config.json",
+}
+HUB_IDS = {"olmoe-1b-7b": "allenai/OLMoE-1B-7B-0924", "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B"}
+"""Where the weights of a named base are, if they do not ship: the sizes of both are known offline."""
+
+EXPECTED = (
+    f"expected {', '.join(PRESETS)}, a folder with a transformers model, or a Hugging Face model id whose code is part of "
+    "transformers"
+)
+"""What model.base may be."""
 
 # Families whose sizes the tests compare with a real model, parameter for parameter and FLOP for FLOP. Others may look
 # alike and hide a convolution or a state space, so they are refused, not guessed.
@@ -38,6 +51,7 @@ def model_shape(name_or_path: str | Path) -> ModelShape:
     6919028736
     """
     name = str(name_or_path)
+    name = next((short for short, id in HUB_IDS.items() if id == name), name)
     config = _preset(name) if name in PRESETS else _from_folder_or_hub(name)
     if not _num_experts(config):
         raise UserError(
@@ -96,8 +110,11 @@ def checked_k_max(k_max: int | None, stock: int, base: str) -> int:
 
 def check_place(place: str | Path) -> None:
     """Raise ValueError unless this is a folder or looks like a hub id: a misspelt folder is no question to the hub."""
-    if not Path(place).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
+    if Path(place).is_dir():
+        return
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
         raise ValueError("no such folder, and a Hugging Face id has the form owner/name")
+    go_offline_without_network()
 
 
 def quieten() -> None:
@@ -124,10 +141,7 @@ def _from_folder_or_hub(name: str) -> Config:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"no usable model configuration at {name!r} ({reason}); model.base must be one of {', '.join(PRESETS)}, "
-            "a folder with a config.json, or a Hugging Face model id whose code is part of transformers"
-        ) from None
+        raise UserError(f"model.base: no usable model configuration at {name!r} ({reason}); {EXPECTED}") from None
 
 
 def _first(config: Config, *names: str) -> Any:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ubsmoe.config import RunSettings
+from ubsmoe.costs.memory import FLOAT32, export_memory_bytes
 from ubsmoe.costs.shape import ModelShape, Trained, budget_top_k
 from ubsmoe.costs.tiers import Tier, TierCost, tier_costs
 from ubsmoe.costs.traffic import Traffic
@@ -51,6 +52,17 @@ def plan_base(settings: RunSettings) -> TierPlan:
 def run_costs(settings: RunSettings) -> list[TierCost]:
     """The costs of `plan_tiers`."""
     return plan_tiers(settings).costs
+
+
+def export_costs(plan: TierPlan) -> dict[str, dict[str, int]]:
+    """Bytes of an export of the largest tier, on disk and in memory while it is written."""
+    workload = replace(plan.workload, rank=max(cost.rank for cost in plan.costs))
+    sizes = {
+        "peft": FLOAT32 * plan.shape.trained_elements(workload.rank, workload.trained),
+        "merged": plan.shape.parameters * workload.dtype_bytes,
+    }
+    memory = export_memory_bytes(plan.shape, workload)
+    return {format: {"file_bytes": sizes[format], "memory_bytes": memory[format]} for format in sizes}
 
 
 def run_workload(settings: RunSettings) -> Workload:

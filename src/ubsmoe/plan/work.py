@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ubsmoe.client.schedule import batch_order, steps_per_round
 from ubsmoe.config import ConfigError, RunSettings
@@ -10,6 +11,7 @@ from ubsmoe.data.partition import partition_clients, tier_of_client
 from ubsmoe.data.sources import load_examples
 from ubsmoe.data.tokens import Tokens, tokenize
 from ubsmoe.model.load import load_tokenizer
+from ubsmoe.plan.evaluation import Asked, read_questions
 from ubsmoe.seeds import generator_for
 
 
@@ -24,9 +26,52 @@ class Work:
     largest: Batch
 
 
-def read_work(settings: RunSettings) -> list[Work]:
-    """Every client's round, from its own data. Raises UserError if tokenizer or data cannot be had."""
-    tokenizer, tiers = load_tokenizer(settings.model), tier_of_client(settings)
+BOUND = "data.max_length = {} tokens, every position labelled: an upper bound"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The run's work: every client's round, the test questions (None where no data are read), and whence their lengths."""
+
+    clients: list[Work]
+    questions: list[Asked] | None
+    lengths: str
+
+
+def found_work(settings: RunSettings, examples: int | None = None) -> Found:
+    """What is to be done in a run.
+
+    Lengths are read from the data; or assumed, where a number of examples is given or the base's tokenizer is not here.
+
+    Raises:
+        UserError: if the data cannot be had.
+    """
+    bound = BOUND.format(settings.data.max_length)
+    if examples:
+        return Found(assumed_work(settings, examples), None, bound)
+    try:
+        tokenizer = load_tokenizer(settings.model)
+    except ConfigError:
+        clients, questions = _counted(settings)
+        return Found(clients, questions, f"{bound}, since the tokenizer of {settings.model.base} is not here")
+    return Found(read_work(settings, tokenizer), read_questions(settings, tokenizer), "read from the data")
+
+
+def _counted(settings: RunSettings) -> tuple[list[Work], list[Asked]]:
+    """Every client's round and the questions, as long as they may be. Raises ConfigError for records that a chat template words."""
+    try:
+        count = len(load_examples(settings.data, None, settings.seed).train)
+        return assumed_work(settings, count), read_questions(settings, None)
+    except AttributeError:
+        raise ConfigError(
+            f"data.train: the tokenizer of {settings.model.base} is not here, and only its chat template can word these "
+            "records; say how many there are with --examples"
+        ) from None
+
+
+def read_work(settings: RunSettings, tokenizer: Any) -> list[Work]:
+    """Every client's round, from its own data. Raises UserError if that cannot be had."""
+    tiers = tier_of_client(settings)
     examples = load_examples(settings.data, tokenizer, settings.seed).train
     parts = partition_clients(settings, examples)
     tokens = tokenize(examples, tokenizer, settings.data, "train")
