@@ -26,6 +26,7 @@ from ubsmoe.config.settings import (
     TierSettings,
     TrainSettings,
     WireSettings,
+    train_of_tier,
 )
 from ubsmoe.costs.workload import WireDtype
 
@@ -54,6 +55,7 @@ __all__ = [
     "parse_value",
     "read_toml",
     "to_json",
+    "train_of_tier",
     "validated",
     "with_overrides",
 ]

@@ -53,6 +53,22 @@ class TierSettings(Settings):
     # off, since it is not the paper's; what it gains and costs: docs/results.md, Screening and Confirmation, rows elastic_share
     elastic_share: Share = Field(0.0, description="share of local steps run at a smaller K: elastic budgets")
     elastic_draw: Literal["one", "uniform"] = Field("one", description="the smaller K: always 1, or uniform on 1..K_c")
+    micro_batch: tuple[PositiveInt, ...] | None = Field(
+        None, description="train.micro_batch of each tier; train's own for all when left out"
+    )
+    gradient_checkpointing: tuple[bool, ...] | None = Field(
+        None, description="train.gradient_checkpointing of each tier; train's own for all when left out"
+    )
+
+    @model_validator(mode="after")
+    def _one_per_tier(self) -> "TierSettings":
+        for key in ("micro_batch", "gradient_checkpointing"):
+            values = getattr(self, key)
+            if values is not None and len(values) != len(self.budgets):
+                raise ValueError(
+                    f"{key} has {len(values)} entries and budgets {len(self.budgets)}; expected one per tier"
+                )
+        return self
 
 
 class ClientSettings(Settings):
@@ -248,6 +264,12 @@ class RunSettings(Settings):
                 "[privacy] bounds what one client can do to a mean, which [robust] and rounds.extra_clients do not average; "
                 "leave them out"
             )
+        for size in (self.train.micro_batch, *(self.tiers.micro_batch or ())):
+            if size and self.train.batch_size % size:
+                raise ValueError(
+                    f"micro_batch is {size}, which does not divide train.batch_size = {self.train.batch_size}; a step is to be "
+                    f"the same work in equal pieces, so set one of {', '.join(map(str, _divisors(self.train.batch_size)))}"
+                )
         if self.clients_per_round < self.robust.fewest_clients:
             raise ValueError(
                 f"robust.rule {self.robust.rule!r} against {self.robust.attackers} attackers needs "
@@ -259,3 +281,13 @@ class RunSettings(Settings):
     def clients_per_round(self) -> int:
         """How many clients a round is for."""
         return self.clients.per_round or self.clients.count
+
+
+def train_of_tier(train: TrainSettings, tiers: TierSettings, tier: int) -> TrainSettings:
+    """[train] as clients of a tier carry it out: the same work, in pieces and with a memory of their own."""
+    own = {key: getattr(tiers, key) for key in ("micro_batch", "gradient_checkpointing")}
+    return train.model_copy(update={key: values[tier] for key, values in own.items() if values is not None})
+
+
+def _divisors(number: int) -> list[int]:
+    return [count for count in range(1, number + 1) if number % count == 0]

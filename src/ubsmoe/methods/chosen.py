@@ -58,6 +58,8 @@ def chosen_method(settings: RunSettings, shape: RunShape) -> Method:
     method = build(settings.method.name, shape, settings.method.settings)
     if settings.robust != RobustSettings():
         refuse(method, "robust")
+    if settings.train.micro_batch or settings.tiers.micro_batch:
+        refuse(method, "micro_batch")
     if settings.privacy is not None:
         refuse(method, "privacy")
         require("dp_accounting", "dp")

@@ -149,8 +149,13 @@ class Hooks:
         )
 
 
-Refusable = Literal["robust", "privacy", "dmr", "pg", "averaging"]
-"""Sections of a run file that a method may refuse: [robust], [privacy], [method.dmr], [method.pg], [method.averaging]."""
+Refusable = Literal["robust", "privacy", "dmr", "pg", "averaging", "micro_batch"]
+"""What a method may refuse: [robust], [privacy], [method.dmr], [method.pg], [method.averaging], train.micro_batch."""
+
+WHOLE_BATCH: Mapping[Refusable, str] = {
+    "micro_batch": "what it does in a step depends on a batch as a whole, so that smaller pieces are other work"
+}
+"""Why a method whose step is no sum over examples refuses micro-batches."""
 
 OWN_FACTORS: Mapping[Refusable, str] = dict.fromkeys(
     ("robust", "privacy", "averaging"),
@@ -246,8 +251,10 @@ def install_adapter(model: SparseModel, payload: Tensors, profile: Profile, alph
 def refuse(method: Method, section: Refusable) -> None:
     """Raise UserError if a section of the run file makes no sense with the method."""
     if reason := method.refuses.get(section):
-        name = section if section in ("robust", "privacy") else f"method.{section}"
-        raise UserError(f"[{name}] cannot be combined with method {method.name}: {reason}")
+        name = {"robust": "[robust]", "privacy": "[privacy]", "micro_batch": "micro_batch"}.get(
+            section, f"[method.{section}]"
+        )
+        raise UserError(f"{name} cannot be combined with method {method.name}: {reason}")
 
 
 def sending(traffic: TrafficOf, down: int = 0, up: int = 0) -> TrafficOf:

@@ -107,13 +107,13 @@ def flops_by_client(settings: RunSettings) -> Callable[[str, int, Sequence[Token
 
 def client_flops(settings: RunSettings, plan: TierPlan, work: Work) -> float:
     """FLOPs of a client's round, each step at the K that elastic budgets give it."""
-    cost, accumulation = plan.costs[work.tier], settings.train.gradient_accumulation
-    draws = generator_for(settings.seed, work.client, 1, "elastic")
-    top_ks = elastic_top_ks(settings.tiers, cost.top_k, 0, len(work.batches) // accumulation, draws)
-    workload = replace(plan.workload, rank=cost.rank)
+    cost, draws = plan.costs[work.tier], generator_for(settings.seed, work.client, 1, "elastic")
+    top_ks = elastic_top_ks(settings.tiers, cost.top_k, 0, len(work.steps), draws)
+    workload = plan.workload_of(settings, cost)
     return sum(
-        batch_flops(plan.shape, top_ks[i // accumulation], replace(workload, batch=batch))
-        for i, batch in enumerate(work.batches)
+        batch_flops(plan.shape, top_k, replace(workload, batch=batch))
+        for top_k, step in zip(top_ks, work.steps, strict=True)
+        for batch in step
     )
 
 
@@ -121,12 +121,12 @@ def _tier(settings: RunSettings, plan: TierPlan, cost: TierCost, works: list[Wor
     """The means over a tier's clients, and the peak of the one with the largest batch."""
     simulation, count = settings.simulation, len(works)
     flops = sum(client_flops(settings, plan, work) for work in works) / count
-    workload = replace(plan.workload, rank=cost.rank, batch=_largest(works))
+    workload = replace(plan.workload_of(settings, cost), batch=_largest(works))
     memory = peak_memory_bytes(plan.shape, cost.top_k, workload)
     return TierForecast(
         cost=replace(cost, peak_memory_bytes=memory.total),
         clients=count,
-        steps=sum(len(work.batches) for work in works) / settings.train.gradient_accumulation / count,
+        steps=sum(len(work.steps) for work in works) / count,
         tokens=sum(batch.tokens for work in works for batch in work.batches) / count,
         flops=flops,
         seconds=flops / speed,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ubsmoe.config import RunSettings
+from ubsmoe.config import RunSettings, train_of_tier
 from ubsmoe.costs.flops import batch_flops
 from ubsmoe.costs.memory import peak_memory_bytes
 from ubsmoe.costs.shape import ModelShape
@@ -55,8 +55,8 @@ def fits(machine: Machine, settings: RunSettings, plan: TierPlan) -> dict[str, A
 
 
 def _tier(machine: Machine, settings: RunSettings, plan: TierPlan, cost: TierCost) -> dict[str, Any] | None:
-    stock = Way("own", False, _stock_micro_batch(settings), settings.train.gradient_checkpointing)
-    whole = replace(plan.workload, rank=cost.rank)
+    train, whole = train_of_tier(settings.train, settings.tiers, cost.tier), plan.workload_of(settings, cost)
+    stock = Way("own", False, train.micro_batch or train.batch_size, train.gradient_checkpointing)
     for way in _ways(settings, stock, machine.device == "cpu"):
         workload = _workload(settings, whole, way)
         memory = needed_bytes(plan.shape, cost.top_k, workload, way) + RUNTIME_BYTES
@@ -109,10 +109,6 @@ def _ways(settings: RunSettings, stock: Way, can_map: bool) -> Iterator[Way]:
     for experts, mapped in bases:
         if can_map or not mapped:
             yield from (replace(way, experts=experts, mapped=mapped) for way in lean)
-
-
-def _stock_micro_batch(settings: RunSettings) -> int:
-    return settings.train.micro_batch or settings.train.batch_size
 
 
 def _workload(settings: RunSettings, whole: Workload, way: Way) -> Workload:

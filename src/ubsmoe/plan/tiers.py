@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ubsmoe.config import RunSettings
+from ubsmoe.config import RunSettings, train_of_tier
 from ubsmoe.costs.memory import FLOAT32, export_memory_bytes
 from ubsmoe.costs.shape import ModelShape, Trained, budget_top_k
 from ubsmoe.costs.tiers import Tier, TierCost, tier_costs
@@ -19,6 +19,12 @@ class TierPlan:
     shape: ModelShape
     workload: Workload
     costs: list[TierCost]
+
+    def workload_of(self, settings: RunSettings, cost: TierCost) -> Workload:
+        """What a client of one tier does in a step."""
+        train = train_of_tier(settings.train, settings.tiers, cost.tier)
+        several = (train.micro_batch or train.batch_size) < train.batch_size or train.gradient_accumulation > 1
+        return replace(self.workload, rank=cost.rank, accumulating=several, recomputing=train.gradient_checkpointing)
 
 
 def plan_tiers(settings: RunSettings) -> TierPlan:
