@@ -6,11 +6,9 @@ A base that is mapped stays mapped. Files have the names and the layout of the c
 """
 
 import copy
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor
 from ubsmoe.export.installed import Installed
 from ubsmoe.model.expert_weights import up_name
 from ubsmoe.model.layer import SparseLayer
+from ubsmoe.model.stored import as_stored, weights_by_layer
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.storage import exportfolder
 from ubsmoe.storage.disk import encode_json
@@ -61,16 +60,13 @@ def merge(sparse: SparseModel, installed: Installed) -> Merge:
 @torch.no_grad()
 def write_merged(sparse: SparseModel, changes: Changes, top_k: int, folder: Path) -> None:
     """Write the whole model into a folder, as transformers' `save_pretrained` would; the model in memory is left as it was."""
-    from transformers.core_model_loading import revert_weight_conversion
-    from transformers.modeling_utils import remove_tied_weights_from_state_dict
-
     model = sparse.model
-    state = remove_tied_weights_from_state_dict(model.state_dict(), model)
-    groups, files, size = list(_by_layer(list(state))), dict[str, str](), 0
-    for number, names in enumerate(groups, 1):
+    groups, files, size = weights_by_layer(model), dict[str, str](), 0
+    for number, group in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        part = {name: changes[name](state[name]) if name in changes else state[name] for name in names}
-        part = revert_weight_conversion(model, part)
+        part = as_stored(
+            model, {name: changes[name](value) if name in changes else value for name, value in group.items()}
+        )
         exportfolder.write_tensors(folder / file, part)
         files |= dict.fromkeys(part, file)
         size += sum(tensor.nbytes for tensor in part.values())
@@ -124,14 +120,3 @@ def _with_one_lora(weight: Tensor, **factors: Any) -> Tensor:
 
 def _added(weight: Tensor, delta: Tensor) -> Tensor:
     return (weight.float() + delta.to(weight.device)).to(weight.dtype)
-
-
-def _by_layer(names: Sequence[str]) -> Iterator[list[str]]:
-    """Names of one decoder layer together; what lies in none of them comes first."""
-
-    def layer(name: str) -> str:
-        found = re.match(r".*?\.\d+\.", name)
-        return found[0] if found else ""
-
-    for _, group in groupby(sorted(names, key=layer), key=layer):
-        yield list(group)

@@ -282,7 +282,7 @@ def test_a_machine_with_data_of_its_own_says_what_it_affords(site: Callable[...,
         ({}, "expected client, or whole numbers partition-id and num-partitions"),
         ({"partition-id": 4, "num-partitions": 9}, "partition-id 4 of num-partitions 9 has no client among 4"),
         ({"client": "a", "budget": "much"}, "budget is 'much', expected a number"),
-        ({"client": "a", "train.rounds": 9}, "unknown key 'train.rounds'"),
+        ({"client": "a", "train.rounds": 9}, "'train.rounds' would change this client's work"),
         ({"client": "a", "data.train": "gone/ward.csv"}, "data.train: 'gone/ward.csv' does not exist"),
     ],
 )
