@@ -13,7 +13,10 @@ class ModelSettings(Settings):
     """[model]: the frozen base."""
 
     base: str = Field("ubsmoe-tiny", description="the shipped base, a folder, or a Hugging Face model id")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of the base and of the activations")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description='precision of the base and of the activations; "auto": the checkpoint\'s own, float32 for the shipped base',
+    )
     device: str = Field("cpu", description="torch device every client trains on")
     sha256: str | None = Field(
         None, description="of the base's weights, as `ubsmoe base hash` prints it; any other base is refused"

@@ -7,6 +7,8 @@ from ubsmoe.costs.shape import ModelShape
 from ubsmoe.costs.workload import Workload
 
 FLOAT32, INT64 = 4, 8
+SIDE_COPIES = 3.5
+"""Of a side factor: as received, in place, joined with each layer's adapter, and of B the kernel's copy (`bench/plan.py`)."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Memory:
     gradients: int
     activations: int
     working: int
+    side: int = 0
 
     @property
     def total(self) -> int:
@@ -48,6 +51,7 @@ def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memo
     shape.check_top_k(top_k)
     adapter = FLOAT32 * shape.trained_elements(workload.rank, workload.trained)
     at_step = Memory(
+        side=round(SIDE_COPIES * FLOAT32 * workload.side_elements),
         weights=shape.parameters * workload.dtype_bytes,
         task=adapter,
         adapters=adapter,

@@ -44,6 +44,7 @@ class Workload:
         accumulating: whether gradients of an earlier forward pass are there already.
         recomputing: gradient checkpointing: layers keep their input alone and run a second time, without the head.
         wire_dtype: precision of an update; a task travels in float32.
+        side_elements: float32 numbers of a frozen side factor beside the adapter.
 
     Raises:
         ValueError: if rank, length or fraction is impossible.
@@ -59,6 +60,7 @@ class Workload:
     accumulating: bool = False
     recomputing: bool = False
     wire_dtype: WireDtype = "float32"
+    side_elements: int = 0
 
     def __post_init__(self) -> None:
         if self.rank < 0 or self.batch.length < 1:

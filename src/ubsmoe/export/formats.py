@@ -63,7 +63,7 @@ def write(
             "format": format,
             "base": origin.model.base,
             "base_sha256": origin.base_sha256,
-            "dtype": origin.model.dtype,
+            "dtype": str(sparse.model.dtype).removeprefix("torch."),
             "family": sparse.model.config.model_type,
             "method": origin.method,
             "tier": origin.tier,

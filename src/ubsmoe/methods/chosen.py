@@ -35,6 +35,8 @@ def run_shape(settings: RunSettings, num_layers: int, num_experts: int, k_max: i
         shared_a=adapter.shared_a,
         attention=adapter.attention == "trained",
         mean=mean_of(settings.robust),
+        # a round adds at most the directions of its clients' adapters
+        side_rank=settings.train.rounds * settings.clients_per_round * max(adapter.rank, *settings.tiers.ranks),
     )
 
 

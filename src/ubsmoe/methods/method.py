@@ -111,6 +111,7 @@ class RunShape:
     `seed` is the run's, for draws that server and clients make alike. `shared_a` says that all experts of a layer start from one A,
     `attention` that attention projections have LoRA too. `mean` makes the running mean that methods average with: plain, or
     Byzantine-robust. `weigh` gives the weights of that mean to methods that have none of their own.
+    `side_rank` is the most directions that all rounds of the run can fold into a side factor, None for no bound.
     """
 
     num_layers: int
@@ -123,6 +124,7 @@ class RunShape:
     attention: bool = False
     mean: Callable[[], Mean] = WeightedMean
     weigh: Weigh = by_examples
+    side_rank: int | None = None
 
 
 @dataclass
@@ -198,8 +200,8 @@ class Method:
     with it, each with the reason. `event` is what the method tells of its state in a round's event.
     `pair_fraction` is the share of missing (token, expert) assignments that a client computes beside the routed ones, and
     `pairs_reach_input` says whether they send a gradient to the layer's input too; costs charge for both. `traffic` counts
-    the bytes of a client's tensors, at most where they vary. `validate_update` says what is wrong with the values of an
-    update whose names and shapes are right, or nothing.
+    the bytes of a client's tensors, at most where they vary, `side_elements` the float32 numbers of a side
+    factor. `validate_update` says what is wrong with the values of an update whose names and shapes are right, or nothing.
     """
 
     name: str
@@ -215,6 +217,7 @@ class Method:
     pair_fraction: float = 0.0
     pairs_reach_input: bool = False
     traffic: TrafficOf = adapter_traffic
+    side_elements: Callable[[ModelShape, Trained], int] = lambda base, trained: 0
     validate_update: Callable[[Update], str | None] = lambda update: None
 
     def profile(

@@ -13,7 +13,7 @@ from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.data.tokens import check_tokenizer
 from ubsmoe.model.conventions import UnsupportedModel
 from ubsmoe.model.layer import Rescale
-from ubsmoe.model.presets import EXPECTED, HUB_IDS, check_place, checked_k_max, quieten
+from ubsmoe.model.presets import EXPECTED, HUB_IDS, check_place, checked_k_max, dtype_of, quieten
 from ubsmoe.model.surgery import SparseModel
 
 
@@ -33,7 +33,7 @@ def load_base(settings: ModelSettings, rescale: Rescale = "none", k_max: int | N
     with _place_of(settings) as place:
         # trust_remote_code stays off: a base is data, never code
         refuse_quantised(AutoConfig.from_pretrained(place), settings.base)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, settings.dtype))
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype_of(settings)))
     try:
         model = model.to(settings.device).eval()
     except (RuntimeError, AssertionError) as error:
@@ -51,7 +51,7 @@ def load_skeleton(settings: ModelSettings, rescale: Rescale = "none", k_max: int
         config = AutoConfig.from_pretrained(place)
     refuse_quantised(config, settings.base)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype)).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype_of(settings))).eval()
     return _operated(model, settings, rescale, k_max)
 
 

@@ -6,9 +6,9 @@ import re
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
-from ubsmoe.config import ConfigError
+from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.costs.shape import LatentAttention, ModelShape
 from ubsmoe.data.hub import go_offline_without_network
 from ubsmoe.errors import UserError
@@ -50,9 +50,7 @@ def model_shape(name_or_path: str | Path) -> ModelShape:
     >>> model_shape("olmoe-1b-7b").parameters
     6919028736
     """
-    name = str(name_or_path)
-    name = next((short for short, id in HUB_IDS.items() if id == name), name)
-    config = _preset(name) if name in PRESETS else _from_folder_or_hub(name)
+    name, config = str(name_or_path), _config(str(name_or_path))
     if not _num_experts(config):
         raise UserError(
             f"{name} is a dense model ({config.model_type}): it has no experts to choose from. "
@@ -99,6 +97,25 @@ def shape_from_config(config: Config) -> ModelShape:
     )
 
 
+def dtype_of(settings: ModelSettings) -> Literal["float32", "bfloat16"]:
+    """The precision that a run computes in: what model.dtype says, or the checkpoint's own.
+
+    A checkpoint in float16, which CPUs do not train in, and the shipped base, whose published results are so, are taken as
+    float32.
+
+    Raises:
+        UserError: if there is no such base.
+
+    >>> dtype_of(ModelSettings(base="olmoe-1b-7b")), dtype_of(ModelSettings(base="ubsmoe-tiny"))
+    ('bfloat16', 'float32')
+    """
+    if settings.dtype != "auto":
+        return settings.dtype
+    stored = getattr(_config(settings.base), "dtype", None)
+    shipped = settings.base in PRESETS.keys() - HUB_IDS.keys()
+    return "bfloat16" if str(stored).endswith("bfloat16") and not shipped else "float32"
+
+
 def checked_k_max(k_max: int | None, stock: int, base: str) -> int:
     """Experts per token at budget 1: `k_max`, or the base's own. Raises ConfigError if it is above that."""
     if k_max is not None and k_max > stock:
@@ -124,6 +141,11 @@ def quieten() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def _config(name: str) -> Config:
+    name = next((short for short, id in HUB_IDS.items() if id == name), name)
+    return _preset(name) if name in PRESETS else _from_folder_or_hub(name)
 
 
 def _preset(name: str) -> SimpleNamespace:

@@ -7,6 +7,7 @@ import torch
 
 from ubsmoe.config import RunSettings
 from ubsmoe.costs.shape import ModelShape
+from ubsmoe.model.presets import dtype_of
 
 BLOCKS, BLOCK_SECONDS = 25, 0.02
 
@@ -20,7 +21,7 @@ def measured_speed(shape: ModelShape, settings: RunSettings) -> tuple[float, flo
     device, whose = _device_here(settings.model.device)
     tokens = settings.train.batch_size * settings.data.max_length
     rows = max(1, tokens * shape.k_max // shape.num_experts)
-    dtype = getattr(torch, settings.model.dtype)
+    dtype = getattr(torch, dtype_of(settings.model))
     x = torch.ones(rows, shape.hidden, device=device, dtype=dtype)
     weight = torch.ones(shape.hidden, shape.up_matrices * shape.expert_width, device=device, dtype=dtype)
     _block(x, weight)  # the first one sets the library up

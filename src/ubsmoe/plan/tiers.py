@@ -9,7 +9,7 @@ from ubsmoe.costs.shape import ModelShape, Trained, budget_top_k
 from ubsmoe.costs.tiers import Tier, TierCost, tier_costs
 from ubsmoe.costs.traffic import Traffic
 from ubsmoe.costs.workload import Batch, Workload
-from ubsmoe.model.presets import checked_k_max, model_shape
+from ubsmoe.model.presets import checked_k_max, dtype_of, model_shape
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ def plan_tiers(settings: RunSettings) -> TierPlan:
     workload = replace(
         run_workload(settings), pair_fraction=method.pair_fraction, pairs_reach_input=method.pairs_reach_input
     )
+    workload = replace(workload, side_elements=method.side_elements(shape, workload.trained))
 
     def traffic(shape: ModelShape, rank: int) -> Traffic:
         return method.traffic(shape, rank, workload.trained, workload.wire_dtype)
@@ -78,7 +79,7 @@ def run_workload(settings: RunSettings) -> Workload:
         rank=adapter.rank,
         batch=Batch.full(train.batch_size, settings.data.max_length),
         trained=Trained(router=adapter.router == "trained", attention=adapter.attention == "trained"),
-        dtype_bytes=2 if settings.model.dtype == "bfloat16" else 4,
+        dtype_bytes=2 if dtype_of(settings.model) == "bfloat16" else 4,
         optimizer_moments=2 if train.optimizer == "adamw" else 1,
         accumulating=train.gradient_accumulation > 1,
         recomputing=train.gradient_checkpointing,
