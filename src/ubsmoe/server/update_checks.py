@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ubsmoe.messages import Task, Tensors, Update
+from ubsmoe.wire.packed import MAX_HEADER_BYTES
 
 
 class Rejected(ValueError):
@@ -21,6 +22,15 @@ class UpdateSpec:
     adapters: Mapping[str, tuple[torch.Size, torch.dtype]]
     extras: Mapping[str, tuple[torch.Size, torch.dtype]]
     expert_tokens: tuple[torch.Size, torch.dtype]
+
+    @property
+    def most_bytes(self) -> int:
+        """What an update to this task can have at most on the wire, in any of its precisions; known before one comes."""
+        forms = [*self.adapters.values(), *self.extras.values(), self.expert_tokens]
+        numbers = sum(shape.numel() * dtype.itemsize for shape, dtype in forms)
+        # which experts travel, one byte each, or the scales of int8, which come instead of three bytes of each number
+        flags = sum(shape[0] for shape, _ in self.adapters.values())
+        return numbers + flags + 2 * MAX_HEADER_BYTES
 
 
 def spec_of(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -6,7 +6,7 @@ registered with at the SuperLink. The sender of an answer is known from Flower's
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ubsmoe.server.federation import Federation, assign_tier, build_server
 from ubsmoe.server.rounds import run
 from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.codec import decode_announcements, decode_update, encode_task
-from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed, WireError
+from ubsmoe.wire.packed import Packed, WireError
 
 ANNOUNCE = "query.announce"
 TRAIN = "train"
@@ -95,7 +95,7 @@ class FlowerEngine:
             while client not in replies:
                 late = limit is not None and self._clock() - began > limit
                 ids = [message_id for message_id, other in waiting.items() if race or late or other is task]
-                came = [_reply_of(message, other, self._nodes) for message, other in self._pull(ids, waiting)]
+                came = [self._reply_of(message, other) for message, other in self._pull(ids, waiting)]
                 for reply in came:
                     count += isinstance(reply, Update)
                     too_many = isinstance(reply, Update) and count > wanted
@@ -126,6 +126,20 @@ class FlowerEngine:
         messages = self._grid.pull_messages(ids) if ids else ()
         found = [(message, waiting.pop(message.metadata.reply_to_message_id, None)) for message in messages]
         return [(message, whose) for message, whose in found if whose is not None]
+
+    def _reply_of(self, message: Message, task: Task) -> Reply:
+        """The reply in a message. Its client is the one that was asked, whatever the message claims."""
+        client = task.profile.client
+        if message.has_error():
+            return Dropped(client, task.round, "training", _short(message.error.reason or "no reason given"))
+        try:
+            most = self._federation.specs(task).most_bytes
+            update = decode_update(_content(message, self._nodes[client]), most, task.payload)
+        except WireError as error:
+            return Dropped(client, task.round, "wire", _short(str(error)))
+        if update.client != client:
+            return Dropped(client, task.round, "validation", _short(f"answered in the name of {update.client!r}"))
+        return update
 
     def _look_around(self) -> None:
         """Ask new nodes for their clients and read what has been announced; does not wait."""
@@ -188,20 +202,6 @@ def _content(message: Message, node: int) -> Packed:
     if message.metadata.src_node_id != node:
         raise WireError(f"node {message.metadata.src_node_id} answered for node {node}")
     return from_record(message.content)
-
-
-def _reply_of(message: Message, task: Task, nodes: Mapping[str, int]) -> Reply:
-    """The reply in a message. Its client is the one that was asked, whatever the message claims."""
-    client = task.profile.client
-    if message.has_error():
-        return Dropped(client, task.round, "training", _short(message.error.reason or "no reason given"))
-    try:
-        update = decode_update(_content(message, nodes[client]), MAX_MESSAGE_BYTES, task.payload)
-    except WireError as error:
-        return Dropped(client, task.round, "wire", _short(str(error)))
-    if update.client != client:
-        return Dropped(client, task.round, "validation", _short(f"answered in the name of {update.client!r}"))
-    return update
 
 
 def _lost(client: str, number: int, wanted: int, limit: float | None = None) -> Dropped:
