@@ -48,6 +48,7 @@ class Workload:
         recomputing: gradient checkpointing: layers keep their input alone and run a second time, without the head.
         wire_dtype: precision of an update; a task travels in float32.
         experts: what the frozen experts are quantised to; None for `dtype_bytes`.
+        side_elements: float32 numbers of a frozen side factor beside the adapter.
 
     Raises:
         ValueError: if rank, length or fraction is impossible.
@@ -64,6 +65,7 @@ class Workload:
     recomputing: bool = False
     wire_dtype: WireDtype = "float32"
     experts: ExpertFormat | None = None
+    side_elements: int = 0
 
     def __post_init__(self) -> None:
         if self.rank < 0 or self.batch.length < 1:

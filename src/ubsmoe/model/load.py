@@ -16,7 +16,7 @@ from ubsmoe.model.conventions import UnsupportedModel
 from ubsmoe.model.layer import Rescale
 from ubsmoe.model.opened import checked_files, open_model, prepared_format, skeleton
 from ubsmoe.model.prepare import Preparation, prepared
-from ubsmoe.model.presets import check_place, check_sparse, checked_k_max, quieten
+from ubsmoe.model.presets import EXPECTED, HUB_IDS, check_place, check_sparse, checked_k_max, dtype_of, quieten
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.storage.bases import write_base
 from ubsmoe.storage.exportfolder import check_free
@@ -37,7 +37,7 @@ def load_base(settings: ModelSettings, rescale: Rescale = "none", k_max: int | N
     tokenizer = load_tokenizer(settings)
     with _place_of(settings) as place:
         config = _read_sparse(place, settings.base)
-        model, sha256 = open_model(place, config, settings, tokenizer)
+        model, sha256 = open_model(place, config, _with_dtype(settings), tokenizer)
     try:
         # what is quantised keeps parameters without numbers, which cannot be moved
         model = model._apply(lambda t: t if t.is_meta else t.to(settings.device)).eval()
@@ -56,7 +56,11 @@ def load_skeleton(settings: ModelSettings, rescale: Rescale = "none", k_max: int
     """
     with _place_of(settings) as place:
         config = _read_sparse(place, settings.base)
-    return _operated(skeleton(config, getattr(torch, settings.dtype)), settings, rescale, k_max)
+    return _operated(skeleton(config, getattr(torch, dtype_of(settings))), settings, rescale, k_max)
+
+
+def _with_dtype(settings: ModelSettings) -> ModelSettings:
+    return settings.model_copy(update={"dtype": dtype_of(settings)})
 
 
 def _operated(model: Any, settings: ModelSettings, rescale: Rescale, k_max: int | None) -> SparseModel:
@@ -71,7 +75,7 @@ def prepare_base(settings: ModelSettings, out: Path | None = None) -> Path:
     Raises:
         UserError: if there is no such base, it has no safetensors files, or it cannot be written; then nothing is.
     """
-    tokenizer = load_tokenizer(settings)
+    tokenizer, settings = load_tokenizer(settings), _with_dtype(settings)
     with _place_of(settings) as place:
         config = _read_sparse(place, settings.base)
         if prepared_format(config):
@@ -125,12 +129,9 @@ def load_tokenizer(settings: ModelSettings) -> Any:
 @contextmanager
 def _place_of(settings: ModelSettings) -> Iterator[str | Path]:
     """Where the base lies; whatever fails while it is read becomes one sentence."""
-    place = shipped_path(settings.base) or settings.base
+    place = shipped_path(settings.base) or HUB_IDS.get(settings.base, settings.base)
     quieten()
-    word = (
-        f"model.base: cannot load {settings.base!r} (%s); expected ubsmoe-tiny, a folder with a transformers "
-        "model, or a model id that the Hugging Face hub can be asked for"
-    )
+    word = f"model.base: cannot load {settings.base!r} (%s); {EXPECTED}"
     with one_sentence(lambda reason: word.replace("%s", reason)):
         check_place(place)
         yield place
@@ -140,7 +141,7 @@ def check_sha256(settings: ModelSettings, sha256: str) -> None:
     """Raise ConfigError if model.sha256 asks for another base than the one with this hash."""
     if settings.sha256 not in (None, sha256):
         raise ConfigError(
-            f"model.sha256 is {settings.sha256}, but the weights of {settings.base} in {settings.dtype} have {sha256}"
+            f"model.sha256 is {settings.sha256}, but the weights of {settings.base} in {dtype_of(settings)} have {sha256}"
         )
 
 

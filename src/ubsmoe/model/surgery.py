@@ -33,6 +33,7 @@ class SparseModel:
         layers: the SMoE layers in order.
         sha256: of the base's plain weights, where it was loaded from files.
         adapter: the trainable tensors now in place, by their name on the wire.
+        device: where adapters are put: where the base is, unless it has no weights and its adapters are to be read off again.
 
     Raises:
         UnsupportedModel: if the model has no experts, or its routers ignore `top_k`.
@@ -55,6 +56,7 @@ class SparseModel:
             )
         self.sha256 = ""
         self.adapter: dict[str, nn.Parameter] = {}
+        self.device: torch.device = next(model.parameters()).device
         self._keep: Bool[Tensor, "B S"] | None = None
         for layer in self.layers:
             layer.rescale = rescale
@@ -65,12 +67,8 @@ class SparseModel:
         # eager takes any precision
         self._last_stays_put = answers_stay_put(model, blocks[-1][1], IMPLEMENTATION if quantised else "eager")
         model.register_forward_pre_hook(self._remember_tokens, with_kwargs=True)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the base and the adapter are."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        # generation reads each row's last position: torch would copy the whole head for every row of that strided view
+        model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
 
     @property
     def num_experts(self) -> int:
@@ -129,9 +127,7 @@ class SparseModel:
                     f"{name} chooses its experts by more than their scores (groups, or a bias of its own), so a selection "
                     "bias would replace its rule; choose another method or base"
                 )
-            layer.routing = replace(
-                layer.routing, selection_bias=bias[layer.index].to(next(layer.router.parameters()).device)
-            )
+            layer.routing = replace(layer.routing, selection_bias=bias[layer.index].to(self.device))
 
     def set_output_scale(self, scale: Float[Tensor, " L"]) -> None:
         """Multiply the routed experts' sum in layer l by `scale[l]`; shared experts are left alone."""

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ubsmoe.config import RunSettings
+from ubsmoe.config import RunSettings, train_of_tier
+from ubsmoe.costs.memory import FLOAT32, export_memory_bytes
 from ubsmoe.costs.shape import ModelShape, Trained, budget_top_k
 from ubsmoe.costs.tiers import Tier, TierCost, tier_costs
 from ubsmoe.costs.traffic import Traffic
 from ubsmoe.costs.workload import Batch, Workload
-from ubsmoe.model.presets import PRESETS, check_length, checked_k_max, model_shape
+from ubsmoe.model.presets import check_length, checked_k_max, dtype_of, is_preset, model_shape
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,16 @@ class TierPlan:
     workload: Workload
     costs: list[TierCost]
 
+    def workload_of(self, settings: RunSettings, cost: TierCost) -> Workload:
+        """What a client of one tier does in a step."""
+        train = train_of_tier(settings.train, settings.tiers, cost.tier)
+        several = (train.micro_batch or train.batch_size) < train.batch_size or train.gradient_accumulation > 1
+        return replace(self.workload, rank=cost.rank, accumulating=several, recomputing=train.gradient_checkpointing)
+
 
 def check_base(settings: RunSettings) -> None:
     """Raise the UserError that a run would end in because of its base; of a preset nothing needs to be looked at."""
-    if settings.model.base not in PRESETS:
+    if not is_preset(settings.model.base):
         from ubsmoe.model.load import load_skeleton  # imports torch
 
         skeleton = load_skeleton(settings.model, settings.tiers.rescale, settings.tiers.k_max)
@@ -43,6 +50,7 @@ def plan_tiers(settings: RunSettings) -> TierPlan:
     workload = replace(
         run_workload(settings), pair_fraction=method.pair_fraction, pairs_reach_input=method.pairs_reach_input
     )
+    workload = replace(workload, side_elements=method.side_elements(shape, workload.trained))
 
     def traffic(shape: ModelShape, rank: int) -> Traffic:
         return method.traffic(shape, rank, workload.trained, workload.wire_dtype)
@@ -62,6 +70,17 @@ def run_costs(settings: RunSettings) -> list[TierCost]:
     return plan_tiers(settings).costs
 
 
+def export_costs(plan: TierPlan) -> dict[str, dict[str, int]]:
+    """Bytes of an export of the largest tier, on disk and in memory while it is written."""
+    workload = replace(plan.workload, rank=max(cost.rank for cost in plan.costs))
+    sizes = {
+        "peft": FLOAT32 * plan.shape.trained_elements(workload.rank, workload.trained),
+        "merged": plan.shape.parameters * workload.dtype_bytes,
+    }
+    memory = export_memory_bytes(plan.shape, workload)
+    return {format: {"file_bytes": sizes[format], "memory_bytes": memory[format]} for format in sizes}
+
+
 def run_workload(settings: RunSettings) -> Workload:
     """One step of a client, as far as the run file says: a method may add pseudo-gradients and set the rank of a tier."""
     train, adapter = settings.train, settings.adapter
@@ -69,7 +88,7 @@ def run_workload(settings: RunSettings) -> Workload:
         rank=adapter.rank,
         batch=Batch.full(train.batch_size, settings.data.max_length),
         trained=Trained(router=adapter.router == "trained", attention=adapter.attention == "trained"),
-        dtype_bytes=2 if settings.model.dtype == "bfloat16" else 4,
+        dtype_bytes=2 if dtype_of(settings.model) == "bfloat16" else 4,
         optimizer_moments=2 if train.optimizer == "adamw" else 1,
         accumulating=train.gradient_accumulation > 1,
         recomputing=train.gradient_checkpointing,

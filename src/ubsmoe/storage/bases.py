@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 from ubsmoe.errors import UserError
 from ubsmoe.storage import disk
+from ubsmoe.storage.json_text import encode_json
 
 WEIGHTS, FACTS = "model.safetensors", "ubsmoe-base.json"
 ALIGNED = 64
@@ -59,22 +59,18 @@ class WeightsFile:
         text = json.dumps(header).encode()
         text += b" " * (-(8 + len(text)) % ALIGNED)
         self._begin = 8 + len(text)
-        self._file = open(path, "xb")  # noqa: SIM115 -- closed by `close`
-        self._file.truncate(self._begin + end)
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file = disk.PlacedFile(path, self._begin + end)
+        self._file.write(0, len(text).to_bytes(8, "little") + text)
 
     def append(self, name: str, data: memoryview) -> None:
         """The next bytes of a tensor."""
-        self._file.seek(self._begin + self._next[name])
-        self._file.write(data)
+        self._file.write(self._begin + self._next[name], data)
         self._next[name] += len(data)
         self._digests[name].update(data)
 
     def close(self) -> str:
-        """End the file and make it durable; gives `stored_sha256` of it."""
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        """End the file; gives `stored_sha256` of it."""
+        self._file.close()
         return _joint({name: digest.hexdigest() for name, digest in self._digests.items()})
 
 
@@ -117,7 +113,7 @@ def write_base(
                 errno.ENOSPC, f"it needs {size / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB", str(folder)
             )
         facts = {**fill(draft), "bytes": (draft / WEIGHTS).stat().st_size}
-        disk.atomic_write(draft / FACTS, disk.encode_json(facts, indent=2))
+        disk.atomic_write(draft / FACTS, encode_json(facts, indent=2))
         place = name() if name else folder
         shutil.rmtree(place, ignore_errors=True)
         disk.rename(draft, place)
@@ -159,7 +155,7 @@ def remember_sha256(cache: Path, key: str, sha256: str) -> None:
     """Keep a hash for the next start; a cache that cannot be written costs time and nothing else."""
     try:
         disk.make_folder(cache / "hashes")
-        disk.atomic_write(cache / "hashes" / f"{key}.json", disk.encode_json({"sha256": sha256}))
+        disk.atomic_write(cache / "hashes" / f"{key}.json", encode_json({"sha256": sha256}))
     except OSError:
         return
 
