@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ubsmoe.server.federation import build_federation
-from ubsmoe.storage.disk import encode_json
+from ubsmoe.storage.json_text import encode_json
 from ubsmoe.storage.runfolder import atomic_write
 
 

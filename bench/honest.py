@@ -25,7 +25,8 @@ from ubsmoe.server.federation import build_federation
 from ubsmoe.server.peers import WINDOW, Limits, kind_of, sizes_of
 from ubsmoe.server.rounds import one_round
 from ubsmoe.server.start import start_state
-from ubsmoe.storage.disk import atomic_write, encode_json
+from ubsmoe.storage.disk import atomic_write
+from ubsmoe.storage.json_text import encode_json
 
 RUNS = Path(__file__).parents[1] / "runs"
 RESULTS = Path(__file__).with_name("results") / "honest.json"

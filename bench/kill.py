@@ -31,7 +31,7 @@ from ubsmoe.engines.local import LocalEngine
 from ubsmoe.server.federation import Federation, build_federation
 from ubsmoe.server.privacy import spent
 from ubsmoe.server.rounds import run
-from ubsmoe.storage.disk import encode_json
+from ubsmoe.storage.json_text import encode_json
 from ubsmoe.storage.runfolder import RunFolder, atomic_write
 
 PRIVATE = {

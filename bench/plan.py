@@ -61,6 +61,9 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], int]] = [
     ("qwen3, K = 8, batches of 8", QWEN, {"train.batch_size": 8}, 3),
     ("olmoe, K = 4, attention trained", OLMOE, {"adapter.attention": "trained"}, 1),
     ("olmoe, K = 8, gradient checkpointing", OLMOE, {"train.gradient_checkpointing": True}, 3),
+    ("olmoe, K = 4, micro-batches of 6", OLMOE, {"train.micro_batch": 6, "train.local_steps": 2}, 1),
+    ("olmoe, K = 4, flora, last round", OLMOE, {"method.name": "flora", "tiers.ranks": [8, 8, 8, 8]}, 1),
+    ("olmoe, K = 4, fedex_lora, last round", OLMOE, {"method.name": "fedex_lora", "tiers.ranks": [8, 8, 8, 8]}, 1),
 ]
 
 
@@ -98,13 +101,22 @@ def make_base(config: dict[str, Any], folder: Path) -> Path:
 
 def first_task(settings: Any, tier: int) -> Any:
     """The run, and the task of the tier's first client in round 1."""
+    import torch
+
     from ubsmoe.messages import Task
     from ubsmoe.server.federation import build_federation
     from ubsmoe.server.start import start_state
 
     federation = build_federation(settings)
     profile = next(client for client in federation.clients if client.tier == tier)
-    return federation, Task(1, profile, federation.method.dispatch(start_state(federation), profile))
+    payload = federation.method.dispatch(start_state(federation), profile)
+    most = federation.shape.side_rank or 0
+    for name, value in payload.items():  # a side factor as it is in the last round
+        if name.startswith("side."):
+            a = name.endswith(".A")
+            size = (len(value), most, value.shape[2]) if a else (*value.shape[:2], most)
+            payload[name] = torch.randn(size, generator=torch.Generator().manual_seed(0)) / 100
+    return federation, Task(1, profile, payload)
 
 
 def measure_memory(settings: Any, tiny: Any, tier: int) -> dict[str, float]:

@@ -23,7 +23,8 @@ import torch
 
 from ubsmoe.messages import Profile, Task, Update
 from ubsmoe.server.update_checks import Rejected, check_update
-from ubsmoe.storage.disk import atomic_write, encode_json
+from ubsmoe.storage.disk import atomic_write
+from ubsmoe.storage.json_text import encode_json
 from ubsmoe.wire.codec import decode_update, encode_update
 from ubsmoe.wire.form import SENT_AS, UpdateSpec, spec_of
 from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed, WireError

@@ -24,9 +24,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "wire": {"config", "errors", "maths", "messages"},
     "report": {"errors", "maths", "messages", "storage"},
     # the model, what a method does with it, what a client does with both
-    "model": {"config", "costs", "data", "errors", "maths"},
+    "model": {"config", "costs", "data", "errors", "maths", "storage"},
     "methods": {"config", "costs", "errors", "maths", "messages", "model", "seeds"},
-    "export": {"config", "errors", "model", "storage"},
+    "export": {"config", "costs", "errors", "model", "storage"},
     "bases": {"config", "data", "maths", "model", "seeds", "storage"},
     "bases/pretrain": {"config", "data", "maths"},
     "client": {"config", "costs", "data", "errors", "messages", "methods", "model", "secagg", "seeds", "wire"},

@@ -26,7 +26,7 @@ from ubsmoe.report.plain import csv_row, markdown_cell
 from ubsmoe.report.series import series
 from ubsmoe.server.federation import Federation
 from ubsmoe.server.robust import most_examples
-from ubsmoe.storage.disk import decode_json, encode_json
+from ubsmoe.storage.json_text import decode_json, encode_json
 from ubsmoe.storage.record import RunRecord
 from ubsmoe.wire.codec import Packed, WireError, decode_announcements
 

@@ -292,7 +292,7 @@ def test_a_plan_refuses_what_a_run_refuses(
         (["plan", "RUN.toml", "--sequence-length", "9"], "--sequence-length needs --examples or --model"),
         (["plan", "--model", "olmoe-1b-7b", "--examples", "9"], "--examples and --flops-per-second need a run file"),
         (["plan", "--model", "olmoe-1b-7b", "--set", "tiers.k_max=9"], "tiers.k_max is 9, but olmoe-1b-7b"),
-        (["plan", "--model", "no-such-base"], "no usable model configuration at 'no-such-base'"),
+        (["plan", "--model", "no-such-base"], "model.base: no usable model configuration at 'no-such-base'"),
     ],
     ids=str,
 )

@@ -18,6 +18,8 @@ import ubsmoe
 from e2e.test_cli import ubsmoe as command
 from ubsmoe.config import with_overrides
 from ubsmoe.errors import UserError
+from ubsmoe.export import formats as exports
+from ubsmoe.export.installed import read_installed
 from ubsmoe.finished.federated_moe import FederatedMoE
 from ubsmoe.finished.run import export_run, open_run
 
@@ -61,6 +63,24 @@ def test_every_kind_of_method_exports_what_its_tier_runs(method: str, finished: 
         again = FederatedMoE.from_pretrained(tmp_path / format)
         assert (logits(again.model) - want).abs().max() <= 1e-5
         assert again.top_k == run.tier(2).top_k
+
+
+@pytest.mark.parametrize("method", ["ubsmoe", "lossfree", "flame", "flora"])
+def test_an_adapter_is_exported_without_the_weights_of_its_base(
+    method: str, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = finished(method)
+    for format in ("native", "peft"):
+        run = open_run(place)
+        run.install(run.tier(2))
+        origin = exports.Origin(run.settings.model, run.base_sha256, run.method.name, 2)
+        loaded = tmp_path / f"loaded-{format}"
+        exports.write(run.model, run.tokenizer, read_installed(run.model), origin, format, loaded)
+        with monkeypatch.context() as patch:
+            patch.setattr("ubsmoe.model.load.AutoModelForCausalLM.from_pretrained", None)  # whoever loads weights fails
+            export_run(place, tmp_path / format, format, 2)
+        for file in loaded.iterdir():
+            assert (tmp_path / format / file.name).read_bytes() == file.read_bytes(), file
 
 
 def test_the_object_answers_at_any_budget_and_saves_itself(finished: Any, tmp_path: Path) -> None:

@@ -26,10 +26,10 @@ from ubsmoe.methods.method import PROPERTIES, Method, State
 from ubsmoe.methods.state import pack, unpack
 from ubsmoe.methods.table import describe
 from ubsmoe.model.adapter import layer_of_experts
-from ubsmoe.model.load import weights_sha256
+from ubsmoe.model.identity import weights_sha256
 from ubsmoe.server.update_checks import check_update, spec_of
 from ubsmoe.server.validator import UpdateSpecs
-from ubsmoe.storage.checkpoints import read_tensors, tensor_bytes
+from ubsmoe.storage.tensors import read_tensors, tensor_bytes
 from ubsmoe.wire.codec import Packed, decode_task, decode_update, encode_task, encode_update
 
 TIERS, TOP, EXPERTS = range(4), 3, 6

@@ -1,13 +1,16 @@
 """`ubsmoe base`: make a base model."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ubsmoe.cli.app import RunFile, Set, group, overrides
 
-base = group("base", "Make a base model, or say which it is.")
+if TYPE_CHECKING:
+    from ubsmoe.config import ModelSettings
+
+base = group("base", "Make or prepare a base model, or say which it is.")
 
 
 @base.command("pretrain")
@@ -62,17 +65,44 @@ def upcycle_command(
     typer.echo(f"{out}: {experts} experts, K_max {top_k}{balance}")
 
 
+@base.command("prepare")
+def prepare_command(
+    model: Annotated[str, typer.Argument(help="a folder, a hub id or ubsmoe-tiny", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="a folder to take elsewhere; the cache beside the hub's when left out")
+    ] = None,
+    set_: Set = None,
+) -> None:
+    """Store a base so that runs map it instead of loading it.
+
+    --set model.experts=nf4 or int8 quantises its experts on the way, --set model.dtype=bfloat16 says what runs compute in.
+    """
+    from ubsmoe.bases.prepared import prepare
+
+    folder, facts = prepare(_model_settings(model, set_), out)
+    typer.echo(
+        f"{folder}: {facts['bytes'] / 1e9:.2f} GB, {facts['experts'] or facts['dtype']} experts, sha256 {facts['sha256']}"
+    )
+
+
 @base.command("hash")
 def hash_command(
     model: Annotated[str, typer.Argument(help="a folder, a hub id or ubsmoe-tiny", show_default=False)],
     set_: Set = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="read every weight again, even if files of this size and time are known")
+    ] = False,
 ) -> None:
     """Print the SHA-256 of a base's weights, for model.sha256.
 
     It depends on model.dtype: give the run file's own by --set model.dtype=bfloat16 where that is not float32.
     """
     from ubsmoe.bases.identity import base_sha256
+
+    typer.echo(base_sha256(_model_settings(model, set_), check))
+
+
+def _model_settings(model: str, changes: list[str] | None) -> "ModelSettings":
     from ubsmoe.config import parse_run, with_overrides
 
-    settings = parse_run(with_overrides({}, {"model.base": model, **overrides(set_)}))
-    typer.echo(base_sha256(settings.model))
+    return parse_run(with_overrides({}, {"model.base": model, **overrides(changes)})).model

@@ -9,6 +9,7 @@ from ubsmoe.cli.app import AsJson, Runs, Set, app, overrides, print_json, read_s
 from ubsmoe.errors import UserError, require
 
 if TYPE_CHECKING:
+    from ubsmoe.plan.devices import Machine
     from ubsmoe.storage.record import RunRecord, TierCosts
 
 
@@ -96,6 +97,9 @@ def plan_command(
         int | None, typer.Option(min=1, help="training examples in all: plan by data.max_length, without reading data")
     ] = None,
     memory: Annotated[str | None, typer.Option(help="of your device, as in 16GiB: which tiers it can train")] = None,
+    inventory: Annotated[
+        Path | None, typer.Option(help="TOML file of [[machines]]: which can train which tier, with what settings")
+    ] = None,
     flops_per_second: Annotated[
         float | None, typer.Option(min=1, help="of the clients' machines; measured here when left out")
     ] = None,
@@ -111,7 +115,9 @@ def plan_command(
     own traffic needs a run file, or --set method.name=...
     """
     from ubsmoe.config import ConfigError
-    from ubsmoe.plan.devices import fitting
+    from ubsmoe.plan.devices import fitting, read_inventory
+
+    machines = read_inventory(inventory) if inventory else []
 
     if (run_file is None) == (model is None):
         raise ConfigError("expected either a run file or --model NAME; give one of them")
@@ -123,28 +129,32 @@ def plan_command(
         settings = read_settings(run_file, set_)  # refused, if it is, before torch is imported
         from ubsmoe.plan.forecast import forecast
 
-        plan = forecast(settings, examples, flops_per_second)
+        plan = forecast(settings, examples, flops_per_second, machines)
     else:
         if examples or flops_per_second:
             raise ConfigError("--examples and --flops-per-second need a run file; leave them out with --model")
-        plan = _plan_of_base({"model.base": model, **overrides(set_)})
+        plan = _plan_of_base({"model.base": model, **overrides(set_)}, machines)
     if memory is not None:
         plan["fits"] = fitting(plan["tiers"], memory)
     if json_:
         return print_json(plan)
     from rich.console import Console
 
-    from ubsmoe.report.console import cost_table, plan_lines, plan_table, show
+    from ubsmoe.report.console import cost_table, show
+    from ubsmoe.report.plan import inventory_table, plan_lines, plan_table
 
     console = Console()
     show(console, plan_table(plan) if run_file else cost_table(plan["model"], plan["tiers"]))
+    if inventory:
+        show(console, inventory_table(plan))
     for line in plan_lines(plan):
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _plan_of_base(changes: dict[str, Any]) -> dict[str, Any]:
+def _plan_of_base(changes: dict[str, Any], machines: "list[Machine]") -> dict[str, Any]:
     """The costs of a base's tiers; where no method is set, those of plain federated averaging, which need no torch."""
     from ubsmoe.config import parse_run, with_overrides
+    from ubsmoe.plan.inventory import fits
     from ubsmoe.plan.tiers import check_base, plan_base, plan_tiers
 
     settings = parse_run(with_overrides({}, changes))
@@ -156,4 +166,5 @@ def _plan_of_base(changes: dict[str, Any]) -> dict[str, Any]:
         "method": settings.method.name if chosen else "fedavg",
         "parameters": plan.shape.parameters,
         "tiers": [cost.as_dict() for cost in plan.costs],
+        "machines": [fits(machine, settings, plan) for machine in machines],
     }

@@ -20,6 +20,13 @@ class ExportFormat(StrEnum):
     native = "native"
 
 
+class Dtype(StrEnum):
+    """Precisions that a base can be loaded in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 @app.command("export")
 def export_command(
     run_folder: Annotated[Path, typer.Argument(help="a finished run", show_default=False)],
@@ -44,11 +51,14 @@ def generate_command(
     budget: Annotated[float | None, typer.Option(help="in (0, 1]; the tier's own when left out")] = None,
     tier: Annotated[int | None, typer.Option(help="of a run, counted from 1; the largest budget's")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 64,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="precision of a bare base; the checkpoint's own when left out")
+    ] = None,
 ) -> None:
     """Generate a continuation of a prompt at a budget."""
     from ubsmoe import FederatedMoE
 
-    model = FederatedMoE.from_pretrained(place, tier=tier)
+    model = FederatedMoE.from_pretrained(place, tier=tier, dtype=dtype.value if dtype else None)
     if budget is not None:
         model.set_budget(budget)
     typer.echo(model.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False))

@@ -81,7 +81,6 @@ def run_command(
     from ubsmoe.storage.runfolder import RunFolder
 
     check_workers(workers, settings)
-    keep_freed_memory()
     unknown: list[str] = []
     console, costs = Console(), known_costs(settings, unknown.append)
     shown = RunConsole(console)
@@ -90,6 +89,7 @@ def run_command(
     federation = build_federation(settings)
     for reason in unknown:  # the sentence of `ubsmoe plan`
         console.print(reason, markup=False, highlight=False, soft_wrap=True)
+    keep_freed_memory()  # not before: what loading frees goes back to the system
 
     def on_event(event: str, round: int, fields: dict[str, Any]) -> None:
         shown.on_event(event, round, fields)

@@ -19,7 +19,7 @@ from ubsmoe.data.sources import load_examples, load_training
 from ubsmoe.data.tokens import Tokens, tokenize
 from ubsmoe.messages import Announcement, Task, Update
 from ubsmoe.methods.chosen import chosen_method, shape_of_model
-from ubsmoe.model.load import check_sha256, load_base, load_tokenizer, weights_sha256
+from ubsmoe.model.load import check_sha256, load_base, load_tokenizer
 from ubsmoe.wire.codec import decode_task, encode_announcements, encode_update
 from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed, disclose, enclose
 
@@ -49,10 +49,9 @@ class Machine:
         """The base and the method; loaded by the first task, since announcing needs neither."""
         settings = self.settings
         model, tokenizer = load_base(settings.model, settings.tiers.rescale, settings.tiers.k_max)
-        sha256 = weights_sha256(model.model)
-        check_sha256(settings.model, sha256)
+        check_sha256(settings.model, model.sha256)
         method = chosen_method(settings, shape_of_model(settings, model))
-        return make_trainer(settings, model, method, tokenizer, sha256)
+        return make_trainer(settings, model, method, tokenizer, model.sha256)
 
 
 class Node:

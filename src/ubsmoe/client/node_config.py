@@ -12,10 +12,12 @@ For [secure_aggregation] it names the keys, which no server sends (docs/robustne
     signing-key, peer-keys         this machine's registered private key; a folder with everybody's public ones
     unsigned                       true for a trial without keys, in which the server could listen
 
-It may also say where things lie: model.base, model.device, data.train, threads. A machine changes nothing else of a run file.
+It may also say where things lie (model.base, model.device, data.train) and how it does its work (threads, train.micro_batch,
+train.gradient_checkpointing), which then goes before what [tiers] says. What would change the work it is refused.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from ubsmoe.config import ConfigError, RunSettings, parse_run, with_overrides
 
@@ -24,6 +26,7 @@ NodeConfig = Mapping[str, str | int | float | bool]
 UNSIGNED = "unsigned"
 IDENTITY_KEYS = ("partition-id", "num-partitions", "client", "budget", "signing-key", "peer-keys", UNSIGNED)
 LOCATION_KEYS = ("model.base", "model.device", "data.train", "threads")
+WORK_KEYS = ("train.micro_batch", "train.gradient_checkpointing")  # the same work in less memory; [tiers] has them too
 
 KEYS, SHARES_OF_KEYS, TRAIN, UNMASK = "secure_keys", "secure_shares", "secure_train", "secure_unmask"
 SECURE_STEPS = (KEYS, SHARES_OF_KEYS, TRAIN, UNMASK)
@@ -36,13 +39,25 @@ def on_this_machine(settings: RunSettings, config: NodeConfig) -> tuple[RunSetti
     Raises:
         ConfigError: for an unknown key, or a place that the run file could not name either.
     """
-    known = IDENTITY_KEYS + LOCATION_KEYS
     if "worker-seconds" in config:
         raise ConfigError("node configuration: 'worker-seconds' is now called 'resident-seconds'")
+    known = IDENTITY_KEYS + LOCATION_KEYS + WORK_KEYS
     if unknown := [key for key in config if key not in known]:
+        fault = "would change this client's work" if _is_setting(settings, unknown[0]) else "is unknown"
         raise ConfigError(
-            f"node configuration: unknown key {unknown[0]!r}; known are {', '.join(known)}, resident-seconds"
+            f"node configuration: {unknown[0]!r} {fault}; a node may say {', '.join(known)}, resident-seconds"
         )
-    places = {key: value for key, value in config.items() if key in LOCATION_KEYS}
+    places: dict[str, Any] = {key: value for key, value in config.items() if key in LOCATION_KEYS + WORK_KEYS}
+    places |= {key.replace("train.", "tiers."): None for key in config if key in WORK_KEYS}
     identity = {key: value for key, value in config.items() if key in IDENTITY_KEYS}
     return parse_run(with_overrides(settings.model_dump(mode="json"), places)), identity
+
+
+def _is_setting(settings: RunSettings, key: str) -> bool:
+    """Whether a dotted key is one of the run file's."""
+    place: object = settings.model_dump()
+    for part in key.split("."):
+        if not isinstance(place, dict) or part not in place:
+            return False
+        place = place[part]
+    return True

@@ -15,6 +15,12 @@ def batch_order(settings: TrainSettings, examples: Sequence[Tokens], generator: 
     return batches(len(examples), settings.batch_size, generator, lengths)
 
 
+def in_pieces(batch: list[int], settings: TrainSettings) -> list[list[int]]:
+    """A batch cut into micro-batches; as it is where there are none."""
+    size = settings.micro_batch or len(batch)
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+
 def steps_per_round(settings: TrainSettings, num_examples: int) -> int:
     """Optimiser steps of one client in one round: `local_steps`, or as many as `local_epochs` passes take."""
     if settings.local_steps:

@@ -3,15 +3,15 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ubsmoe.client.schedule import batch_order, elastic_top_ks, steps_per_round
-from ubsmoe.config import RunSettings, TierSettings, TrainSettings, WireDtype
+from ubsmoe.client.schedule import batch_order, elastic_top_ks, in_pieces, steps_per_round
+from ubsmoe.config import RunSettings, TierSettings, TrainSettings, WireDtype, train_of_tier
 from ubsmoe.data.tokens import IGNORED, Tokens, collate, pad_id
 from ubsmoe.errors import UserError
 from ubsmoe.messages import Task, Tensors, Update, in_order
@@ -75,6 +75,7 @@ def train(
     """
     started = time.perf_counter()
     client, model = task.profile.client, trainer.model
+    trainer = replace(trainer, settings=train_of_tier(trainer.settings, trainer.tiers, task.profile.tier))
     key = (trainer.seed, client, task.round)
     try:
         hooks = trainer.method.install(model, task.payload, task.profile, generator_for(*key, "install"))
@@ -126,13 +127,14 @@ def _steps(
         _set_learning_rate(optimizer, settings, step)
         optimizer.zero_grad(set_to_none=True)
         loss = 0.0
-        for batch, share in _micro_batches(trainer, examples, order):
+        pieces = _micro_batches(trainer, examples, order)
+        for batch, share in pieces:
             seen = int(batch["attention_mask"].sum())
             tokens, assignments = tokens + seen, assignments + seen * top_k
             value = language_loss(model, batch) * share
             total = value
             for penalty in hooks.penalties:
-                total = total + penalty() / settings.gradient_accumulation
+                total = total + penalty() / len(pieces)
             total.backward()
             loss += value.item()
         if not torch.isfinite(torch.tensor(loss)):
@@ -154,10 +156,12 @@ def _steps(
 def _micro_batches(
     trainer: Trainer, examples: Sequence[Tokens], order: Iterator[list[int]]
 ) -> list[tuple[dict[str, Tensor], float]]:
-    """The batches of one step, each with its share of the labelled tokens: their sum is the loss of one large batch."""
+    """The pieces of one step, each with its share of the labelled tokens: their sum is the loss of one large batch."""
+    settings = trainer.settings
     micro = [
-        collate([examples[i] for i in next(order)], trainer.pad_id, trainer.loss_on_prompt)
-        for _ in range(trainer.settings.gradient_accumulation)
+        collate([examples[i] for i in piece], trainer.pad_id, trainer.loss_on_prompt)
+        for _ in range(settings.gradient_accumulation)
+        for piece in in_pieces(next(order), settings)
     ]
     labelled = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in micro]
     return [(batch, count / sum(labelled)) for batch, count in zip(micro, labelled, strict=True)]

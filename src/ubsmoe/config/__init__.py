@@ -1,6 +1,7 @@
 """Run files: what they can say (`settings`) and how they are read (`reading`)."""
 
 from ubsmoe.config.data import DataSettings, PartitionSettings, SyntheticSettings
+from ubsmoe.config.model import AdapterSettings, ModelSettings, TierSettings
 from ubsmoe.config.reading import (
     ConfigError,
     load_run,
@@ -14,19 +15,17 @@ from ubsmoe.config.reading import (
 from ubsmoe.config.section import Settings
 from ubsmoe.config.secure import SecureAggregationSettings
 from ubsmoe.config.settings import (
-    AdapterSettings,
     ClientSettings,
     EvaluateSettings,
     MethodSettings,
-    ModelSettings,
     PrivacySettings,
     RobustSettings,
     RoundSettings,
     RunSettings,
     SimulationSettings,
-    TierSettings,
     TrainSettings,
     WireSettings,
+    train_of_tier,
 )
 from ubsmoe.costs.workload import WireDtype
 
@@ -56,6 +55,7 @@ __all__ = [
     "parse_value",
     "read_toml",
     "to_json",
+    "train_of_tier",
     "validated",
     "with_overrides",
 ]

@@ -10,7 +10,8 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from ubsmoe.config.data import DataSettings
-from ubsmoe.config.settings import ModelSettings, RunSettings
+from ubsmoe.config.model import ModelSettings
+from ubsmoe.config.settings import RunSettings
 from ubsmoe.errors import UserError
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
@@ -138,6 +139,8 @@ def _explain(fault: Any, root: type[BaseModel]) -> str:
 
 def _section(model: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel]:
     for name in path:
+        if isinstance(name, int):  # an entry of a list of sections, whose kind is known by then
+            continue
         annotation = model.model_fields[name].annotation
         # a section that may be left out is annotated "Settings | None"
         sections = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type)]

@@ -1,6 +1,6 @@
 """What a run file can say, section by section: frozen, validated settings.
 
-Defaults live here, those of [data] in data.py, and nowhere else.
+Defaults live here, those of [data] in data.py, those of [model], [adapter] and [tiers] in model.py, and nowhere else.
 """
 
 from typing import Annotated, Any, Literal
@@ -8,55 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from ubsmoe.config.data import DataSettings
-from ubsmoe.config.section import Budget, Rank, Settings, Share
+from ubsmoe.config.model import AdapterSettings, ModelSettings, TierSettings
+from ubsmoe.config.section import Settings, Share
 from ubsmoe.config.secure import SecureAggregationSettings, conflict_with_secure
 from ubsmoe.costs.workload import WireDtype
-
-
-class ModelSettings(Settings):
-    """[model]: the frozen base."""
-
-    base: str = Field("ubsmoe-tiny", description="the shipped base, a folder, or a Hugging Face model id")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of the base and of the activations")
-    device: str = Field("cpu", description="torch device every client trains on")
-    sha256: str | None = Field(
-        None, description="of the base's weights, as `ubsmoe base hash` prints it; any other base is refused"
-    )
-
-
-class AdapterSettings(Settings):
-    """[adapter]: what is trained on top of the base."""
-
-    rank: Rank = Field(8, description="LoRA rank on every expert matrix")
-    alpha: PositiveFloat = Field(16.0, description="the update is alpha / rank * B A (PEFT: lora_alpha)")
-    # measured, like router: docs/results.md, Screening, the rows of their names
-    shared_a: bool = Field(True, description="start all experts of a layer from one A (pseudo-gradients need it)")
-    router: Literal["frozen", "trained"] = Field("frozen", description="whether the routers' weights are trained too")
-    attention: Literal["frozen", "trained"] = Field(
-        "frozen", description="whether the attention projections of layers with experts have LoRA of that rank too"
-    )
-    start: str | None = Field(None, description="folder of a PEFT adapter to go on from; a fresh one when left out")
-
-
-class TierSettings(Settings):
-    """[tiers]: how much each class of client can afford."""
-
-    budgets: tuple[Budget, ...] = Field(
-        (0.25, 0.5, 0.75, 1.0), min_length=1, description="beta of each tier, in (0, 1]"
-    )
-    ranks: tuple[Rank, ...] = Field(
-        (4, 8, 16, 32), min_length=1, description="LoRA rank of each tier, for methods that vary the rank instead of K"
-    )
-    k_max: PositiveInt | None = Field(
-        None, description="K_max, experts per token at budget 1; the base's own when left out"
-    )
-    rescale: Literal["none", "mass"] = Field(
-        "mass",  # measured: docs/decisions/0002-output-scale.md
-        description="layer output at K < K_max: as it is, or with the routing mass of K_max",
-    )
-    # off, since it is not the paper's; what it gains and costs: docs/results.md, Screening and Confirmation, rows elastic_share
-    elastic_share: Share = Field(0.0, description="share of local steps run at a smaller K: elastic budgets")
-    elastic_draw: Literal["one", "uniform"] = Field("one", description="the smaller K: always 1, or uniform on 1..K_c")
 
 
 class ClientSettings(Settings):
@@ -95,6 +50,10 @@ class TrainSettings(Settings):
     local_epochs: PositiveFloat = Field(1.0, description="passes over the client's data per round")
     batch_size: PositiveInt = Field(16, description="examples per forward pass")
     gradient_accumulation: PositiveInt = Field(1, description="forward passes per optimiser step")
+    micro_batch: PositiveInt | None = Field(
+        None,
+        description="examples at a time of a batch, which it divides: the same step in less memory; all when left out",
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="keep only the input of each layer and run it again in the backward pass: less memory, more time",
@@ -270,6 +229,12 @@ class RunSettings(Settings):
             )
         if self.secure_aggregation and (reason := conflict_with_secure(self)):
             raise ValueError(reason)
+        for size in (self.train.micro_batch, *(self.tiers.micro_batch or ())):
+            if size and self.train.batch_size % size:
+                raise ValueError(
+                    f"micro_batch is {size}, which does not divide train.batch_size = {self.train.batch_size}; a step is to be "
+                    f"the same work in equal pieces, so set one of {', '.join(map(str, _divisors(self.train.batch_size)))}"
+                )
         if self.clients_per_round < self.robust.fewest_clients:
             raise ValueError(
                 f"robust.rule {self.robust.rule!r} against {self.robust.attackers} attackers needs "
@@ -281,3 +246,13 @@ class RunSettings(Settings):
     def clients_per_round(self) -> int:
         """How many clients a round is for."""
         return self.clients.per_round or self.clients.count
+
+
+def train_of_tier(train: TrainSettings, tiers: TierSettings, tier: int) -> TrainSettings:
+    """[train] as clients of a tier carry it out: the same work, in pieces and with a memory of their own."""
+    own = {key: getattr(tiers, key) for key in ("micro_batch", "gradient_checkpointing")}
+    return train.model_copy(update={key: values[tier] for key, values in own.items() if values is not None})
+
+
+def _divisors(number: int) -> list[int]:
+    return [count for count in range(1, number + 1) if number % count == 0]

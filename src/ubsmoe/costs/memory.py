@@ -7,6 +7,8 @@ from ubsmoe.costs.shape import ModelShape
 from ubsmoe.costs.workload import Workload
 
 FLOAT32, INT64 = 4, 8
+SIDE_COPIES = 3.5
+"""Of a side factor: as received, in place, joined with each layer's adapter, and of B the kernel's copy (`bench/plan.py`)."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,17 @@ class Memory:
     gradients: int
     activations: int
     working: int
+    side: int = 0
 
     @property
     def total(self) -> int:
         """The sum of the parts."""
         return sum(asdict(self).values())
+
+    @property
+    def resident(self) -> int:
+        """What a client on a CPU must have in memory: all but the weights, which are mapped from files and can be read again."""
+        return self.total - self.weights
 
 
 def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memory:
@@ -48,7 +56,8 @@ def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memo
     shape.check_top_k(top_k)
     adapter = FLOAT32 * shape.trained_elements(workload.rank, workload.trained)
     at_step = Memory(
-        weights=shape.parameters * workload.dtype_bytes,
+        weights=weight_bytes(shape, workload),
+        side=round(SIDE_COPIES * FLOAT32 * workload.side_elements),
         task=adapter,
         adapters=adapter,
         optimizer=workload.optimizer_moments * adapter,
@@ -65,6 +74,51 @@ def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memo
     gradients = workload.accumulating * adapter
     at_backward = replace(at_step, gradients=gradients, activations=activations, working=working)
     return max(at_backward, at_step, key=lambda peak: peak.total)
+
+
+def weight_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Bytes of the base: experts in their format with their scales, everything else in `dtype_bytes`.
+
+    int8: 1 + 4 / columns per element (a float32 scale per stored row); nf4: 1/2 + 4/64 (one per 64 elements).
+    """
+    experts = shape.num_moe_layers * shape.num_experts * shape.expert_weights
+    rest = (shape.parameters - experts) * workload.dtype_bytes
+    if workload.experts == "nf4":
+        return rest + experts // 2 + FLOAT32 * experts // 64
+    if workload.experts == "int8":
+        rows = shape.up_matrices * shape.expert_width + shape.hidden
+        return rest + experts + FLOAT32 * shape.num_moe_layers * shape.num_experts * rows
+    return rest + experts * workload.dtype_bytes
+
+
+def evaluation_memory_bytes(shape: ModelShape, top_k: int, workload: Workload, rows: int, labelled: int) -> int:
+    """Bytes while questions are answered: weights, adapter, the cache of keys and values, and one layer's or the logits' work.
+
+    Args:
+        shape: the model.
+        top_k: K.
+        workload: its batch is a batch of prompts, `length` with all that is written after them.
+        rows: sequences in the cache, one per candidate or beam of a prompt.
+        labelled: positions whose logits are there at once.
+    """
+    adapter = FLOAT32 * shape.trained_elements(workload.rank, workload.trained)
+    kv_heads = shape.heads if shape.latent else shape.kv_heads
+    cached = rows * workload.batch.length * shape.num_layers * kv_heads * (shape.head_dim + shape.value_dim)
+    layer = workload.dtype_bytes * _held_by_layer(shape, workload.batch.tokens, top_k)
+    logits = _loss(shape, replace(workload, batch=replace(workload.batch, labelled=labelled)))
+    return weight_bytes(shape, workload) + 2 * adapter + workload.dtype_bytes * cached + max(layer, logits)
+
+
+def export_memory_bytes(shape: ModelShape, workload: Workload) -> dict[str, int]:
+    """Bytes while an adapter is exported, and while a model is merged, whose base counts as far as it is not mapped.
+
+    The adapter is there as its file, read, put in place, read off, and in the export's layout; a merged layer as it is in
+    memory and as it is in a file.
+    """
+    adapter = FLOAT32 * shape.trained_elements(workload.rank, workload.trained)
+    layer = workload.dtype_bytes * (shape.num_experts * shape.expert_weights + shape.attention_weights)
+    ends = workload.dtype_bytes * shape.vocab * shape.hidden * (1 if shape.tied_embeddings else 2)
+    return {"peft": 4 * adapter, "merged": 3 * adapter + max(2 * layer, ends)}
 
 
 def _activations(shape: ModelShape, top_k: int, workload: Workload) -> tuple[int, int]:

@@ -8,6 +8,9 @@ from ubsmoe.costs.shape import EXPERTS_ONLY, Trained
 WireDtype = Literal["float32", "bfloat16", "int8"]
 """Precisions in which an update can travel."""
 
+ExpertFormat = Literal["int8", "nf4"]
+"""What the frozen experts can be quantised to."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -44,6 +47,8 @@ class Workload:
         accumulating: whether gradients of an earlier forward pass are there already.
         recomputing: gradient checkpointing: layers keep their input alone and run a second time, without the head.
         wire_dtype: precision of an update; a task travels in float32.
+        experts: what the frozen experts are quantised to; None for `dtype_bytes`.
+        side_elements: float32 numbers of a frozen side factor beside the adapter.
 
     Raises:
         ValueError: if rank, length or fraction is impossible.
@@ -59,6 +64,8 @@ class Workload:
     accumulating: bool = False
     recomputing: bool = False
     wire_dtype: WireDtype = "float32"
+    experts: ExpertFormat | None = None
+    side_elements: int = 0
 
     def __post_init__(self) -> None:
         if self.rank < 0 or self.batch.length < 1:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ubsmoe.config import ConfigError
 from ubsmoe.data.file_formats import MAX_DIGITS, SPLITS, SUFFIXES, LongInteger, read_rows, record_files, stem
+from ubsmoe.data.hub import go_offline_without_network
 from ubsmoe.data.tasks import TASKS, Example
 from ubsmoe.errors import require
 
@@ -74,6 +75,7 @@ def read_hub(name: str, split: str, tokenizer: "PreTrainedTokenizerBase") -> lis
 def load_hub(name: str, split: str, config: str | None = None, revision: str | None = None) -> Iterable[dict[str, Any]]:
     """The raw rows of a hub data set. Raises UserError if the library is missing or the hub does not give them."""
     require("datasets", "datasets")
+    go_offline_without_network()  # before the import, which takes note of it
     datasets = import_module("datasets")
     try:
         rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, config, split=split, revision=revision)

@@ -33,7 +33,7 @@ class Splits:
     too_long: dict[str, int] = field(default_factory=dict)
 
 
-def load_examples(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Splits:
+def load_examples(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase | None", seed: int) -> Splits:
     """The run's training and test examples.
 
     Without `data.test`, the synthetic data set has its own test questions, and any other source holds out `data.test_fraction` of
@@ -41,7 +41,7 @@ def load_examples(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", 
 
     Args:
         settings: the run's [data].
-        tokenizer: its chat template words records that hold messages.
+        tokenizer: its chat template words records that hold messages; None where there are none.
         seed: the run's seed; draws the synthetic questions and the held-out part.
 
     Raises:
@@ -56,25 +56,27 @@ def load_examples(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", 
     return Splits(train, by_task(test), left_out)
 
 
-def load_training(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> list[Example]:
+def load_training(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase | None", seed: int) -> list[Example]:
     """All that data.train names, nothing held out. Arguments and errors as for `load_examples`."""
     return _fitting(_all_training(settings, tokenizer, seed), settings, tokenizer, "train", {})
 
 
-def load_test(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> dict[str, list[Example]]:
+def load_test(
+    settings: DataSettings, tokenizer: "PreTrainedTokenizerBase | None", seed: int
+) -> dict[str, list[Example]]:
     """The test examples alone: a server that has data.test needs no training data. As for `load_examples`."""
     if settings.test is not None or settings.train == "synthetic":
         return by_task(_fitting(_all_test(settings, tokenizer, seed), settings, tokenizer, "test", {}))
     return load_examples(settings, tokenizer, seed).test
 
 
-def _all_training(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> list[Example]:
+def _all_training(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase | None", seed: int) -> list[Example]:
     if settings.train == "synthetic":
         return _synthetic(settings.synthetic, seed).examples("train", settings.synthetic.train_examples, seed)
     return _read(settings.train, "train", tokenizer)
 
 
-def _all_test(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> list[Example]:
+def _all_test(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase | None", seed: int) -> list[Example]:
     if settings.test is not None:
         return _read(settings.test, "test", tokenizer)
     return _synthetic(settings.synthetic, seed).examples("test", settings.synthetic.test_examples, seed)
@@ -83,7 +85,7 @@ def _all_test(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed
 def _fitting(
     examples: list[Example],
     settings: DataSettings,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase | None",
     use: str,
     left_out: dict[str, int],
 ) -> list[Example]:
@@ -114,7 +116,7 @@ def _synthetic(settings: SyntheticSettings, seed: int) -> SyntheticQA:
         raise ConfigError(f"data.synthetic.entities: {error}") from None
 
 
-def _read(place: str, use: str, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
+def _read(place: str, use: str, tokenizer: "PreTrainedTokenizerBase | None") -> list[Example]:
     """Read the file, folder or hub data set that data.train or data.test names."""
     path = Path(place)
     if path.is_dir():

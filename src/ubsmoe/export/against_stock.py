@@ -3,10 +3,7 @@
 Names alone prove nothing: PEFT leaves out what it has no place for, with a warning at most.
 """
 
-import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,11 +12,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ubsmoe.errors import UserError
-from ubsmoe.export.installed import Installed
+from ubsmoe.export.installed import Installed, install
+from ubsmoe.export.sidecar import Sidecar
 from ubsmoe.model.checkpoint import LOAD, READ, check_tensors, named
+from ubsmoe.model.fused import Checkpoint, weight_files
+from ubsmoe.model.opened import DIRECT_BYTES, skeleton
 from ubsmoe.model.surgery import SparseModel
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -30,59 +30,61 @@ class ExportMismatch(UserError):
     """An export that stock software would load as something else; it is not published."""
 
 
-def check_merged(folder: Path, sparse: SparseModel, top_k: int) -> None:
-    """Raise UserError unless transformers loads a merged model as it is in memory, where nothing but its K is in place."""
+def check_merged(folder: Path, sparse: SparseModel, installed: Installed, sidecar: Sidecar) -> None:
+    """Raise UserError unless transformers loads a merged model as its base is with all that the weights have taken in.
+
+    Of a model that would fill memory a second time, names and sizes are compared, and nothing is loaded.
+    """
+    if _num_bytes(sparse.model) >= DIRECT_BYTES:
+        config = AutoConfig.from_pretrained(folder, **READ)
+        Checkpoint(skeleton(config, sparse.model.dtype), weight_files(folder))
+        return
     stock, found = AutoModelForCausalLM.from_pretrained(folder, dtype=sparse.model.dtype, **LOAD)
     check_tensors(found, str(folder))
-    sparse.clear()
-    with _without_rescale(sparse):
-        sparse.set_top_k(top_k)
-        ours = _logits(sparse.model)
-    sparse.clear()
-    _compare(_logits(stock.to(sparse.device).eval()), ours, "transformers", sparse.model.dtype)
+    ours = SparseModel(_twin(sparse.model))
+    taken = {"phi": None, "selection_bias": None} | ({} if sidecar.phi else {"phi": installed.routing["phi"]})
+    install(ours, installed.adapter, sidecar.model_copy(update={**installed.routing, **taken, "rescale": "none"}))
+    _compare(_logits(stock.to(sparse.device).eval()), _logits(ours.model), "transformers", sparse.model.dtype)
 
 
 def check_peft(folder: Path, sparse: SparseModel, installed: Installed, tensors: dict[str, Tensor]) -> None:
-    """Raise UserError unless PEFT puts every tensor of an adapter on the base and gets its logits; nothing without PEFT."""
+    """Raise UserError unless PEFT puts every tensor of an adapter on the base and gets its logits; nothing without PEFT.
+
+    On a base that has no plain weights in memory the tensors are put in place, and nothing is computed.
+    """
     if find_spec("peft") is None:
         return
     peft = import_module("peft")
-    twin = _twin(sparse.model)
-    ours = SparseModel(twin)
-    ours.load_adapter(installed.adapter, installed.alpha)
-    expected = _logits(twin)
+    bare = any(parameter.is_meta for parameter in sparse.model.parameters())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT looks for the patterns of parameters among modules, too
-        theirs = peft.PeftModel.from_pretrained(_twin(sparse.model), str(folder)).eval()
+        theirs = peft.PeftModel.from_pretrained(
+            skeleton(sparse.model.config, sparse.model.dtype) if bare else _twin(sparse.model),
+            str(folder),
+            low_cpu_mem_usage=bare,  # takes the file's tensors as they are: copies on the meta device would be empty
+        ).eval()
     loaded = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
     if lost := sorted(name for name in tensors if name not in loaded or not _equal(loaded[name], tensors[name])):
         raise ExportMismatch(f"PEFT has no place on this base for {named(lost)}; export it as merged or native instead")
-    _compare(_logits(theirs), expected, "PEFT", sparse.model.dtype)
+    if not bare:
+        ours = SparseModel(_twin(sparse.model))
+        ours.load_adapter(installed.adapter, installed.alpha)
+        _compare(_logits(theirs), _logits(ours.model), "PEFT", sparse.model.dtype)
+
+
+def _num_bytes(model: Any) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _twin(model: Any) -> Any:
     """Another model object on the same weights."""
-    with torch.device("meta"):
-        twin = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype, **READ)
+    twin = skeleton(model.config, model.dtype)
     twin.load_state_dict(model.state_dict(), assign=True)
     twin.tie_weights()
     for name, buffer in model.named_buffers():  # those that are computed, not saved
         owner, _, last = name.rpartition(".")
         twin.get_submodule(owner)._buffers[last] = buffer
     return twin.requires_grad_(False).eval()
-
-
-@contextmanager
-def _without_rescale(sparse: SparseModel) -> Iterator[None]:
-    """Inside, K < K_max has no output scale, which stock software does not have either."""
-    before = [layer.rescale for layer in sparse.layers]
-    for layer in sparse.layers:
-        layer.rescale = "none"
-    try:
-        yield
-    finally:
-        for layer, rescale in zip(sparse.layers, before, strict=True):
-            layer.rescale = rescale
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a SparseModel has in place, as plain tensors: read off, put on again, or merged into the weights.
+"""What a SparseModel has in place, as plain tensors: read off, or put on again.
 
 Reading what a method has installed, rather than what its server keeps, serves every method alike: cores are multiplied in and
 side factors stand beside the trained ones, along the rank.
@@ -14,8 +14,6 @@ from torch.nn.functional import pad
 
 from ubsmoe.export.sidecar import Sidecar
 from ubsmoe.model.adapter import MatrixAdapter
-from ubsmoe.model.conventions import router_matrix, top_k_name
-from ubsmoe.model.expert_weights import up_name
 from ubsmoe.model.surgery import SparseModel
 
 
@@ -81,50 +79,6 @@ def install(sparse: SparseModel, adapter: Mapping[str, Tensor], sidecar: Sidecar
         sparse.set_selection_bias(torch.tensor(sidecar.selection_bias))
     if sidecar.output_scale:
         sparse.set_output_scale(torch.tensor(sidecar.output_scale, device=sparse.device))
-
-
-@torch.no_grad()
-def merge(sparse: SparseModel, installed: Installed) -> dict[str, Any]:
-    """Add an adapter to the weights for good, and whatever of the routing stock weights and config can carry.
-
-        W <- W + alpha / r B A,    router <- router + its difference,    down <- output scale * down
-
-    K goes into the config. phi goes into a router's own bias where there is one and phi moves all experts.
-
-    Returns:
-        The routing that is left for the sidecar.
-    """
-    left = dict(installed.routing)
-    scale, scales = installed.alpha / installed.rank, left.pop("output_scale")
-    modules: list[tuple[Any, Any]] = [(layer.router, layer.experts) for layer in sparse.layers]
-    attention = [layer.attention.projections for layer in sparse.layers]
-    for index, (router, experts) in enumerate(modules):
-        for name, stored in (("up", up_name(experts)), ("down", "down_proj")):
-            matrix = f"layers.{index}.{name}"
-            _add(getattr(experts, stored), installed.adapter, matrix, scale, experts.is_transposed)
-        for name, projection in attention[index].items():
-            if f"layers.{index}.attention.{name}.A" in installed.adapter:
-                _add(projection.weight[None], installed.adapter, f"layers.{index}.attention.{name}", scale, False)
-        if (difference := installed.adapter.get(f"layers.{index}.router")) is not None:
-            _, weight = router_matrix(router, sparse.layers[index].convention)
-            weight.copy_(weight.float() + difference.to(weight.device))
-        if scales:
-            experts.down_proj.mul_(scales[index])
-            if experts.has_bias:
-                experts.down_proj_bias.mul_(scales[index])
-    biases = [getattr(router, "bias", None) for router, _ in modules]
-    if left["phi"] and left["num_candidates"] == sparse.num_experts and all(isinstance(b, Tensor) for b in biases):
-        for (router, _), row in zip(modules, left.pop("phi"), strict=True):
-            router.bias.add_(torch.tensor(row).to(router.bias))
-    setattr(sparse.model.config, top_k_name(sparse.model.config), left["top_k"])
-    return left
-
-
-def _add(weight: Tensor, adapter: Mapping[str, Tensor], matrix: str, scale: float, transposed: Any) -> None:
-    """Expert by expert, so that no second copy of a layer is formed; in float32, rounded once."""
-    for expert, (a, b) in enumerate(zip(adapter[f"{matrix}.A"], adapter[f"{matrix}.B"], strict=True)):
-        delta = (scale * (b @ a)).to(weight.device)
-        weight[expert] = (weight[expert].float() + (delta.T if transposed else delta)).to(weight.dtype)
 
 
 def _plain(matrix: MatrixAdapter) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,15 @@ from torch import Tensor
 from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.export.against_stock import check_merged, check_peft
 from ubsmoe.export.card import export_card
-from ubsmoe.export.installed import Installed, merge
+from ubsmoe.export.installed import Installed
+from ubsmoe.export.merged import merge, write_merged
 from ubsmoe.export.peft import CONFIG, WEIGHTS, AdapterMismatch, from_peft, to_peft
 from ubsmoe.export.sidecar import Format, Sidecar, beyond_stock, parse_sidecar
 from ubsmoe.model.conventions import top_k_name
+from ubsmoe.model.quantised import format_of
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.storage import exportfolder
-from ubsmoe.storage.disk import encode_json
+from ubsmoe.storage.json_text import encode_json
 
 NATIVE = "adapter.safetensors"
 
@@ -40,10 +42,10 @@ class Origin:
 def write(
     sparse: SparseModel, tokenizer: Any, installed: Installed, origin: Origin, format: Format, out: Path
 ) -> Sidecar:
-    """Write one export. After "merged" the model's weights are no longer the base's.
+    """Write one export; the model is left as it was.
 
     Args:
-        sparse: the base, with nothing in place.
+        sparse: the base; names and shapes are all that is asked of it, unless the format is "merged".
         tokenizer: the base's; goes with a merged model.
         installed: what to export.
         origin: facts for the sidecar.
@@ -55,9 +57,16 @@ def write(
 
     Raises:
         ExportError: if `out` is taken or cannot be written; then nothing is.
+        ConfigError: for "merged" if the experts in memory are quantised.
         UserError: if stock software would make something else of it; then nothing is written either.
     """
-    exportfolder.check_free(out)  # before anything is merged
+    exportfolder.check_free(out)  # before anything is computed
+    if format == "merged" and format_of(sparse.layers[0].experts):
+        raise ConfigError(
+            "a merged export holds whole weights, and this base's experts are quantised; use `ubsmoe export RUN --format merged`, "
+            "which adds the adapter to the plain base"
+        )
+    merging = merge(sparse, installed)
     k_name = top_k_name(sparse.model.config)
     stock_top_k = getattr(sparse.model.config, k_name)
     sidecar = parse_sidecar(
@@ -65,21 +74,22 @@ def write(
             "format": format,
             "base": origin.model.base,
             "base_sha256": origin.base_sha256,
-            "dtype": origin.model.dtype,
+            "dtype": str(sparse.model.dtype).removeprefix("torch."),
+            "experts": origin.model.experts,
             "family": sparse.model.config.model_type,
             "method": origin.method,
             "tier": origin.tier,
             "rank": installed.rank,
             "alpha": installed.alpha,
-            **(merge(sparse, installed) if format == "merged" else installed.routing),
+            **(merging.routing if format == "merged" else installed.routing),
         }
     )
 
     def fill(folder: Path) -> None:
         if format == "merged":
-            sparse.model.save_pretrained(folder)
+            write_merged(sparse, merging.changes, sidecar.top_k, folder)
             tokenizer.save_pretrained(folder)
-            check_merged(folder, sparse, sidecar.top_k)
+            check_merged(folder, sparse, installed, sidecar)
         elif format == "peft":
             tensors, config = to_peft(sparse, installed.adapter, installed.alpha, origin.model.base)
             exportfolder.write_tensors(folder / WEIGHTS, tensors)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from ubsmoe.config import Settings, validated
+from ubsmoe.costs.workload import ExpertFormat
 
 Format = Literal["peft", "merged", "native"]
 
@@ -19,6 +20,9 @@ class Sidecar(Settings):
     base: str = Field(description="the run's model.base")
     base_sha256: str = Field(description="hash over the base's weights, in `dtype`")
     dtype: Literal["float32", "bfloat16"]
+    experts: ExpertFormat | None = Field(
+        None, description="what the base's frozen experts were quantised to in training"
+    )
     family: str = Field(description="transformers' model_type")
     method: str
     tier: PositiveInt | None = Field(description="counted from 1; None if no tier was asked for")
@@ -46,6 +50,12 @@ def beyond_stock(sidecar: Sidecar, stock_top_k: int) -> list[str]:
         stock_top_k: experts per token of the unchanged base.
     """
     said = []
+    if sidecar.experts:
+        base = "merged into" if sidecar.format == "merged" else "loaded on"
+        said.append(
+            f"Quantisation: it was trained on experts in {sidecar.experts}, and is {base} the plain ones, which differ a "
+            "little. Scores of the run are those of the quantised experts."
+        )
     if sidecar.format == "peft" and sidecar.top_k != stock_top_k:
         said.append(
             f"K: an adapter cannot set the number of experts. Load the base with `num_experts_per_tok={sidecar.top_k}`; "

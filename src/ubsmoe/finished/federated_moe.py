@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -14,10 +14,12 @@ from ubsmoe.export import save_load as exports
 from ubsmoe.export.installed import install, read_installed
 from ubsmoe.export.sidecar import Format, Sidecar
 from ubsmoe.finished.run import open_run
-from ubsmoe.model.load import load_base, weights_sha256
+from ubsmoe.model.load import load_base
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.storage.exportfolder import is_export
 from ubsmoe.storage.runfolder import is_run
+
+Dtype = Literal["float32", "bfloat16"]
 
 
 class FederatedMoE:
@@ -33,7 +35,13 @@ class FederatedMoE:
 
     @classmethod
     def from_pretrained(
-        cls, place: str | Path, *, tier: int | None = None, base: str | None = None, device: str = "cpu"
+        cls,
+        place: str | Path,
+        *,
+        tier: int | None = None,
+        base: str | None = None,
+        device: str = "cpu",
+        dtype: Dtype | None = None,
     ) -> Self:
         """Load a run folder, an export of any format, or a bare base.
 
@@ -42,20 +50,25 @@ class FederatedMoE:
             tier: of a run: whose adapter and budget, counted from 1; the largest budget's when left out.
             base: of an adapter export: where its base lies, if not where it did.
             device: torch device.
+            dtype: of a bare base: the checkpoint's own when left out. An adapter is used in the precision it was trained in.
 
         Raises:
             UserError: if it cannot be loaded; the message says why.
         """
         folder = Path(place)
+        if dtype and (is_run(folder) or is_export(folder)):
+            raise ConfigError(
+                f"dtype is for a bare base, and {place} is a run or an export, used as it was trained; leave it out"
+            )
         if is_run(folder):
             return cls._from_run(folder, tier, device)
         if tier is not None:
             raise ConfigError(f"tier chooses among the tiers of a run, and {place} is no run folder")
         if is_export(folder):
             return cls._from_export(folder, base, device)
-        settings = ModelSettings(base=str(place), device=device)
+        settings = ModelSettings(base=str(place), device=device, dtype=dtype or "auto")
         sparse, tokenizer = load_base(settings)
-        return cls(sparse, tokenizer, exports.Origin(settings, weights_sha256(sparse.model), "none"))
+        return cls(sparse, tokenizer, exports.Origin(settings, sparse.sha256, "none"))
 
     @property
     def model(self) -> Any:
@@ -118,7 +131,7 @@ class FederatedMoE:
         return text
 
     def save_pretrained(self, folder: str | Path, format: Format = "native") -> Sidecar:
-        """Export what is in place, at the current budget; "merged" uses this object up.
+        """Export what is in place, at the current budget; this object stays as it is.
 
         Raises:
             UserError: if there is no adapter, or the folder is taken.
@@ -148,9 +161,10 @@ class FederatedMoE:
     def _from_export(cls, folder: Path, base: str | None, device: str) -> Self:
         sidecar = exports.read(folder)
         place = str(folder) if sidecar.format == "merged" else base or sidecar.base
-        settings = ModelSettings(base=place, dtype=sidecar.dtype, device=device)
+        experts = None if sidecar.format == "merged" else sidecar.experts
+        settings = ModelSettings(base=place, dtype=sidecar.dtype, device=device, experts=experts)
         sparse, tokenizer = load_base(settings)
-        sha256 = weights_sha256(sparse.model)
+        sha256 = sparse.sha256
         if sidecar.format != "merged":
             exports.check_base(sidecar, sparse, sha256, folder)
         install(sparse, exports.read_tensors(folder, sidecar, sparse), sidecar)

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,12 +14,14 @@ from ubsmoe.messages import Profile
 from ubsmoe.methods.chosen import chosen_method, shape_of_model, tier_profiles
 from ubsmoe.methods.method import Method, State
 from ubsmoe.methods.state import unpack
-from ubsmoe.model.load import load_base, weights_sha256
+from ubsmoe.model.load import load_base, load_skeleton
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.federation import build_server
 from ubsmoe.server.rounds import evaluate_tier
 from ubsmoe.storage.runfolder import read_adapter, read_run
+
+Weights = Literal["trained", "plain", "none"]
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ class FinishedRun:
         self.method.install(self.model, payload, profile, generator_for(self.settings.seed, "evaluation"))
 
 
-def open_run(path: Path, device: str | None = None) -> FinishedRun:
+def open_run(path: Path, device: str | None = None, weights: Weights = "trained") -> FinishedRun:
     """Open a finished run.
 
     Args:
         path: the run folder.
         device: where to, if not where it was trained.
+        weights: the base's as in training, or "plain" where its experts were quantised; with "none", adapters can be put on and
+            read off, and nothing run.
 
     Raises:
         RunFolderError: if the folder holds no finished run.
@@ -59,13 +63,18 @@ def open_run(path: Path, device: str | None = None) -> FinishedRun:
     """
     tensors, facts = read_adapter(path)
     settings = settings_of_run(path, {"model.device": device} if device else {})
-    model, tokenizer = load_base(settings.model, settings.tiers.rescale, settings.tiers.k_max)
-    sha256 = weights_sha256(model.model)
-    _require_base(path, facts, sha256, settings)
+    base = settings.model.model_copy(update={"experts": None}) if weights == "plain" else settings.model
+    place = base, settings.tiers.rescale, settings.tiers.k_max
+    if weights == "none":
+        model, tokenizer = load_skeleton(*place), None
+        model.device = torch.device("cpu")
+    else:
+        model, tokenizer = load_base(*place)
+        _require_base(path, facts, model.sha256, settings)
     shape = shape_of_model(settings, model)
     method = chosen_method(settings, shape)
     tiers = tier_profiles(settings, method, shape)
-    return FinishedRun(settings, model, tokenizer, method, tiers, unpack(tensors, method.keeps), sha256)
+    return FinishedRun(settings, model, tokenizer, method, tiers, unpack(tensors, method.keeps), facts["base_sha256"])
 
 
 def export_run(path: Path, out: Path, format: Format, tier: int | None = None) -> Sidecar:
@@ -80,7 +89,8 @@ def export_run(path: Path, out: Path, format: Format, tier: int | None = None) -
     Raises:
         UserError: if there is no finished run, no such tier, or `out` is taken; then nothing is written.
     """
-    run = open_run(path)
+    # an adapter is added to whole weights, and without them holds nothing of the base
+    run = open_run(path, weights="plain" if format == "merged" else "none")
     profile = run.tier(tier)
     run.install(profile)
     installed = read_installed(run.model)

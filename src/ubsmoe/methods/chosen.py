@@ -34,6 +34,8 @@ def run_shape(settings: RunSettings, num_layers: int, num_experts: int, k_max: i
         shared_a=adapter.shared_a,
         attention=adapter.attention == "trained",
         mean=mean_of(settings.robust),
+        # a round adds at most the directions of its clients' adapters
+        side_rank=settings.train.rounds * settings.clients_per_round * max(adapter.rank, *settings.tiers.ranks),
     )
 
 
@@ -57,6 +59,8 @@ def chosen_method(settings: RunSettings, shape: RunShape) -> Method:
     method = build(settings.method.name, shape, settings.method.settings)
     if settings.robust != RobustSettings():
         refuse(method, "robust")
+    if settings.train.micro_batch or settings.tiers.micro_batch:
+        refuse(method, "micro_batch")
     if settings.privacy is not None:
         refuse(method, "privacy")
         require("dp_accounting", "dp")

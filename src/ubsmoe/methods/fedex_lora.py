@@ -19,6 +19,7 @@ Source: FedEx-LoRA (Singhal et al. 2025, arXiv 2410.09432).
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from ubsmoe.maths.lora import LoraPair, stack
 from ubsmoe.methods.factors import pairs, shares
 from ubsmoe.methods.fedavg import fedavg
 from ubsmoe.methods.method import OWN_FACTORS, Contribution, Method, RunShape, State, adapter_part
-from ubsmoe.methods.side import SIDE_GROWS, empty_side, fold, side_traffic
+from ubsmoe.methods.side import SIDE_GROWS, empty_side, fold, largest_side, side_traffic
 
 EXEMPT: Mapping[str, str] = {"predicted_bytes": SIDE_GROWS}
 
@@ -66,7 +67,8 @@ def with_exact_averaging(method: Method, shape: RunShape) -> Method:
         start=start,
         aggregate=aggregate,
         refuses={**method.refuses, **OWN_FACTORS},
-        traffic=side_traffic(method.traffic),
+        side_elements=partial(largest_side, shape),
+        traffic=side_traffic(method.traffic, shape),
         exempt={**method.exempt, **EXEMPT},
     )
 

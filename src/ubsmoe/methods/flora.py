@@ -28,7 +28,7 @@ from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.factors import mean_routers, pairs, routers, shares
 from ubsmoe.methods.fedavg import fedavg
 from ubsmoe.methods.method import OWN_FACTORS, Contribution, Hooks, Method, RunShape, State
-from ubsmoe.methods.side import SIDE_GROWS, empty_side, fold, install_fresh, side_traffic
+from ubsmoe.methods.side import SIDE_GROWS, empty_side, fold, install_fresh, largest_side, side_traffic
 from ubsmoe.model.surgery import SparseModel
 
 Summed = Callable[[Sequence[LoraPair], Sequence[float]], LoraPair]
@@ -68,6 +68,7 @@ def folding(name: str, shape: RunShape, summed: Summed) -> Method:
         aggregate=aggregate,
         varies="rank",
         refuses=OWN_FACTORS,
-        traffic=side_traffic(partial(adapter_traffic, down="")),  # no adapter goes down, but trained routers do
+        side_elements=partial(largest_side, shape),
+        traffic=side_traffic(partial(adapter_traffic, down=""), shape),  # no adapter goes down, but trained routers do
         exempt=EXEMPT,
     )

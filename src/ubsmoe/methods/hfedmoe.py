@@ -39,6 +39,7 @@ from ubsmoe.methods.fedavg import fedavg
 from ubsmoe.methods.method import (
     OWN_WEIGHTS,
     USE_WEIGHS,
+    WHOLE_BATCH,
     Contribution,
     Hooks,
     Method,
@@ -58,6 +59,7 @@ EXEMPT: Mapping[str, str] = {
 REFUSES: Mapping[Refusable, str] = {
     **USE_WEIGHS,
     **OWN_WEIGHTS,
+    **WHOLE_BATCH,
     "pg": "it chooses which experts learn from a batch, and a pseudo-gradient would teach the others",
 }
 

@@ -119,6 +119,7 @@ class RunShape:
     `seed` is the run's, for draws that server and clients make alike. `shared_a` says that all experts of a layer start from one A,
     `attention` that attention projections have LoRA too. `mean` makes the running mean that methods average with: plain, or
     Byzantine-robust. `weigh` gives the weights of that mean to methods that have none of their own.
+    `side_rank` is the most directions that all rounds of the run can fold into a side factor, None for no bound.
     """
 
     num_layers: int
@@ -131,6 +132,7 @@ class RunShape:
     attention: bool = False
     mean: Callable[[], Mean] = WeightedMean
     weigh: Weigh = by_examples
+    side_rank: int | None = None
 
 
 @dataclass
@@ -157,8 +159,13 @@ class Hooks:
         )
 
 
-Refusable = Literal["robust", "privacy", "secure_aggregation", "dmr", "pg", "averaging"]
-"""Sections of a run file that a method may refuse; the last three stand in [method]."""
+Refusable = Literal["robust", "privacy", "secure_aggregation", "micro_batch", "dmr", "pg", "averaging"]
+"""What a method may refuse: sections of a run file, train.micro_batch; the last three stand in [method]."""
+
+WHOLE_BATCH: Mapping[Refusable, str] = {
+    "micro_batch": "what it does in a step depends on a batch as a whole, so that smaller pieces are other work"
+}
+"""Why a method whose step is no sum over examples refuses micro-batches."""
 
 OWN_FACTORS: Mapping[Refusable, str] = {
     **dict.fromkeys(
@@ -204,10 +211,11 @@ class Method:
     with it, each with the reason. `event` is what the method tells of its state in a round's event.
     `pair_fraction` is the share of missing (token, expert) assignments that a client computes beside the routed ones, and
     `pairs_reach_input` says whether they send a gradient to the layer's input too; costs charge for both. `traffic` counts
-    the bytes of a client's tensors, at most where they vary. `weigh` gives the weights by which `aggregate` averages adapters, so
-    that a client can add its part to a sum; a method that needs more than sums refuses `secure_aggregation`. `ranges` says where
-    the values of an extra lie, by its name or by what its name begins with; an update outside is dropped. `validate_update` says
-    what else is wrong with the values of an update whose names and shapes are right, or nothing.
+    the bytes of a client's tensors, at most where they vary, `side_elements` the float32 numbers of a side factor. `weigh`
+    gives the weights by which `aggregate` averages adapters, so that a client can add its part to a sum; a method that needs
+    more than sums refuses `secure_aggregation`. `ranges` says where the values of an extra lie, by its name or by what its name
+    begins with; an update outside is dropped. `validate_update` says what else is wrong with the values of an update whose
+    names and shapes are right, or nothing.
     """
 
     name: str
@@ -225,6 +233,7 @@ class Method:
     traffic: TrafficOf = adapter_traffic
     weigh: Weigh = by_examples
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    side_elements: Callable[[ModelShape, Trained], int] = lambda base, trained: 0
     validate_update: Callable[[Update], str | None] = lambda update: None
 
     def extras_range(self, name: str) -> tuple[float, float]:
@@ -265,8 +274,10 @@ def install_adapter(model: SparseModel, payload: Tensors, profile: Profile, alph
 def refuse(method: Method, section: Refusable) -> None:
     """Raise UserError if a section of the run file makes no sense with the method."""
     if reason := method.refuses.get(section):
-        name = section if section in ("robust", "privacy", "secure_aggregation") else f"method.{section}"
-        raise UserError(f"[{name}] cannot be combined with method {method.name}: {reason}")
+        name = f"[method.{section}]" if section in ("dmr", "pg", "averaging") else f"[{section}]"
+        raise UserError(
+            f"{'micro_batch' if section == 'micro_batch' else name} cannot be combined with method {method.name}: {reason}"
+        )
 
 
 def sending(traffic: TrafficOf, down: int = 0, up: int = 0) -> TrafficOf:

@@ -18,7 +18,7 @@ import torch
 
 from ubsmoe.maths.pseudo_gradient import PseudoGradient, parameter_signal
 from ubsmoe.messages import Profile, Tensors
-from ubsmoe.methods.method import Hooks, Method, RunShape, refuse
+from ubsmoe.methods.method import WHOLE_BATCH, Hooks, Method, RunShape, refuse
 from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.surgery import SparseModel
 
@@ -52,6 +52,10 @@ def with_pseudo_gradient(method: Method, shape: RunShape, settings: PseudoGradie
         method,
         install=install,
         pair_fraction=settings.pair_fraction,
+        refuses={
+            **method.refuses,
+            **(WHOLE_BATCH if settings.mode == "sampled" else {}),
+        },  # draws once per forward pass
         pairs_reach_input=settings.is_exact and "hidden" in settings.scope,
     )
 

@@ -7,11 +7,12 @@ Its rank R grows by what is added and ends at min(out, in) of the matrix, from w
 cuts nothing.
 
 Clients keep nothing between rounds: every payload carries the whole side factor, so a client that missed rounds is up
-to date. The papers send what one round added and count on nobody missing a round. Bytes are counted with R at its
-largest; FLOPs and memory are the papers', of a base that S was merged into: here its products come on top, as the
-seconds of a run show.
+to date. The papers send what one round added and count on nobody missing a round. Bytes and memory are counted with R
+as large as the run's rounds can make it; FLOPs are the papers', of a base that S was merged into: here its products come
+on top, as the seconds of a run show.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -62,22 +63,23 @@ def install_fresh(
     model.set_top_k(profile.top_k)
 
 
-def side_traffic(traffic: TrafficOf) -> TrafficOf:
-    """The traffic of a method that sends the side factor too, once its rank has reached min(out, in) of every matrix."""
+def side_traffic(traffic: TrafficOf, shape: RunShape) -> TrafficOf:
+    """The traffic of a method that sends the side factor too, at its largest."""
 
     def both(base: ModelShape, rank: int, trained: Trained, wire_dtype: WireDtype) -> Traffic:
-        side = FLOAT32 * full_side(base, trained.attention)
+        side = FLOAT32 * largest_side(shape, base, trained)
         return traffic(base, rank, trained, wire_dtype) + Traffic(side, 0)
 
     return both
 
 
-def full_side(base: ModelShape, attention: bool) -> int:
-    """Elements of the side factor once its rank has reached min(out, in) of every matrix."""
+def largest_side(shape: RunShape, base: ModelShape, trained: Trained) -> int:
+    """Elements of the side factor at its largest: of the rank that the run's rounds can add up to, at most min(out, in)."""
     wide, width, hidden = base.up_matrices * base.expert_width, base.expert_width, base.hidden
 
     def full(*matrices: tuple[int, int]) -> int:
-        return sum(min(out, into) * (out + into) for out, into in matrices)
+        most = math.inf if shape.side_rank is None else shape.side_rank
+        return sum(int(min(out, into, most)) * (out + into) for out, into in matrices)
 
     experts = base.num_experts * full((wide, hidden), (hidden, width))
-    return base.num_moe_layers * (experts + attention * full(*base.attention_first, *base.attention_later))
+    return base.num_moe_layers * (experts + trained.attention * full(*base.attention_first, *base.attention_later))

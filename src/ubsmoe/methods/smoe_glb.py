@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import Contribution, Hooks, Method, RunShape, State, observing, sending
+from ubsmoe.methods.method import WHOLE_BATCH, Contribution, Hooks, Method, RunShape, State, observing, sending
 from ubsmoe.methods.smoe_llb import balance_penalty
 from ubsmoe.model.surgery import SparseModel
 
@@ -70,5 +70,6 @@ def smoe_glb(shape: RunShape, *, coefficient: Annotated[float, Field(ge=0)] = 0.
         install=install,
         aggregate=aggregate,
         keeps=(ShareState,),
+        refuses=WHOLE_BATCH,
         traffic=sending(method.traffic, down=shape.num_layers * shape.num_experts),
     )

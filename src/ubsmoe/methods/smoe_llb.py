@@ -27,7 +27,7 @@ from torch import Tensor
 from ubsmoe.maths.balance import load_balancing_loss
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import Hooks, Method, RunShape
+from ubsmoe.methods.method import WHOLE_BATCH, Hooks, Method, RunShape
 from ubsmoe.model.surgery import SparseModel
 
 
@@ -45,7 +45,7 @@ def smoe_llb(shape: RunShape, *, coefficient: Annotated[float, Field(ge=0)] = 0.
         model.record()
         return Hooks(penalties=[lambda: coefficient * balance_penalty(model)])
 
-    return replace(method, name="smoe_llb", install=install)
+    return replace(method, name="smoe_llb", install=install, refuses=WHOLE_BATCH)
 
 
 def balance_penalty(model: SparseModel, shares: Float[Tensor, "L M"] | None = None) -> Float[Tensor, ""]:

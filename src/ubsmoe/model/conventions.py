@@ -218,11 +218,11 @@ def _with_random_weights(router: nn.Module) -> nn.Module:
 
 
 @torch.enable_grad()
-def answers_stay_put(model: Any, experts: nn.Module) -> bool:
+def answers_stay_put(model: Any, experts: nn.Module, implementation: str = "eager") -> bool:
     """Whether what these experts answer for a token reaches the logits of that token alone, as in a last layer.
 
-    Tried out on four tokens: the gradient of one token's logits by the answers for all. Without weights nothing can be tried
-    out, and False is the answer that is right for every model.
+    Tried out on four tokens with this experts implementation: the gradient of one token's logits by the answers for all.
+    Without weights nothing can be tried out, and False is the answer that is right for every model.
     """
     if model.device.type == "meta":
         return False
@@ -233,7 +233,7 @@ def answers_stay_put(model: Any, experts: nn.Module) -> bool:
         return answers[-1]
 
     hook, stock = experts.register_forward_hook(watch), model.config._experts_implementation
-    model.set_experts_implementation("eager")  # takes any precision
+    model.set_experts_implementation(implementation)
     try:
         logits = model(input_ids=torch.arange(4, device=model.device).unsqueeze(0), use_cache=False).logits
     finally:

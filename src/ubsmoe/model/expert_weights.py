@@ -4,21 +4,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from ubsmoe.model.quantised import QuantisedExperts, format_of, quantised_matrix
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
     """A layer's frozen experts in one orientation.
 
-    `up` and `down` are views, input first; `pre` is 2 f where a gate stands beside the up projection, else f. `activation` is the
-    family's own; `is_swiglu` says that it is the plain silu(gate) * up with gate and up side by side, whose gradient the kernel
-    knows.
+    `up` and `down` are views, input first, or quantised; `pre` is 2 f where a gate stands beside the up projection, else f.
+    `activation` is the family's own; `is_swiglu` says that it is the plain silu(gate) * up with gate and up side by side, whose
+    gradient the kernel knows.
     """
 
-    up: Float[Tensor, "M h pre"]
-    down: Float[Tensor, "M f h"]
+    up: Float[Tensor, "M h pre"] | QuantisedExperts
+    down: Float[Tensor, "M f h"] | QuantisedExperts
     up_bias: Float[Tensor, "M pre"] | None
     down_bias: Float[Tensor, "M h"] | None
     activation: Callable[[Float[Tensor, "n pre"]], Float[Tensor, "n f"]]
@@ -29,13 +32,16 @@ class ExpertWeights:
         """Read them from a transformers experts module."""
         name = up_name(module)
 
-        def oriented(weight: Any) -> Float[Tensor, "M in out"]:
+        def oriented(stored: str) -> Any:
+            if format_of(module):
+                return quantised_matrix(module, stored)
+            weight = getattr(module, stored)
             return weight if module.is_transposed else weight.transpose(1, 2)
 
         gate = getattr(type(module), "_apply_gate", None)
         return cls(
-            up=oriented(getattr(module, name)),
-            down=oriented(module.down_proj),
+            up=oriented(name),
+            down=oriented("down_proj"),
             up_bias=getattr(module, f"{name}_bias") if module.has_bias else None,
             down_bias=module.down_proj_bias if module.has_bias else None,  # type: ignore[arg-type]
             activation=module._apply_gate if module.has_gate else module.act_fn,  # type: ignore[arg-type]
@@ -51,6 +57,11 @@ def up_name(module: nn.Module) -> str:
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
+def matrix_names(module: nn.Module) -> tuple[str, str]:
+    """The names of both expert matrices."""
+    return up_name(module), "down_proj"
+
+
 @dataclass(frozen=True)
 class Lora:
     """A layer's adapter as the kernel takes it: A and B of both matrices, and the factor s = alpha / r."""
@@ -64,3 +75,13 @@ class Lora:
     def detached(self) -> "Lora":
         """The same numbers, receiving no gradient."""
         return Lora(self.up_a.detach(), self.up_b.detach(), self.down_a.detach(), self.down_b.detach(), self.scale)
+
+    @classmethod
+    def absent(cls, base: ExpertWeights, like: Float[Tensor, "T h"]) -> "Lora":
+        """No adapter: factors of rank 0."""
+        (experts, h, pre), (_, f, _) = base.up.shape, base.down.shape
+        factors = [
+            torch.zeros(experts, *shape, dtype=like.dtype, device=like.device)
+            for shape in ((0, h), (pre, 0), (0, f), (h, 0))
+        ]
+        return cls(factors[0], factors[1], factors[2], factors[3], scale=1.0)

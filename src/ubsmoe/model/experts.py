@@ -47,8 +47,8 @@ def _expert_sum(
     top_k_weights: Float[Tensor, "T K"],
 ) -> Float[Tensor, "T h"]:
     """sum_{i in A(x)} w_i E_i(x), with the gradient that the client's settings ask for."""
-    lora, settings = layer.lora, layer.routing.pseudo_gradient
-    assert lora is not None, "only load_adapter switches this implementation on"
+    # only a quantised base runs here without an adapter
+    lora, settings = layer.lora or Lora.absent(base, hidden), layer.routing.pseudo_gradient
     assignments = _assignments(layer.needed_tokens(), top_k_index, top_k_weights)
     if layer.routing.trainable_rule is not None and torch.is_grad_enabled():
         return _partly_trainable(layer.trainable_experts(top_k_index), base, hidden, assignments, lora)

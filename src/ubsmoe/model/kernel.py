@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from ubsmoe.model.expert_weights import ExpertWeights, Lora
+from ubsmoe.model.quantised import InScratch, QuantisedExperts
 
 PerExpert = tuple[Float[Tensor, "_ _"], ...]
 """Views of a fused tensor, one per expert, made in one call."""
@@ -209,7 +210,7 @@ class _Matrices:
     B is laid out afresh: the thin products that meet it run several times faster than with [out, r].
     """
 
-    weights: PerExpert
+    weights: PerExpert | InScratch
     a: PerExpert
     b: PerExpert
     scale: float
@@ -217,7 +218,7 @@ class _Matrices:
     @classmethod
     def of(
         cls,
-        weight: Float[Tensor, "M in out"],
+        weight: Float[Tensor, "M in out"] | QuantisedExperts,
         a: Float[Tensor, "M r in"],
         b: Float[Tensor, "M out r"],
         scale: float,

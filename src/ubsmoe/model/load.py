@@ -1,22 +1,25 @@
 """Bring in a base: the one that ships, a folder, or a Hugging Face model id."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.data.tokens import check_tokenizer
-from ubsmoe.model.checkpoint import LOAD, READ, check_finite, check_rope, check_tensors, check_weights, one_sentence
+from ubsmoe.model.checkpoint import READ, check_rope, one_sentence
 from ubsmoe.model.conventions import UnsupportedModel
 from ubsmoe.model.layer import Rescale
-from ubsmoe.model.presets import check_place, check_sparse, checked_k_max, quieten
+from ubsmoe.model.opened import checked_files, open_model, prepared_format, skeleton
+from ubsmoe.model.prepare import Preparation, prepared
+from ubsmoe.model.presets import EXPECTED, HUB_IDS, check_place, check_sparse, checked_k_max, dtype_of, quieten
 from ubsmoe.model.surgery import SparseModel
+from ubsmoe.storage.bases import write_base
+from ubsmoe.storage.exportfolder import check_free
 
 
 def load_base(settings: ModelSettings, rescale: Rescale = "none", k_max: int | None = None) -> tuple[SparseModel, Any]:
@@ -33,20 +36,17 @@ def load_base(settings: ModelSettings, rescale: Rescale = "none", k_max: int | N
     """
     tokenizer = load_tokenizer(settings)
     with _place_of(settings) as place:
-        check_sparse(read_config(place, settings.base), settings.base)
-        if Path(place).is_dir():
-            check_weights(Path(place))
-        model, found = AutoModelForCausalLM.from_pretrained(
-            place, dtype=getattr(torch, settings.dtype), use_safetensors=True, **LOAD
-        )
-    check_tensors(found, settings.base)
-    check_finite(model.named_parameters(), settings.base)
+        config = _read_sparse(place, settings.base)
+        model, sha256 = open_model(place, config, _with_dtype(settings), tokenizer)
     try:
-        model = model.to(settings.device).eval()
+        # what is quantised keeps parameters without numbers, which cannot be moved
+        model = model._apply(lambda t: t if t.is_meta else t.to(settings.device)).eval()
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"model.device: {settings.device!r} cannot be used here ({error})") from None
     check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
-    return _operated(model, settings, rescale, k_max), tokenizer
+    sparse = _operated(model, settings, rescale, k_max)
+    sparse.sha256 = sha256
+    return sparse, tokenizer
 
 
 def load_skeleton(settings: ModelSettings, rescale: Rescale = "none", k_max: int | None = None) -> SparseModel:
@@ -55,17 +55,39 @@ def load_skeleton(settings: ModelSettings, rescale: Rescale = "none", k_max: int
     Only the configuration is read, and no memory is taken for weights. Arguments and errors are those of `load_base`.
     """
     with _place_of(settings) as place:
-        config = read_config(place, settings.base)
-        check_sparse(config, settings.base)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype), **READ).eval()
-    return _operated(model, settings, rescale, k_max)
+        config = _read_sparse(place, settings.base)
+    return _operated(skeleton(config, getattr(torch, dtype_of(settings))), settings, rescale, k_max)
+
+
+def _with_dtype(settings: ModelSettings) -> ModelSettings:
+    return settings.model_copy(update={"dtype": dtype_of(settings)})
 
 
 def _operated(model: Any, settings: ModelSettings, rescale: Rescale, k_max: int | None) -> SparseModel:
     sparse = SparseModel(model, rescale)
     sparse.limit_k_max(checked_k_max(k_max, sparse.k_max, settings.base))
     return sparse
+
+
+def prepare_base(settings: ModelSettings, out: Path | None = None) -> Path:
+    """Store a base so that runs map it, in the cache or in a folder that can be taken elsewhere; gives the folder.
+
+    Raises:
+        UserError: if there is no such base, it has no safetensors files, or it cannot be written; then nothing is.
+    """
+    tokenizer, settings = load_tokenizer(settings), _with_dtype(settings)
+    with _place_of(settings) as place:
+        config = _read_sparse(place, settings.base)
+        if prepared_format(config):
+            raise ConfigError(f"model.base: {settings.base} is a prepared base already; name the base it was made from")
+        if not (files := checked_files(place)):
+            raise ConfigError(f"model.base: {settings.base} has no safetensors files, and only these can be prepared")
+        preparation = Preparation(skeleton(config, getattr(torch, settings.dtype)), files, settings.experts)
+        if out is None:
+            return prepared(preparation, files, settings.dtype, tokenizer)
+        check_free(out)
+        write_base(out, preparation.size, lambda folder: preparation.write(folder, tokenizer))
+        return out
 
 
 def read_config(place: str | Path, base: str) -> Any:
@@ -76,14 +98,20 @@ def read_config(place: str | Path, base: str) -> Any:
     return config
 
 
+def _read_sparse(place: str | Path, base: str) -> Any:
+    config = read_config(place, base)
+    check_sparse(config, base)
+    return config
+
+
 def refuse_quantised(config: Any, base: str) -> None:
     """Raise UnsupportedModel for a checkpoint of quantised weights: the kernel and every export read plain ones."""
     found = getattr(config, "quantization_config", None)
-    if found:
+    if found and not prepared_format(config):
         kind = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
         raise UnsupportedModel(
             f"model.base: {base} holds quantised weights ({kind or 'of unknown kind'}), and experts are computed from plain ones; "
-            'use the checkpoint it was made from, or a dequantised copy, with model.dtype = "bfloat16"'
+            'use the checkpoint it was made from with model.experts = "nf4" or "int8", or a dequantised copy'
         )
 
 
@@ -101,31 +129,19 @@ def load_tokenizer(settings: ModelSettings) -> Any:
 @contextmanager
 def _place_of(settings: ModelSettings) -> Iterator[str | Path]:
     """Where the base lies; whatever fails while it is read becomes one sentence."""
-    place = shipped_path(settings.base) or settings.base
+    place = shipped_path(settings.base) or HUB_IDS.get(settings.base, settings.base)
     quieten()
-    word = (
-        f"model.base: cannot load {settings.base!r} (%s); expected ubsmoe-tiny, a folder with a transformers "
-        "model, or a model id that the Hugging Face hub can be asked for"
-    )
+    word = f"model.base: cannot load {settings.base!r} (%s); {EXPECTED}"
     with one_sentence(lambda reason: word.replace("%s", reason)):
         check_place(place)
         yield place
-
-
-def weights_sha256(model: torch.nn.Module) -> str:
-    """One hash over all weights, by name: says which base an adapter belongs to, and that a run left it untouched."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def check_sha256(settings: ModelSettings, sha256: str) -> None:
     """Raise ConfigError if model.sha256 asks for another base than the one with this hash."""
     if settings.sha256 not in (None, sha256):
         raise ConfigError(
-            f"model.sha256 is {settings.sha256}, but the weights of {settings.base} in {settings.dtype} have {sha256}"
+            f"model.sha256 is {settings.sha256}, but the weights of {settings.base} in {dtype_of(settings)} have {sha256}"
         )
 
 

@@ -6,16 +6,29 @@ import re
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
-from ubsmoe.config import ConfigError
+from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.costs.shape import LatentAttention, ModelShape
+from ubsmoe.data.hub import go_offline_without_network
 from ubsmoe.errors import UserError
 
 Config = Any
 """A configuration of transformers, or what stands for one: its attributes are read by name, and families differ in them."""
 
-PRESETS = {"olmoe-1b-7b": "configs/olmoe-1b-7b.json", "ubsmoe-tiny": "ubsmoe-tiny/config.json"}
+PRESETS = {
+    "olmoe-1b-7b": "configs/olmoe-1b-7b.json",
+    "qwen3-30b-a3b": "configs/qwen3-30b-a3b.json",
+    "ubsmoe-tiny": "ubsmoe-tiny/config.json",
+}
+HUB_IDS = {"olmoe-1b-7b": "allenai/OLMoE-1B-7B-0924", "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B"}
+"""Where the weights of a named base are, if they do not ship: the sizes of both are known offline."""
+
+EXPECTED = (
+    f"expected {', '.join(PRESETS)}, a folder with a transformers model, or a Hugging Face model id whose code is part of "
+    "transformers"
+)
+"""What model.base may be."""
 
 # Families whose sizes the tests compare with a real model, parameter for parameter and FLOP for FLOP. Others may look
 # alike and hide a convolution or a state space, so they are refused, not guessed.
@@ -37,8 +50,7 @@ def model_shape(name_or_path: str | Path) -> ModelShape:
     >>> model_shape("olmoe-1b-7b").parameters
     6919028736
     """
-    name = str(name_or_path)
-    config = _preset(name) if name in PRESETS else _from_folder_or_hub(name)
+    name, config = str(name_or_path), _config(str(name_or_path))
     check_sparse(config, name)
     return shape_from_config(config)
 
@@ -99,6 +111,30 @@ def shape_from_config(config: Config) -> ModelShape:
     )
 
 
+def is_preset(name: str) -> bool:
+    """Whether a base's sizes are known without asking anybody, by its short name or its hub id."""
+    return name in PRESETS or name in HUB_IDS.values()
+
+
+def dtype_of(settings: ModelSettings) -> Literal["float32", "bfloat16"]:
+    """The precision that a run computes in: what model.dtype says, or the checkpoint's own.
+
+    A checkpoint in float16, which CPUs do not train in, and the shipped base, whose published results are so, are taken as
+    float32.
+
+    Raises:
+        UserError: if there is no such base.
+
+    >>> dtype_of(ModelSettings(base="olmoe-1b-7b")), dtype_of(ModelSettings(base="ubsmoe-tiny"))
+    ('bfloat16', 'float32')
+    """
+    if settings.dtype != "auto":
+        return settings.dtype
+    stored = getattr(_config(settings.base), "dtype", None)
+    shipped = settings.base in PRESETS.keys() - HUB_IDS.keys()
+    return "bfloat16" if str(stored).endswith("bfloat16") and not shipped else "float32"
+
+
 def checked_k_max(k_max: int | None, stock: int, base: str) -> int:
     """Experts per token at budget 1: `k_max`, or the base's own. Raises ConfigError if it is above that."""
     if k_max is not None and k_max > stock:
@@ -110,8 +146,11 @@ def checked_k_max(k_max: int | None, stock: int, base: str) -> int:
 
 def check_place(place: str | Path) -> None:
     """Raise ValueError unless this is a folder or looks like a hub id: a misspelt folder is no question to the hub."""
-    if not Path(place).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
+    if Path(place).is_dir():
+        return
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
         raise ValueError("no such folder, and a Hugging Face id has the form owner/name")
+    go_offline_without_network()
 
 
 def quieten() -> None:
@@ -121,6 +160,11 @@ def quieten() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def _config(name: str) -> Config:
+    name = next((short for short, id in HUB_IDS.items() if id == name), name)
+    return _preset(name) if name in PRESETS else _from_folder_or_hub(name)
 
 
 def _preset(name: str) -> SimpleNamespace:
@@ -138,10 +182,7 @@ def _from_folder_or_hub(name: str) -> Config:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # of many types: not JSON, no field, a check of transformers' own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"no usable model configuration at {name!r} ({reason}); model.base must be one of {', '.join(PRESETS)}, "
-            "a folder with a config.json, or a Hugging Face model id whose code is part of transformers"
-        ) from None
+        raise UserError(f"model.base: no usable model configuration at {name!r} ({reason}); {EXPECTED}") from None
 
 
 def _first(config: Config, *names: str) -> Any:

@@ -20,6 +20,7 @@ from ubsmoe.model.attention import find_projections
 from ubsmoe.model.conventions import UnsupportedModel, answers_stay_put, find_blocks
 from ubsmoe.model.experts import IMPLEMENTATION
 from ubsmoe.model.layer import Rescale, SparseLayer, TrainableRule, attach, is_attached
+from ubsmoe.model.quantised import format_of
 
 
 class SparseModel:
@@ -30,7 +31,9 @@ class SparseModel:
     Attributes:
         model: the transformers model; its parameters are frozen and never written.
         layers: the SMoE layers in order.
+        sha256: of the base's plain weights, where it was loaded from files.
         adapter: the trainable tensors now in place, by their name on the wire.
+        device: where adapters are put: where the base is, unless it has no weights and its adapters are to be read off again.
 
     Raises:
         UnsupportedModel: if the model has no experts, or its routers ignore `top_k`.
@@ -51,20 +54,21 @@ class SparseModel:
             raise UnsupportedModel(
                 f"{type(model).__name__} has layers of different numbers of experts, which is not supported"
             )
+        self.sha256 = ""
         self.adapter: dict[str, nn.Parameter] = {}
+        self.device: torch.device = next(model.parameters()).device
         self._keep: Bool[Tensor, "B S"] | None = None
-        self._last_stays_put = answers_stay_put(model, blocks[-1][1])
-        self._stock = model.config._experts_implementation
         for layer in self.layers:
             layer.rescale = rescale
             attach(layer)
+        quantised = format_of(blocks[-1][1]) is not None  # which only our own implementation can run
+        self._stock = IMPLEMENTATION if quantised else model.config._experts_implementation
+        model.set_experts_implementation(self._stock)
+        # eager takes any precision
+        self._last_stays_put = answers_stay_put(model, blocks[-1][1], IMPLEMENTATION if quantised else "eager")
         model.register_forward_pre_hook(self._remember_tokens, with_kwargs=True)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the base and the adapter are."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        # generation reads each row's last position: torch would copy the whole head for every row of that strided view
+        model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
 
     @property
     def num_experts(self) -> int:
@@ -123,9 +127,7 @@ class SparseModel:
                     f"{name} chooses its experts by more than their scores (groups, or a bias of its own), so a selection "
                     "bias would replace its rule; choose another method or base"
                 )
-            layer.routing = replace(
-                layer.routing, selection_bias=bias[layer.index].to(next(layer.router.parameters()).device)
-            )
+            layer.routing = replace(layer.routing, selection_bias=bias[layer.index].to(self.device))
 
     def set_output_scale(self, scale: Float[Tensor, " L"]) -> None:
         """Multiply the routed experts' sum in layer l by `scale[l]`; shared experts are left alone."""

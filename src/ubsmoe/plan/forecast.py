@@ -3,28 +3,28 @@
 With the data at hand the clients' own batches of round 1 are counted, padding included, and stand for every round. Without them
 every example is taken to be data.max_length tokens long with a label on each, which is an upper bound.
 
-Not counted: evaluation, and what an engine adds around the tensors of a message. Clients are taken to be drawn evenly and to
+Not counted: what an engine adds around the tensors of a message. Clients are taken to be drawn evenly and to
 drop out as [simulation] says; deadlines are left out.
 """
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-
-import torch
 
 from ubsmoe.client.schedule import elastic_top_ks
 from ubsmoe.config import RunSettings
 from ubsmoe.costs.flops import batch_flops
 from ubsmoe.costs.memory import Memory, peak_memory_bytes
-from ubsmoe.costs.shape import ModelShape
 from ubsmoe.costs.tiers import TierCost
 from ubsmoe.costs.workload import Batch
 from ubsmoe.data.tokens import Tokens
-from ubsmoe.plan.devices import RUNTIME_BYTES, smallest_device
-from ubsmoe.plan.tiers import TierPlan, check_base, plan_tiers
-from ubsmoe.plan.work import Work, assumed_work, client_work, read_work
+from ubsmoe.plan.devices import RUNTIME_BYTES, Machine, smallest_device
+from ubsmoe.plan.evaluation import evaluation_costs
+from ubsmoe.plan.inventory import fits
+from ubsmoe.plan.secure import secure_costs
+from ubsmoe.plan.speed import measured_speed
+from ubsmoe.plan.tiers import TierPlan, check_base, export_costs, plan_tiers
+from ubsmoe.plan.work import Work, client_work, found_work
 from ubsmoe.seeds import generator_for
 
 
@@ -52,7 +52,10 @@ class TierForecast:
 
 
 def forecast(
-    settings: RunSettings, examples: int | None = None, flops_per_second: float | None = None
+    settings: RunSettings,
+    examples: int | None = None,
+    flops_per_second: float | None = None,
+    machines: Sequence[Machine] = (),
 ) -> dict[str, Any]:
     """Estimate a run.
 
@@ -60,6 +63,7 @@ def forecast(
         settings: the run.
         examples: training examples in all, to plan without reading any data.
         flops_per_second: what the clients' machines reach; measured here, on products of this base's size, when left out.
+        machines: of an inventory: which tiers each of them can train.
 
     Returns:
         What `ubsmoe plan --json` prints: the assumptions, "tiers" and "run".
@@ -69,21 +73,28 @@ def forecast(
     """
     check_base(settings)
     plan = plan_tiers(settings)
-    works = assumed_work(settings, examples) if examples else read_work(settings)
-    speed = flops_per_second or measured_speed(plan.shape, settings)
-    by_tier = [[work for work in works if work.tier == cost.tier] for cost in plan.costs]
+    found = found_work(settings, examples)
+    speed, spread, whose = (
+        (flops_per_second, 0.0, "given") if flops_per_second else measured_speed(plan.shape, settings)
+    )
+    questions = found.questions
+    by_tier = [[work for work in found.clients if work.tier == cost.tier] for cost in plan.costs]
     tiers = [_tier(settings, plan, cost, own, speed) for cost, own in zip(plan.costs, by_tier, strict=True) if own]
     return {
         "model": settings.model.base,
         "method": settings.method.name,
         "parameters": plan.shape.parameters,
         "runtime_bytes": RUNTIME_BYTES,
-        "lengths": "data.max_length, every position labelled: an upper bound" if examples else "read from the data",
+        "lengths": found.lengths,
         "flops_per_second": speed,
-        "speed": "given" if flops_per_second else "measured on this machine",
+        "speed": whose,
+        "speed_spread": spread,
         "tiers": [tier.as_dict() for tier in tiers],
         "run": _run(settings, tiers),
-        **_secure(settings, plan),
+        **secure_costs(plan),
+        "evaluation": questions and evaluation_costs(settings, plan, questions, speed),
+        "exports": export_costs(plan),
+        "machines": [fits(machine, settings, plan) for machine in machines],
     }
 
 
@@ -99,13 +110,13 @@ def flops_by_client(settings: RunSettings) -> Callable[[str, int, Sequence[Token
 
 def client_flops(settings: RunSettings, plan: TierPlan, work: Work) -> float:
     """FLOPs of a client's round, each step at the K that elastic budgets give it."""
-    cost, accumulation = plan.costs[work.tier], settings.train.gradient_accumulation
-    draws = generator_for(settings.seed, work.client, 1, "elastic")
-    top_ks = elastic_top_ks(settings.tiers, cost.top_k, 0, len(work.batches) // accumulation, draws)
-    workload = replace(plan.workload, rank=cost.rank)
+    cost, draws = plan.costs[work.tier], generator_for(settings.seed, work.client, 1, "elastic")
+    top_ks = elastic_top_ks(settings.tiers, cost.top_k, 0, len(work.steps), draws)
+    workload = plan.workload_of(settings, cost)
     return sum(
-        batch_flops(plan.shape, top_ks[i // accumulation], replace(workload, batch=batch))
-        for i, batch in enumerate(work.batches)
+        batch_flops(plan.shape, top_k, replace(workload, batch=batch))
+        for top_k, step in zip(top_ks, work.steps, strict=True)
+        for batch in step
     )
 
 
@@ -113,12 +124,12 @@ def _tier(settings: RunSettings, plan: TierPlan, cost: TierCost, works: list[Wor
     """The means over a tier's clients, and the peak of the one with the largest batch."""
     simulation, count = settings.simulation, len(works)
     flops = sum(client_flops(settings, plan, work) for work in works) / count
-    workload = replace(plan.workload, rank=cost.rank, batch=_largest(works))
+    workload = replace(plan.workload_of(settings, cost), batch=_largest(works))
     memory = peak_memory_bytes(plan.shape, cost.top_k, workload)
     return TierForecast(
         cost=replace(cost, peak_memory_bytes=memory.total),
         clients=count,
-        steps=sum(len(work.batches) for work in works) / settings.train.gradient_accumulation / count,
+        steps=sum(len(work.steps) for work in works) / count,
         tokens=sum(batch.tokens for work in works for batch in work.batches) / count,
         flops=flops,
         seconds=flops / speed,
@@ -156,39 +167,3 @@ def _run(settings: RunSettings, tiers: Sequence[TierForecast]) -> dict[str, Any]
         "seconds_side_by_side": rounds * max(tier.seconds for tier in tiers),
         "largest_memory_bytes": max(tier.memory.total for tier in tiers),
     }
-
-
-def _secure(settings: RunSettings, plan: TierPlan) -> dict[str, Any]:
-    """What a secure round adds for a client: bytes, and seconds of this machine for its masks."""
-    if plan.secure is None:
-        return {}
-    from ubsmoe.secagg.masks import add_mask  # needs the extra secagg, which other plans need not
-
-    vector = torch.zeros(1 << 22, dtype=torch.int32)
-    began = time.perf_counter()
-    add_mask(vector, bytes(32), 1)
-    seconds = (time.perf_counter() - began) * plan.secure.vector_bytes / vector.nbytes
-    own = plan.secure
-    words = (
-        f"secure aggregation, per client and round: {own.vector_bytes / 1e6:,.1f} MB of masked integers up, "
-        f"{(own.key_upload_bytes + own.key_download_bytes) / 1e3:,.1f} kB of keys and shares, "
-        f"{own.masks * seconds:.3g} s for {own.masks} masks"
-    )
-    return {"secure_aggregation": {**own.as_dict(), "mask_seconds": own.masks * seconds, "in_words": words}}
-
-
-def measured_speed(shape: ModelShape, settings: RunSettings, seconds: float = 0.3) -> float:
-    """FLOPs per second that this machine reaches on products as large as one expert's share of a batch."""
-    device, dtype = settings.model.device, getattr(torch, settings.model.dtype)
-    tokens = settings.train.batch_size * settings.data.max_length
-    rows = max(1, tokens * shape.k_max // shape.num_experts)
-    x = torch.ones(rows, shape.hidden, device=device, dtype=dtype)
-    weight = torch.ones(shape.hidden, shape.up_matrices * shape.expert_width, device=device, dtype=dtype)
-    torch.mm(x, weight)  # the first one sets the library up
-    began, done = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        torch.mm(x, weight)
-        if weight.is_cuda:
-            torch.cuda.synchronize()
-        done += 1
-    return 2 * done * rows * weight.numel() / (time.perf_counter() - began)

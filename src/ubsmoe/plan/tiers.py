@@ -4,13 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ubsmoe.config import RunSettings
+from ubsmoe.config import RunSettings, train_of_tier
+from ubsmoe.costs.memory import FLOAT32, export_memory_bytes
 from ubsmoe.costs.secure import SecureCost, secure_cost
 from ubsmoe.costs.shape import ModelShape, Trained, budget_top_k
 from ubsmoe.costs.tiers import Tier, TierCost, tier_costs
-from ubsmoe.costs.traffic import FLOAT32, Traffic
+from ubsmoe.costs.traffic import Traffic
 from ubsmoe.costs.workload import Batch, Workload
-from ubsmoe.model.presets import PRESETS, check_length, checked_k_max, model_shape
+from ubsmoe.model.presets import check_length, checked_k_max, dtype_of, is_preset, model_shape
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,16 @@ class TierPlan:
     costs: list[TierCost]
     secure: SecureCost | None = None
 
+    def workload_of(self, settings: RunSettings, cost: TierCost) -> Workload:
+        """What a client of one tier does in a step."""
+        train = train_of_tier(settings.train, settings.tiers, cost.tier)
+        several = (train.micro_batch or train.batch_size) < train.batch_size or train.gradient_accumulation > 1
+        return replace(self.workload, rank=cost.rank, accumulating=several, recomputing=train.gradient_checkpointing)
+
 
 def check_base(settings: RunSettings) -> None:
     """Raise the UserError that a run would end in because of its base; of a preset nothing needs to be looked at."""
-    if settings.model.base not in PRESETS:
+    if not is_preset(settings.model.base):
         from ubsmoe.model.load import load_skeleton  # imports torch
 
         skeleton = load_skeleton(settings.model, settings.tiers.rescale, settings.tiers.k_max)
@@ -53,6 +60,7 @@ def plan_tiers(settings: RunSettings) -> TierPlan:
     workload = replace(
         run_workload(settings), pair_fraction=method.pair_fraction, pairs_reach_input=method.pairs_reach_input
     )
+    workload = replace(workload, side_elements=method.side_elements(shape, workload.trained))
 
     def traffic(shape: ModelShape, rank: int) -> Traffic:
         return method.traffic(shape, rank, workload.trained, workload.wire_dtype)
@@ -80,6 +88,17 @@ def run_costs(settings: RunSettings) -> list[TierCost]:
     return plan_tiers(settings).costs
 
 
+def export_costs(plan: TierPlan) -> dict[str, dict[str, int]]:
+    """Bytes of an export of the largest tier, on disk and in memory while it is written."""
+    workload = replace(plan.workload, rank=max(cost.rank for cost in plan.costs))
+    sizes = {
+        "peft": FLOAT32 * plan.shape.trained_elements(workload.rank, workload.trained),
+        "merged": plan.shape.parameters * workload.dtype_bytes,
+    }
+    memory = export_memory_bytes(plan.shape, workload)
+    return {format: {"file_bytes": sizes[format], "memory_bytes": memory[format]} for format in sizes}
+
+
 def run_workload(settings: RunSettings) -> Workload:
     """One step of a client, as far as the run file says: a method may add pseudo-gradients and set the rank of a tier."""
     train, adapter = settings.train, settings.adapter
@@ -87,11 +106,12 @@ def run_workload(settings: RunSettings) -> Workload:
         rank=adapter.rank,
         batch=Batch.full(train.batch_size, settings.data.max_length),
         trained=Trained(router=adapter.router == "trained", attention=adapter.attention == "trained"),
-        dtype_bytes=2 if settings.model.dtype == "bfloat16" else 4,
+        dtype_bytes=2 if dtype_of(settings.model) == "bfloat16" else 4,
         optimizer_moments=2 if train.optimizer == "adamw" else 1,
         accumulating=train.gradient_accumulation > 1,
         recomputing=train.gradient_checkpointing,
         wire_dtype=settings.wire.dtype,
+        experts=settings.model.experts,
     )
 
 

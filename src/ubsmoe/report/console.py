@@ -123,7 +123,7 @@ def result_table(summary: Summary, costs: Sequence[TierCosts] | None) -> Table:
     assert scores, "a run without scores has no table"
     macro = scores[0]["macro"]
     nothing: list[Any] = [None] * len(tiers)
-    table = _table(
+    table = empty_table(
         f"{summary['method']}: per tier, {len(scores[0]) - 1} tasks, {macro['examples']} questions, before → after",
         ("tier", "β", "K", "rank", "MFLOPs", "vs top", "accuracy %", "unparsed %", "MC acc. %"),
     )
@@ -147,7 +147,7 @@ def result_table(summary: Summary, costs: Sequence[TierCosts] | None) -> Table:
 
 def cost_table(model: str, tiers: Sequence[Mapping[str, Any]]) -> Table:
     """FLOPs, bytes and memory per tier."""
-    table = _table(
+    table = empty_table(
         f"{model}: cost per tier",
         ("tier", "budget", "K", "rank", "forward", "training", "vs top", "MB up", "MB down", "GB memory"),
         caption="MFLOPs per token, 2 per multiply-add, without norms, softmax and look-ups; MB per round; GB at the peak",
@@ -170,7 +170,7 @@ def cost_table(model: str, tiers: Sequence[Mapping[str, Any]]) -> Table:
 
 def task_table(results: Sequence[Scores], labels: Sequence[str]) -> Table:
     """Accuracy per task, one column per tier, beside chance and majority."""
-    table = _table("accuracy % per task (unparsed %)", (*labels, "chance", "majority"), words=["task"])
+    table = empty_table("accuracy % per task (unparsed %)", (*labels, "chance", "majority"), words=["task"])
     for task in results[0]:
         scores = [result[task] for result in results]
         cells = [f"{score['accuracy'] * 100:.1f} ({score['unparsed'] * 100:.1f})" for score in scores]
@@ -180,7 +180,7 @@ def task_table(results: Sequence[Scores], labels: Sequence[str]) -> Table:
 
 def harness_table(results: Sequence[dict[str, dict[str, Any]]], labels: Sequence[str]) -> Table:
     """The harness' metrics, a row for each of a task's, one column per tier."""
-    table = _table("lm-evaluation-harness", labels, words=["task", "metric"])
+    table = empty_table("lm-evaluation-harness", labels, words=["task", "metric"])
     for task, metrics in results[0].items():
         for name, value in metrics.items():
             if isinstance(value, float):
@@ -190,60 +190,10 @@ def harness_table(results: Sequence[dict[str, dict[str, Any]]], labels: Sequence
     return table
 
 
-def plan_table(plan: dict[str, Any]) -> Table:
-    """What a client of each tier needs in one round."""
-    libraries = f"{plan['runtime_bytes'] / 2**30:.1g} GiB"
-    table = _table(
-        f"{plan['model']}, {plan['method']}: one client, one round",
-        (
-            *("tier", "β", "K", "rank", "clients", "steps", "tokens", "TFLOPs", "seconds"),
-            *("MB up", "MB down", "GB memory", "fits"),
-        ),
-        caption=f"lengths: {plan['lengths']}; {plan['flops_per_second'] / 1e9:.4g} GFLOP/s, {plan['speed']}; MB up: at most, "
-        "when no expert stays as it was; fits: the smallest of the usual devices that holds the tier and "
-        f"{libraries} for python and its libraries",
-    )
-    for tier in plan["tiers"]:
-        table.add_row(
-            str(tier["tier"] + 1),
-            f"{tier['budget']:g}",
-            str(tier["top_k"]),
-            str(tier["rank"]),
-            str(tier["clients"]),
-            f"{tier['steps']:.4g}",
-            f"{tier['tokens']:,.0f}",
-            f"{tier['flops'] / 1e12:,.4g}",
-            f"{tier['seconds']:,.3g}",
-            f"{tier['upload_bytes'] / 1e6:,.1f}",
-            f"{tier['download_bytes'] / 1e6:,.1f}",
-            f"{tier['peak_memory_bytes'] / 1e9:.2f}",
-            f"{tier['device_gib']} GiB" if tier["device_gib"] else "none",
-        )
-    return table
-
-
-def plan_lines(plan: dict[str, Any]) -> list[str]:
-    """The whole run, where the plan is of one, and what a given device holds, in words."""
-    lines = []
-    if run := plan.get("run"):
-        lines = [
-            f"the run: {run['rounds']} rounds of {run['clients_trained']:g} clients, {run['flops'] / 1e12:,.4g} TFLOPs of "
-            f"training, {run['download_bytes'] / 1e9:.3g} GB down, {run['upload_bytes'] / 1e9:.3g} GB up",
-            f"training takes {_duration(run['seconds_one_after_another'])} one client after another, "
-            f"{_duration(run['seconds_side_by_side'])} side by side; evaluation is not counted",
-        ]
-    if secure := plan.get("secure_aggregation"):
-        lines.append(secure["in_words"])
-    if fits := plan.get("fits"):
-        held = ", ".join(str(tier + 1) for tier in fits["tiers"]) or "none"
-        lines.append(f"a device of {fits['memory_bytes'] / 2**30:.3g} GiB holds tiers: {held}")
-    return lines
-
-
 def alignment_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Cosine of every signal with the missing gradient, per round and tier, weighted over experts, mean over runs."""
     signals = list(dict.fromkeys(row["signal"] for row in rows))
-    table = _table("cosine with the gradient that top-K leaves out", ("round", "tier", "K", "experts", *signals))
+    table = empty_table("cosine with the gradient that top-K leaves out", ("round", "tier", "K", "experts", *signals))
     for place in sorted({(row["round"], row["tier"], row["top_k"], row["experts"]) for row in rows}):
         own = [row for row in rows if (row["round"], row["tier"], row["top_k"], row["experts"]) == place]
         by_signal = [[row for row in own if row["signal"] == signal] for signal in signals]
@@ -255,7 +205,7 @@ def alignment_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _table(title: str, numbers: Sequence[str], words: Sequence[str] = (), caption: str | None = None) -> Table:
+def empty_table(title: str, numbers: Sequence[str], words: Sequence[str] = (), caption: str | None = None) -> Table:
     """An empty table: columns of words, then of numbers, by their headings; with words there is no room to spare."""
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=0 if words else (0, 1, 0, 0))
     for heading in words:
@@ -287,13 +237,6 @@ def _change(before: float | None, after: float | None) -> str:
     if after is None:
         return "–"
     return f"{after * 100:.1f}" if before is None else f"{before * 100:.1f} → {after * 100:.1f}"
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.3g} {unit}"
-    return f"{seconds:.3g} s"
 
 
 def _percent(value: float | None) -> str:

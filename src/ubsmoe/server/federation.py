@@ -16,7 +16,7 @@ from ubsmoe.data.tokens import Tokens, tokenize
 from ubsmoe.messages import Announcement, Profile
 from ubsmoe.methods.chosen import chosen_method, client_profile, shape_of_model, tier_profiles
 from ubsmoe.methods.method import Method, RunShape
-from ubsmoe.model.load import check_sha256, load_base, load_skeleton, weights_sha256
+from ubsmoe.model.load import check_sha256, load_base, load_skeleton
 from ubsmoe.model.presets import check_length
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.server.evaluate import Question, prepare
@@ -101,7 +101,7 @@ def build_server(settings: RunSettings, weights: bool | None = None) -> Federati
     evaluate = settings.evaluate
     if weights or (weights is None and (evaluate.before or evaluate.after or evaluate.every)):
         model, tokenizer = load_base(*place)
-        sha256 = weights_sha256(model.model)
+        sha256 = model.sha256
         check_sha256(settings.model, sha256)
         questions = prepare(load_test(settings.data, tokenizer, settings.seed), tokenizer, settings.data, evaluate)
     else:

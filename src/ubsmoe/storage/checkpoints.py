@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from ubsmoe.errors import UserError
 from ubsmoe.storage import disk
 from ubsmoe.storage.disk import file_sha256 as file_sha256
-from ubsmoe.storage.tensors import read_tensors, tensor_bytes
+from ubsmoe.storage.json_text import encode_json
+from ubsmoe.storage.tensors import read_tensors, tensor_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +61,7 @@ def save_checkpoint(
     Args:
         folder: where a run's checkpoints live; created when missing. One writer at a time.
         round: the round that has just ended.
-        tensors: by name, as for `tensor_bytes`.
+        tensors: by name, as for `tensor_parts`; they are written from where they lie.
         facts: what JSON gives back as it was: text keys, lists rather than tuples.
         keep: how many checkpoints stay, this one included.
 
@@ -74,7 +75,7 @@ def save_checkpoint(
     if round < 0 or keep < 1:
         raise CheckpointError(f"expected round >= 0 and keep >= 1, got round {round} and keep {keep}")
     folder = Path(folder)
-    files = _seal(round, {STATE: tensor_bytes(tensors), FACTS: _fact_bytes(facts)})
+    files = _seal(round, {STATE: tensor_parts(tensors), FACTS: _fact_bytes(facts)})
     try:
         _clear_the_way(folder, round)
         target = _write(folder, round, files)
@@ -157,10 +158,12 @@ def _same(value: Any, back: Any) -> bool:
     return bool(value == back) or (value != value and back != back)
 
 
-def _seal(round: int, contents: dict[str, bytes]) -> dict[str, bytes]:
+def _seal(round: int, contents: dict[str, disk.Data]) -> dict[str, disk.Data]:
     """The files of a checkpoint: its contents, the manifest over them, the checksum over the manifest."""
-    files = {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in contents.items()}
-    manifest = disk.encode_json({"format": FORMAT, "round": round, "files": files}, indent=1)
+    files = {
+        name: {"bytes": sum(map(len, disk.pieces(data))), "sha256": _sha256(data)} for name, data in contents.items()
+    }
+    manifest = encode_json({"format": FORMAT, "round": round, "files": files}, indent=1)
     return {**contents, MANIFEST: manifest, SEAL: _checksum_line(manifest)}
 
 
@@ -186,7 +189,7 @@ def _is_usable(path: Path) -> bool:
     return True
 
 
-def _write(folder: Path, round: int, files: dict[str, bytes]) -> Path:
+def _write(folder: Path, round: int, files: Mapping[str, disk.Data]) -> Path:
     target, draft = folder / f"round-{round:05d}", folder / f"{DRAFT}{round:05d}"
     try:
         disk.make_folder(draft)
@@ -244,8 +247,11 @@ def _read_verified(path: Path, expected: dict[str, Any]) -> bytes:
     return data
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _sha256(data: disk.Data) -> str:
+    digest = hashlib.sha256()
+    for piece in disk.pieces(data):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _checksum_line(manifest: bytes) -> bytes:

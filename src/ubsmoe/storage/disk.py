@@ -8,20 +8,20 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
-import math
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 """How a file is opened that nobody can have put there."""
 
+Data = bytes | Sequence[bytes | memoryview]
+"""What is written: bytes, or pieces that follow one another."""
 
-def atomic_write(path: str | Path, data: bytes) -> None:
+
+def atomic_write(path: str | Path, data: Data) -> None:
     """Put `data` at `path` so that a reader, or a crash, finds the old file or the new one and nothing between.
 
     Args:
@@ -43,7 +43,12 @@ def atomic_write(path: str | Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def write_new_file(path: Path, data: bytes, mode: int = 0o666) -> None:
+def pieces(data: Data) -> Sequence[bytes | memoryview]:
+    """The pieces of what is written."""
+    return [data] if isinstance(data, bytes) else data
+
+
+def write_new_file(path: Path, data: Data, mode: int = 0o666) -> None:
     """Write and fsync a file; after a crash it may be there in part, so callers rename it into place afterwards.
 
     What is at `path` is taken away rather than written through: it may be a link, or readable by more than `mode` says.
@@ -55,7 +60,8 @@ def write_new_file(path: Path, data: bytes, mode: int = 0o666) -> None:
             os.unlink(path)
             descriptor = os.open(path, os.O_WRONLY | NEW, mode)
         try:
-            _write_all(descriptor, data)
+            for piece in pieces(data):
+                _write_all(descriptor, piece)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -114,6 +120,29 @@ class AppendFile:
 
     def close(self) -> None:
         """Give the file back; closing twice is fine."""
+        _close_once(self)
+
+
+class PlacedFile:
+    """A new file of known size whose parts are written in any order."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        with _naming(path):
+            self._descriptor = os.open(path, os.O_WRONLY | NEW, 0o666)
+            os.ftruncate(self._descriptor, size)
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Put bytes at an offset."""
+        with _naming(self.path):
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            _write_all(self._descriptor, data)
+
+    def close(self) -> None:
+        """Make what was written durable and give the file back; closing twice is fine."""
+        with _naming(self.path):
+            if self._descriptor >= 0:
+                os.fsync(self._descriptor)
         _close_once(self)
 
 
@@ -183,26 +212,6 @@ def remove_folder(folder: Path) -> None:
             shutil.rmtree(folder)
 
 
-def encode_json(value: Any, indent: int | None = None, sort_keys: bool = True) -> bytes:
-    """One JSON text; the numbers JSON lacks become the texts "NaN", "Infinity" and "-Infinity".
-
-    >>> encode_json({"loss": float("nan"), "bytes": 3})
-    b'{"bytes": 3, "loss": "NaN"}'
-    """
-    return json.dumps(_finite(value), sort_keys=sort_keys, allow_nan=False, indent=indent).encode()
-
-
-def decode_json(data: bytes) -> Any:
-    """What `encode_json` was given: its texts for the numbers that JSON lacks are numbers again, except where texts stand.
-
-    A whole number that no float holds exactly, which nothing here writes, becomes a float.
-
-    >>> decode_json(b'{"loss": "NaN", "client": "NaN", "bytes": 3}')
-    {'loss': nan, 'client': 'NaN', 'bytes': 3}
-    """
-    return _numbers(json.loads(data))
-
-
 def file_sha256(path: str | Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
@@ -227,7 +236,7 @@ def _open_own(path: Path, flags: int = 0, mode: int = 0o666) -> int:
     return descriptor
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
     """Write every byte: os.write may take fewer than it is given, and says so only by its result."""
     rest = memoryview(data)
     while rest:
@@ -237,36 +246,10 @@ def _write_all(descriptor: int, data: bytes) -> None:
         rest = rest[written:]
 
 
-def _close_once(file: AppendFile | Lock) -> None:
+def _close_once(file: AppendFile | PlacedFile | Lock) -> None:
     descriptor, file._descriptor = file._descriptor, -1
     if descriptor >= 0:
         os.close(descriptor)
-
-
-_TEXTS = {"event", "time", "client", "stage", "reason", "field", "label", "method", "name"}  # never numbers
-_NUMBERS = {json.dumps(value): value for value in (math.nan, math.inf, -math.inf)}
-
-
-def _numbers(value: Any, key: str = "") -> Any:
-    if isinstance(value, dict):
-        return {name: _numbers(part, name) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_numbers(part, key) for part in value]
-    if isinstance(value, str):
-        return value if key in _TEXTS else _NUMBERS.get(value, value)
-    if type(value) is int and abs(value) >= 2**63:
-        return math.copysign(math.inf, value) if abs(value) >= 2**1023 else float(value)
-    return value
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return json.dumps(value)
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return value
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from ubsmoe.errors import UserError
 from ubsmoe.storage import disk
+from ubsmoe.storage.json_text import decode_json, encode_json
 
 Event = dict[str, Any]
 DAMAGED = (
@@ -60,7 +61,7 @@ class EventLog:
         if "time" in fields:
             raise TypeError("the time of an event is set by the log's clock; name the field otherwise, such as seconds")
         line = {"event": event, "time": self._clock().isoformat(), "round": round, **fields}
-        self._file.append(disk.encode_json(line, sort_keys=False) + b"\n")
+        self._file.append(encode_json(line, sort_keys=False) + b"\n")
 
     def truncate_after(self, round: int) -> None:
         """Forget the first event of a later round and all that follows it, because those rounds will be run again.
@@ -147,7 +148,7 @@ class EventTail:
 
 def _parse(line: bytes, where: str) -> Event:
     try:
-        event = disk.decode_json(line)
+        event = decode_json(line)
     except (ValueError, RecursionError) as error:
         raise EventError(f"{where}: not JSON ({error}); {DAMAGED}") from None
     if not (

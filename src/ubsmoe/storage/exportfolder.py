@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ubsmoe.errors import UserError
 from ubsmoe.storage import disk, tensors
+from ubsmoe.storage.json_text import encode_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +38,7 @@ def write_export(path: str | Path, facts: Mapping[str, Any], fill: Callable[[Pat
     def fill_and_sign(draft: Path) -> None:
         fill(draft)
         hashes = {file.name: disk.file_sha256(file) for file in sorted(draft.iterdir())}
-        disk.atomic_write(draft / SIDECAR, disk.encode_json({**facts, "files": hashes}, indent=2))
+        disk.atomic_write(draft / SIDECAR, encode_json({**facts, "files": hashes}, indent=2))
 
     write_folder(path, fill_and_sign)
 
@@ -67,7 +68,7 @@ def check_free(path: str | Path) -> None:
 
 def write_tensors(path: Path, named: Mapping[str, "Tensor"]) -> None:
     """A safetensors file of an export, with the header that PyTorch programs look for."""
-    disk.write_new_file(path, tensors.tensor_bytes(named))
+    disk.write_new_file(path, tensors.tensor_parts(named, format="pt"))
 
 
 def put_text(path: Path, text: str) -> None:

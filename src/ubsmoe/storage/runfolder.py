@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from ubsmoe.storage import checkpoints, disk, tensors
+from ubsmoe.storage import checkpoints, disk, json_text, tensors
 from ubsmoe.storage.checkpoints import Checkpoint
 from ubsmoe.storage.disk import atomic_write as atomic_write
 from ubsmoe.storage.events import EventLog, read_events
@@ -144,21 +144,21 @@ class RunFolder:
 
     def write_adapter(self, adapter: Mapping[str, "Tensor"], facts: Mapping[str, Any] | None = None) -> str:
         """Write the final adapter; `facts`, such as alpha, go into its header. Returns its SHA-256."""
-        atomic_write(self.path / ADAPTER, tensors.tensor_bytes(adapter, facts))
+        atomic_write(self.path / ADAPTER, tensors.tensor_parts(adapter, facts))
         return disk.file_sha256(self.path / ADAPTER)
 
     def write_data_card(self, card: Mapping[str, Any]) -> None:
         """Write what the run's data are."""
-        atomic_write(self.path / DATA, disk.encode_json(dict(card), indent=2))
+        atomic_write(self.path / DATA, json_text.encode_json(dict(card), indent=2))
 
     def write_costs(self, costs: Sequence[Mapping[str, Any]]) -> None:
         """Write what a client of each tier costs, as planned: a report then needs no model to say it."""
-        atomic_write(self.path / COSTS, disk.encode_json(list(costs), indent=2))
+        atomic_write(self.path / COSTS, json_text.encode_json(list(costs), indent=2))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the final figures; once this file is there the run has ended."""
         self.events.sync()
-        atomic_write(self.path / SUMMARY, disk.encode_json(dict(summary), indent=2))
+        atomic_write(self.path / SUMMARY, json_text.encode_json(dict(summary), indent=2))
 
     def close(self) -> None:
         """Let another process have the folder; closing twice is fine."""
@@ -254,7 +254,7 @@ def _begin(path: Path, config_json: str, versions: dict[str, str]) -> dict[str, 
     if checkpoint := checkpoints.load_newest(path / CHECKPOINTS):
         refuse_other_run(path, checkpoint, {"settings": fixed_settings(config_json)})
     disk.make_folder(path / CHECKPOINTS)
-    atomic_write(path / VERSIONS, disk.encode_json(versions, indent=2))
+    atomic_write(path / VERSIONS, json_text.encode_json(versions, indent=2))
     atomic_write(path / CONFIG, config_json.encode())
     return versions
 
@@ -290,7 +290,7 @@ def _read_versions(path: Path) -> dict[str, str]:
 
 def _read_json(path: Path, kind: type = dict) -> Any:
     try:
-        value = disk.decode_json(path.read_bytes())
+        value = json_text.decode_json(path.read_bytes())
     except OSError as error:
         raise RunFolderError(f"{path} cannot be read: {error}; is {path.parent} a run folder?") from error
     except (ValueError, RecursionError) as error:

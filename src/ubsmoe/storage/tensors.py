@@ -4,38 +4,68 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ubsmoe.storage import disk
+from ubsmoe.storage.json_text import encode_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def tensor_bytes(tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any] | None = None) -> bytes:
-    """A safetensors file, the same bytes whenever the tensors are the same.
+METADATA = "__metadata__"
+_CODES = {
+    "uint64": "U64", "int64": "I64", "float64": "F64", "complex64": "C64", "float32": "F32", "uint32": "U32", "int32": "I32",
+    "bfloat16": "BF16", "float16": "F16", "uint16": "U16", "int16": "I16", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+"""What safetensors calls torch's dtypes, in the order in which its own writer puts them."""
+
+
+def tensor_parts(
+    tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any] | None = None, **said: str
+) -> list[bytes | memoryview]:
+    """A safetensors file in pieces: its header, then each tensor's own memory; what lies whole on the CPU is not copied.
 
     Args:
-        tensors: by name, in any order; any dtype safetensors knows, any device.
+        tensors: by name, in any order; any dtype safetensors knows, any device. Leave them as they are while parts are in use.
         facts: put into the header as one JSON text named "ubsmoe": safetensors writes several entries in random order.
+        said: other entries of the header.
 
     Raises:
         ValueError: for the one name that safetensors keeps for itself.
+
+    Source: the safetensors format; widest dtypes first and then by name, as its own writer puts them.
+    """
+    # here, because reading a run folder needs no torch unless its tensors are read
+    from torch import uint8
+
+    if METADATA in tensors:
+        raise ValueError(f"a tensor cannot be called {METADATA}: safetensors keeps that name for its header")
+    if facts is not None:
+        said["ubsmoe"] = encode_json(dict(facts)).decode()
+    header: dict[str, Any] = {METADATA: said} if said else {}
+    parts: list[bytes | memoryview] = []
+    codes, order, end = {name: _code(tensor) for name, tensor in tensors.items()}, list(_CODES.values()), 0
+    for name in sorted(tensors, key=lambda name: (order.index(codes[name]), name)):
+        tensor, start, end = tensors[name], end, end + tensors[name].nbytes
+        header[name] = {"dtype": codes[name], "shape": [*tensor.shape], "data_offsets": [start, end]}
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        parts.append(flat.view(uint8).numpy().data if tensor.nbytes else b"")
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little") + text, *parts]
+
+
+def _code(tensor: "Tensor") -> str:
+    return _CODES[str(tensor.dtype).removeprefix("torch.")]
+
+
+def tensor_bytes(tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any] | None = None) -> bytes:
+    """A safetensors file, the same bytes whenever the tensors are the same. Arguments and errors as of `tensor_parts`.
 
     >>> import torch
     >>> read_facts(tensor_bytes({"a": torch.zeros(2)}, {"rank": 4}))
     {'rank': 4}
     """
-    # here, because reading a run folder needs no torch unless its tensors are read
-    import safetensors.torch
-    import torch
-
-    if "__metadata__" in tensors:
-        raise ValueError("a tensor cannot be called __metadata__: safetensors keeps that name for its header")
-    # Copies, because safetensors refuses tensors that share memory, as views of one fused tensor do.
-    packed = {
-        name: tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format) for name in sorted(tensors)
-    }
-    metadata = None if facts is None else {"ubsmoe": disk.encode_json(dict(facts)).decode()}
-    return safetensors.torch.save(packed, metadata)
+    return b"".join(tensor_parts(tensors, facts))
 
 
 def read_tensors(data: bytes) -> dict[str, "Tensor"]:

@@ -104,12 +104,12 @@ def run_cell(settings: RunSettings, folder: Path, track: Sequence[str] = ()) -> 
 
     # bitwise equal whatever runs beside it, and two processes do not fight for the cores
     torch.set_num_threads(settings.threads or 1)
-    keep_freed_memory()
     if (folder / "summary.json").exists() and not differing_settings(
         read_run(folder).config, settings.model_dump(mode="json")
     ):
         return
     federation = build_federation(settings)
+    keep_freed_memory()  # not before: what loading frees goes back to the system
     tracking = Tracking(track, folder, settings.model_dump(mode="json"))
     with RunFolder.open_or_create(folder, to_json(settings)) as opened, tracking:
         opened.write_costs([cost.as_dict() for cost in run_costs(settings)])

@@ -11,7 +11,7 @@ import torch
 
 from ubsmoe.config import WireDtype
 from ubsmoe.messages import Tensors
-from ubsmoe.wire.packed import WireError
+from ubsmoe.wire.packed import MAX_HEADER_BYTES, WireError
 
 Form = tuple[torch.Size, torch.dtype]
 Declared = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -34,6 +34,13 @@ class UpdateSpec:
         """Bytes of such an update's tensors."""
         forms = (*self.adapters.values(), *self.extras.values(), self.expert_tokens)
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in forms)
+
+    @property
+    def most_bytes(self) -> int:
+        """What an update to this task can have at most on the wire, in any of its precisions; known before one comes."""
+        # which experts travel, one byte each, or the scales of int8, which come instead of three bytes of each number
+        flags = sum(shape[0] for shape, _ in self.adapters.values())
+        return self.num_bytes + flags + 2 * MAX_HEADER_BYTES
 
 
 def spec_of(tensors: Tensors) -> dict[str, Form]:

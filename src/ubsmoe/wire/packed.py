@@ -4,7 +4,9 @@ import json
 from dataclasses import dataclass
 
 MAX_HEADER_BYTES = 1 << 20
-MAX_MESSAGE_BYTES = 2 << 30  # a task or an update as a whole
+MAX_MESSAGE_BYTES = 1 << 36
+"""Of a task: room for FLoRA's side factor at OLMoE-1B-7B's size, 47 GB. Flower cuts what it carries into small chunks, so that
+nothing on the way holds messages to 2 GiB. What an update may have follows from its task (`server.update_checks.UpdateSpec`)."""
 
 
 class WireError(ValueError):

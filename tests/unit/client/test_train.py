@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 
+from ubsmoe.client.node_config import on_this_machine
 from ubsmoe.client.schedule import elastic_top_ks, steps_per_round
 from ubsmoe.client.train import ClientFailure, Trainer, language_loss, train
-from ubsmoe.config import TierSettings, TrainSettings, parse_run
+from ubsmoe.config import ConfigError, TierSettings, TrainSettings, parse_run, train_of_tier, with_overrides
 from ubsmoe.data.tokens import Tokens, collate
+from ubsmoe.errors import UserError
 from ubsmoe.messages import Task
+from ubsmoe.methods.chosen import chosen_method
 from ubsmoe.methods.method import Hooks, install_adapter
-from ubsmoe.model.load import weights_sha256
+from ubsmoe.model.identity import weights_sha256
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.federation import Federation, build_federation
 
@@ -195,3 +198,83 @@ def test_uniform_elastic_draws_stay_within_the_clients_budget() -> None:
     )
     budgets = draw("a")
     assert set(budgets) == {1, 2, 3, 4, 5} and budgets == draw("a") != draw("b")
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "fedavg"},
+        {"name": "ubsmoe"},
+        {"name": "ubsmoe", "pg": {"mode": "self_ipw"}},
+        {"name": "ubsmoe", "pg": {"mode": "oracle", "scope": ["experts", "hidden"]}},
+        {"name": "hetlora"},
+    ],
+    ids=str,
+)
+def test_a_step_in_micro_batches_is_the_step_of_the_whole_batch(
+    federation: Federation, task: Task, method: dict[str, Any], micro_batch: int
+) -> None:
+    """The same batches, masses, penalties, counts and loss; the sums in another order, so equal but for rounding."""
+    settings = parse_run({**federation.settings.model_dump(), "method": method})
+    built = chosen_method(settings, federation.shape)
+    start = built.start(dict(task.payload))
+    asked = replace(task, payload=built.dispatch(start, task.profile))
+    pieces = SGD.model_copy(update={"batch_size": 6, "micro_batch": micro_batch})
+    tiers = federation.settings.tiers
+    whole = trained(federation, asked, SGD.model_copy(update={"batch_size": 6}), MIXED, method=built)
+    small = trained(federation, asked, pieces, MIXED, method=built)
+    by_tier = tiers.model_copy(update={"micro_batch": tuple([micro_batch] * len(tiers.budgets))})
+    again = trained(
+        federation, asked, pieces.model_copy(update={"micro_batch": None}), MIXED, method=built, tiers=by_tier
+    )
+    assert small.loss == pytest.approx(whole.loss, rel=1e-5) and small.loss == again.loss
+    assert torch.equal(small.expert_tokens, whole.expert_tokens)
+    assert (small.tokens, small.assignments) == (whole.tokens, whole.assignments)
+    for name, value in whole.adapters.items():
+        torch.testing.assert_close(small.adapters[name], value, rtol=1e-4, atol=2e-6)
+        assert torch.equal(small.adapters[name], again.adapters[name])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{"name": "smoe_llb"}, {"name": "smoe_glb"}, {"name": "hfedmoe"}, {"name": "ubsmoe", "pg": {"mode": "sampled"}}],
+)
+def test_micro_batches_are_refused_where_they_are_other_work(federation: Federation, method: dict[str, Any]) -> None:
+    for change in ({"train.micro_batch": 4}, {"tiers.micro_batch": [16, 4, 2, 1]}):
+        settings = parse_run(with_overrides({**federation.settings.model_dump(), "method": method}, change))
+        with pytest.raises(UserError, match="micro_batch cannot be combined"):
+            chosen_method(settings, federation.shape)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"train.micro_batch": 5}, "micro_batch is 5, which does not divide train.batch_size = 16; .* 1, 2, 4, 8, 16"),
+        ({"tiers.micro_batch": [1, 2, 4, 32]}, "micro_batch is 32, which does not divide"),
+        ({"tiers.micro_batch": [1, 2]}, "micro_batch has 2 entries and budgets 4; expected one per tier"),
+        ({"tiers.gradient_checkpointing": [True]}, "gradient_checkpointing has 1 entries and budgets 4"),
+    ],
+)
+def test_settings_of_tiers_that_make_no_sense_are_refused(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        parse_run(with_overrides({}, change))
+
+
+def test_a_node_may_say_how_it_does_its_work_but_not_what() -> None:
+    settings = parse_run({"tiers": {"micro_batch": [1, 2, 4, 8], "gradient_checkpointing": [True] * 4}})
+    own = {"train.micro_batch": 4, "train.gradient_checkpointing": False, "threads": 2, "client": "me"}
+    ours, identity = on_this_machine(settings, own)
+    assert identity == {"client": "me"} and ours.threads == 2
+    for tier in range(4):
+        train = train_of_tier(ours.train, ours.tiers, tier)
+        assert (train.micro_batch, train.gradient_checkpointing) == (4, False)
+    for key in ("train.batch_size", "model.dtype", "tiers.budgets", "method.name"):
+        with pytest.raises(
+            ConfigError, match=f"{key}' would change this client's work; a node may say .*train.micro_batch"
+        ):
+            on_this_machine(settings, {key: 1})
+    with pytest.raises(ConfigError, match=r"'train\.microbatch' is unknown"):
+        on_this_machine(settings, {"train.microbatch": 1})
+    with pytest.raises(ConfigError, match="does not divide"):
+        on_this_machine(settings, {"train.micro_batch": 3})

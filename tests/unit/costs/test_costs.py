@@ -313,6 +313,19 @@ def test_memory_parts_of_a_model_worked_by_hand():
     assert fewer.working == 20 * 50 * (2 + 12)
 
 
+def test_quantised_experts_are_counted_with_their_scales():
+    """OLMoE: 6.44e9 elements of experts in 16 layers; 64 experts of 2048 + 2048 rows."""
+    shape = model_shape("olmoe-1b-7b")
+    experts, rest = 16 * 64 * 3 * 2048 * 1024, 2 * (shape.parameters - 16 * 64 * 3 * 2048 * 1024)
+    workload = Workload(rank=8, batch=Batch.full(1, 128), dtype_bytes=2)
+    memory = {kind: peak_memory_bytes(shape, 2, replace(workload, experts=kind)) for kind in (None, "int8", "nf4")}
+    assert memory[None].weights == rest + 2 * experts
+    assert memory["int8"].weights == rest + experts + 4 * 16 * 64 * (2048 + 2048)
+    assert memory["nf4"].weights == rest + experts // 2 + 4 * experts // 64
+    assert len({one.resident for one in memory.values()}) == 1  # what is mapped is no part of it
+    assert memory[None].resident == memory[None].total - memory[None].weights
+
+
 def test_a_large_adapter_peaks_where_the_optimiser_steps():
     shape = ModelShape(
         4, 4, hidden=6, expert_width=5, num_experts=4, k_max=2, heads=3, kv_heads=1, head_dim=2, vocab=50

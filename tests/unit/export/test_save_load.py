@@ -1,6 +1,7 @@
 """Exports against the model they came from: in PEFT, in plain transformers, and through the sidecar. Logits, never key names."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +18,8 @@ from ubsmoe.errors import UserError
 from ubsmoe.export import save_load as exports
 from ubsmoe.export.installed import Installed, install, read_installed
 from ubsmoe.export.sidecar import Format, Sidecar
-from ubsmoe.model.load import shipped_path, weights_sha256
+from ubsmoe.model.identity import weights_sha256
+from ubsmoe.model.load import shipped_path
 from ubsmoe.model.surgery import SparseModel
 from unit.model.families import FAMILIES, RENORMALISES, tiny, words
 
@@ -46,6 +49,11 @@ def exported(sparse: SparseModel, format: Format, folder: Path) -> Sidecar:
     tokenizer = AutoTokenizer.from_pretrained(shipped_path("ubsmoe-tiny"))
     origin = exports.Origin(ModelSettings(base="tiny"), weights_sha256(sparse.model), "fedavg", 1)
     return exports.write(sparse, tokenizer, installed, origin, format, folder)
+
+
+def read_header(file: Path) -> list[str]:
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())
 
 
 @torch.no_grad()
@@ -231,6 +239,31 @@ def test_an_adapter_of_another_family_is_refused_without_a_sidecar_too(tmp_path:
     base = SparseModel(tiny("olmoe", num_experts=6))
     with pytest.raises(UserError, match="with M = 6 on this base"):
         exports.read_peft(tmp_path / "out", base, "")
+
+
+@pytest.mark.parametrize("format", ["native", "peft", "merged"])
+def test_an_export_can_be_read_by_whoever_may_read_its_folder(format: Format, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        exported(adapted("olmoe"), format, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o644}
+
+
+@every_family
+def test_merging_writes_a_file_per_layer_and_leaves_the_model_as_it_was(family: str, tmp_path: Path) -> None:
+    sparse = adapted(family, router=True, attention=True)
+    before, config = weights_sha256(sparse.model), sparse.model.config.to_dict()
+    exported(sparse, "merged", tmp_path / "out")
+    assert weights_sha256(sparse.model) == before and sparse.model.config.to_dict() == config
+    files = [read_header(file) for file in sorted((tmp_path / "out").glob("*.safetensors"))]
+    layers = [{name.split(".layers.")[1].split(".")[0] for name in names if ".layers." in name} for names in files]
+    assert [len(one) for one in layers] == [0] + [1] * sparse.model.config.num_hidden_layers
+    stock = tmp_path / "stock"
+    sparse.model.save_pretrained(stock)
+    theirs = {name for file in stock.glob("*.safetensors") for name in read_header(file)}
+    assert sorted(name for names in files for name in names) == sorted(theirs)
 
 
 @pytest.mark.parametrize("format", ["native", "peft", "merged"])

@@ -13,11 +13,15 @@ from ubsmoe.costs.workload import Batch
 from ubsmoe.data.tokens import IGNORED, Tokens, collate
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.messages import Task
-from ubsmoe.plan.devices import GIB, RUNTIME_BYTES, fitting, smallest_device
+from ubsmoe.model.presets import model_shape
+from ubsmoe.plan.devices import GIB, RUNTIME_BYTES, Machine, fitting, read_inventory, smallest_device
+from ubsmoe.plan.evaluation import evaluations
 from ubsmoe.plan.forecast import forecast
+from ubsmoe.plan.inventory import fits
+from ubsmoe.plan.tiers import plan_tiers
 from ubsmoe.plan.work import assumed_work, batch_shape
 from ubsmoe.server.federation import build_federation
-from ubsmoe.server.rounds import one_round, run
+from ubsmoe.server.rounds import evaluate_tier, one_round, run
 from ubsmoe.server.start import start_state
 from ubsmoe.storage.events import read_events
 from ubsmoe.storage.runfolder import RunFolder
@@ -159,6 +163,151 @@ def test_a_device_holds_the_tiers_that_fit_beside_the_libraries() -> None:
         fitting(tiers, "lots")
     assert [smallest_device(gib * GIB - RUNTIME_BYTES) for gib in (4, 16, 80)] == [4, 16, 80]
     assert (smallest_device(4 * GIB - RUNTIME_BYTES + 1), smallest_device(80 * GIB)) == (8, None)
+
+
+def test_a_run_for_a_device_that_is_not_here_is_planned_on_the_cpu() -> None:
+    plan = forecast(parse_run({"model": {"device": "cuda:7"}, "train": {"local_steps": 1}}), examples=80)
+    assert plan["speed"] == "measured on this machine's CPU, since model.device 'cuda:7' is not here"
+    assert plan["flops_per_second"] > 1e8 and 0 <= plan["speed_spread"] < 1
+
+
+def test_without_a_tokenizer_lengths_are_assumed_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    table = {
+        "model": {"base": "olmoe-1b-7b"},
+        "data": {"max_length": 50, "synthetic": {"train_examples": 80, "test_examples": 24}},
+        "evaluate": {"max_examples": 2, "max_new_tokens": 5},
+        "train": {"local_epochs": 1.0},
+    }
+    plan = forecast(parse_run(table), flops_per_second=1e12)
+    assert plan["lengths"] == (
+        "data.max_length = 50 tokens, every position labelled: an upper bound, since the tokenizer of olmoe-1b-7b is not here"
+    )
+    assert plan["tiers"][0]["tokens"] == 16 * 50  # ten examples each, taken as one full batch
+    assert plan["evaluation"]["times"] == 2 and plan["evaluation"]["questions"] <= 2 * 8
+    assert plan["exports"]["merged"]["file_bytes"] == 2 * plan["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "times"),
+    [
+        ({}, 2),
+        ({"every": 3}, 5),  # before; 3, 6, 9; after 10
+        ({"every": 5}, 3),  # before; 5 and 10, which is the last
+        ({"every": 5, "before": False, "after": False}, 2),
+        ({"before": False, "after": False}, 0),
+    ],
+)
+def test_evaluations_are_counted(evaluate: dict[str, Any], times: int) -> None:
+    assert evaluations(parse_run({"train": {"rounds": 10}, "evaluate": evaluate})) == times
+
+
+def test_the_flops_of_an_evaluation_are_at_least_those_torch_counts(tiny_run: dict[str, Any]) -> None:
+    """Answers that stop early are taken to go on; nothing else is above."""
+    settings = settings_of(tiny_run, **{"method.name": "fedavg", "evaluate.max_examples": 4, "evaluate.before": False})
+    federation, state = (found := build_federation(settings)), start_state(found)
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        for profile in federation.tiers:
+            evaluate_tier(federation, state, profile)
+    planned = forecast(settings, flops_per_second=1e9)["evaluation"]
+    assert planned["times"] == 1 and 0.9 < planned["flops"] / counter.get_total_flops() < 2
+
+
+def test_a_side_factor_counts_as_far_as_the_rounds_make_it_grow() -> None:
+    """8 clients of rank at most 6: 48 directions a round, until min(out, in) = 64 of ubsmoe-tiny's matrices or more."""
+    shape = model_shape("ubsmoe-tiny")
+
+    def side(rounds: int, method: str) -> int:
+        table = {
+            "method": {"name": method},
+            "train": {"rounds": rounds},
+            "adapter": {"rank": 6},
+            "tiers": {"ranks": [1, 2, 4, 6]},
+        }
+        plan = plan_tiers(parse_run(table))
+        plain = plan_tiers(parse_run(table | {"method": {"name": "fedavg"}}))
+        bytes_down = plan.costs[0].download_bytes - (method == "fedex_lora") * plain.costs[0].download_bytes
+        assert bytes_down == 4 * plan.workload.side_elements
+        return plan.workload.side_elements
+
+    wide, width, hidden = shape.up_matrices * shape.expert_width, shape.expert_width, shape.hidden
+    experts = shape.num_moe_layers * shape.num_experts
+    for rounds in (1, 2, 9):
+        most = min(48 * rounds, wide, hidden), min(48 * rounds, width, hidden)
+        want = experts * (most[0] * (wide + hidden) + most[1] * (width + hidden))
+        assert side(rounds, "flora") == side(rounds, "florist") == side(rounds, "fedex_lora") == want
+
+
+INVENTORY = """
+[[machines]]
+name = "phone"
+memory = "{phone}"
+flops_per_second = 1e10
+
+[[machines]]
+name = "card"
+memory = "24GiB"
+device = "cuda"
+"""
+
+
+def test_an_inventory_says_which_machine_can_train_what_and_how(tmp_path: Path) -> None:
+    file = tmp_path / "machines.toml"
+    base = {"base": "olmoe-1b-7b"}
+    settings = parse_run({"model": base, "train": {"batch_size": 4, "local_steps": 3}, "data": {"max_length": 64}})
+
+    def phone(memory: str) -> dict[str, Any]:
+        file.write_text(INVENTORY.format(phone=memory))
+        return forecast(settings, 100, 1e12, read_inventory(file))["machines"][0]
+
+    file.write_text(INVENTORY.format(phone="24GiB"))
+    plan = forecast(settings, 100, 1e12, read_inventory(file))
+    rich, card = plan["machines"]
+    assert [tier["with"] for tier in rich["tiers"]] == [[]] * 4 and card["tiers"][0]["seconds"] is None
+    assert rich["tiers"][3]["memory_bytes"] == plan["tiers"][3]["peak_memory_bytes"] + RUNTIME_BYTES
+    assert rich["tiers"][3]["seconds"] == pytest.approx(plan["tiers"][3]["flops"] / 1e10)
+    just = [phone(f"{size}GB") for size in (16, 8, 4.2)]
+    assert [bool(one["tiers"]) for one in just] == [True, True, True]
+    assert all(tier["memory_bytes"] <= one["memory_bytes"] for one in just for tier in one["tiers"])
+    assert any("a mapped base" in way for way in just[1]["tiers"][0]["with"])  # 8 GB do not hold 13.8 GB of weights
+    assert phone("1GB")["tiers"] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "machines: Field required"),
+        ('[[machines]]\nname = "a"\nmemory = "much"', r"machines\.a\.memory: 'much': expected a size in GiB or GB"),
+        ('[[machines]]\nname = "a"\nmemory = "8GB"\nspeed = 3', r"machines\.0\.speed"),
+        ('[[machines]]\nname = "a"\nmemory = "8GB"\n' * 2, "two machines are called 'a'"),
+        ("machines = [", "is not valid TOML"),
+    ],
+)
+def test_an_inventory_that_makes_no_sense_is_refused(text: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "machines.toml").write_text(text)
+    with pytest.raises(ConfigError, match=sentence):
+        read_inventory(tmp_path / "machines.toml")
+
+
+def test_qwen3_30b_takes_part_by_quantised_experts_or_a_mapped_base() -> None:
+    settings = parse_run({"model": {"base": "qwen3-30b-a3b"}, "train": {"batch_size": 4}, "data": {"max_length": 128}})
+    plan = plan_tiers(settings)
+    assert plan.shape.parameters == pytest.approx(30.5e9, rel=0.005)
+    desktop, card = (
+        fits(Machine(name=device, memory="32GB", device=device), settings, plan) for device in ("cpu", "cuda")
+    )
+    assert any("mapped" in way for way in desktop["tiers"][3]["with"])
+    assert 'model.experts = "nf4"' in card["tiers"][3]["with"]
+
+
+def test_a_device_that_holds_more_is_never_told_less() -> None:
+    settings = parse_run({"model": {"base": "olmoe-1b-7b"}, "train": {"batch_size": 4}})
+    plan = plan_tiers(settings)
+    ways = []
+    for gigabytes in range(3, 30):
+        tiers = fits(Machine(name="m", memory=f"{gigabytes}GB"), settings, plan)["tiers"]
+        ways.append((len(tiers), -len(tiers[0]["with"]) if tiers else -9))
+    assert ways == sorted(ways)
 
 
 def test_olmoe_on_a_small_device_is_told_so() -> None:

@@ -13,6 +13,8 @@ from ubsmoe.methods import build
 from ubsmoe.methods.method import Method, RunShape
 from ubsmoe.server.update_checks import Rejected, UpdateSpec, check_update, spec_of
 from ubsmoe.server.validator import UpdateSpecs, Validator
+from ubsmoe.wire.codec import decode_update, encode_update
+from ubsmoe.wire.packed import MAX_HEADER_BYTES, Packed, WireError
 from unit.wire.messages import COUNTS, PAYLOAD, TASK, UPDATE
 
 A = "layers.0.up.A"
@@ -172,3 +174,23 @@ def test_a_round_needs_its_quorum(quorum: float, wanted: int, enough: int) -> No
     assert len(through(replies[:enough], wanted, quorum)[0]) == enough
     with pytest.raises(RoundError, match=f"round 4: {enough - 1} updates count, rounds.quorum asks for {enough}"):
         through(replies[: enough - 1], wanted, quorum)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("experts", [1, 4, 5])
+def test_what_an_update_may_weigh_is_known_before_it_comes(dtype: Any, experts: int) -> None:
+    """However many of the five experts changed; one byte more than that is refused unread."""
+    changed = {
+        name: value + (torch.arange(len(value)) < experts).view(-1, 1, 1)
+        for name, value in TASK.payload.items()
+        if name in UPDATE.adapters
+    }
+    packed = encode_update(replace(UPDATE, adapters=changed), TASK.payload, dtype)
+    size = len(packed.header) + len(packed.tensors)
+    assert size <= SPEC.most_bytes <= size + sum(value.nbytes for value in changed.values()) + 2 * MAX_HEADER_BYTES
+    assert decode_update(packed, SPEC.most_bytes, TASK.payload).client == UPDATE.client
+    padded = Packed(packed.header, packed.tensors + bytes(SPEC.most_bytes - size + 1))
+    with pytest.raises(
+        WireError, match=f"a message of {SPEC.most_bytes + 1} bytes; at most {SPEC.most_bytes} are taken"
+    ):
+        decode_update(padded, SPEC.most_bytes, TASK.payload)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from ubsmoe.storage.checkpoints import (
     load_newest,
     save_checkpoint,
 )
-from ubsmoe.storage.tensors import read_facts, read_tensors, tensor_bytes
+from ubsmoe.storage.tensors import read_facts, read_tensors, tensor_bytes, tensor_parts
 
 FACTS = {"bytes_sent": 12345, "loss": 0.1, "order": ["b", "a"], "generator": {"state": 2**70}}
 FILES = ("state.safetensors", "facts.json", "manifest.json", "manifest.sha256")
@@ -62,7 +63,7 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
 
 
 dtypes = st.sampled_from(
-    [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
+    [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.int8]
 )
 names = st.text().filter(lambda name: name != "__metadata__")
 shapes = st.lists(st.integers(0, 3), max_size=3)
@@ -80,6 +81,15 @@ def test_any_names_dtypes_and_shapes_come_back_and_their_order_does_not_matter(t
     assert list(read_tensors(data)) == sorted(made)
     assert read_facts(data) == {"rank": 4, "alpha": 8.0}
     assert read_facts(tensor_bytes(made)) == {}
+    assert tensor_bytes(made) == safetensors.torch.save(made)
+
+
+def test_what_lies_whole_on_the_cpu_is_written_from_where_it_lies():
+    fused = torch.arange(24.0).reshape(2, 3, 4)
+    _, row, whole = tensor_parts({"whole": fused, "row": fused[1]})
+    fused[1, 0, 0] = 99.0
+    assert torch.frombuffer(whole, dtype=torch.float32).equal(fused.reshape(-1))
+    assert torch.frombuffer(row, dtype=torch.float32).equal(fused[1].reshape(-1))
 
 
 def test_bytes_are_the_same_in_another_process(tmp_path):

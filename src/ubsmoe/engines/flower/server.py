@@ -29,7 +29,7 @@ from ubsmoe.server.rounds import run
 from ubsmoe.storage.record import loss_text
 from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.codec import decode_announcements, decode_update, encode_task
-from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed, WireError, enclose
+from ubsmoe.wire.packed import Packed, WireError, enclose
 
 ANNOUNCE = "query.announce"
 TRAIN = "train"
@@ -206,7 +206,7 @@ class FlowerEngine:
             if node is None:
                 raise WireError("its place was given up")
             spec, dtype = self._federation.specs(task), self._settings.wire.dtype
-            update = decode_update(_content(message, node), MAX_MESSAGE_BYTES, task.payload, spec, dtype)
+            update = decode_update(_content(message, node), spec.most_bytes, task.payload, spec, dtype)
         except WireError as error:
             return Dropped(client, task.round, "wire", printable(str(error)))
         if update.client != client:
