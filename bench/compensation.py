@@ -49,7 +49,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = parse_run(
-        {"model": {"base": args.base}, "data": {"train": "synthetic"}, "evaluate": {"max_new_tokens": 8}, "tiers": {"budgets": [0.125, 0.25, 0.5, 1.0], "ranks": [4, 8, 16, 32]}}
+        {
+            "model": {"base": args.base},
+            "data": {"train": "synthetic"},
+            "evaluate": {"max_new_tokens": 8},
+            "tiers": {"budgets": [0.125, 0.25, 0.5, 1.0], "ranks": [4, 8, 16, 32]},
+        }
     )
     server = build_server(settings, weights=True)
     model, world = server.model, SyntheticQA(0, 48, "pretraining")
@@ -65,15 +70,31 @@ def main() -> None:
     def score(form: str, text: str, top_k: int, explained: float, seconds: float) -> None:
         found = evaluate(model, server.tokenizer, questions, settings.evaluate)["macro"]
         rows.append(
-            {"form": form, "text": text, "top_k": top_k, "loss": found.loss, "accuracy": found.accuracy, "explained": explained, "fit_seconds": seconds}
+            {
+                "form": form,
+                "text": text,
+                "top_k": top_k,
+                "loss": found.loss,
+                "accuracy": found.accuracy,
+                "explained": explained,
+                "fit_seconds": seconds,
+            }
         )
-        print(f"{form:22} {text:6} K={top_k}  loss {found.loss:.4f}  accuracy {found.accuracy:.1%}  explained {explained:.3f}  fit {seconds:.1f} s", flush=True)
+        print(
+            f"{form:22} {text:6} K={top_k}  loss {found.loss:.4f}  accuracy {found.accuracy:.1%}  explained {explained:.3f}  fit {seconds:.1f} s",
+            flush=True,
+        )
 
     for profile in server.tiers:
         install_adapter(model, adapter, profile, settings.adapter.alpha)
         score("today", "", profile.top_k, 0.0, 0.0)
     for text, written in texts.items():
-        print(text, len(written), sum(len(one.input_ids) for one in written), repr(server.tokenizer.decode(written[0].input_ids)))
+        print(
+            text,
+            len(written),
+            sum(len(one.input_ids) for one in written),
+            repr(server.tokenizer.decode(written[0].input_ids)),
+        )
         batches = in_batches(written, pad_id(server.tokenizer))
         for form in FORMS:
             began = time.process_time()

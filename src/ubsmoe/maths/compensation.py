@@ -1,4 +1,4 @@
-"""Least squares for what a layer leaves out: a map of low rank from the layer's input to the sum over its skipped experts.
+r"""Least squares for what a layer leaves out: a map of low rank from the layer's input to the sum over its skipped experts.
 
     T(x)   experts that the base runs for token x        A(x)   those that are run       w_i   their gate weights at K_max
     z      features of a token: [x ; s], s_i = w_i for i in T(x) \\ A(x), else 0           y     sum of w_i E_i(x) over T(x) \\ A(x)
@@ -87,5 +87,7 @@ def fit_low_rank(sums: Sums, rank: int, ridge: float) -> LowRankMap:
     c = y_mean - v @ (u @ z_mean)
     # || y - V U z - c ||^2 over the tokens, from the sums
     fitted = v @ u
-    left = sums.energy - sums.count * y_mean.square().sum() - 2 * (fitted.T * cross).sum() + (fitted @ gram * fitted).sum()
+    left = (
+        sums.energy - sums.count * y_mean.square().sum() - 2 * (fitted.T * cross).sum() + (fitted @ gram * fitted).sum()
+    )
     return LowRankMap(u, v, c, explained=1 - float(left / sums.energy.clamp_min(1e-300)))

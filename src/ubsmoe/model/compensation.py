@@ -1,4 +1,4 @@
-"""What stands for the experts that a small budget skips: y(x) = sum_{i in A(x)} w_i E_i(x) + C(x).
+r"""What stands for the experts that a small budget skips: y(x) = sum_{i in A(x)} w_i E_i(x) + C(x).
 
     T(x)   the K_max experts that the base runs for token x     A(x)   the K of them with the largest gate weight
     w_i    the gate weights that the base uses at K_max          s_i    w_i for i in T(x) \\ A(x), else 0
@@ -73,7 +73,9 @@ class LayerCompensation:
 
     def __post_init__(self) -> None:
         if (self.channels is None) != (self.slices == 1):
-            raise ValueError(f"{self.slices} slices per expert and channels {self.channels is not None} do not go together")
+            raise ValueError(
+                f"{self.slices} slices per expert and channels {self.channels is not None} do not go together"
+            )
 
     def at(self, top_k: int) -> Compensation | None:
         """C at this K: its own, or that of the next larger K, which leaves less out."""
@@ -93,7 +95,9 @@ def layer_compensations(tensors: Mapping[str, Tensor], widths: Sequence[int]) ->
             forms[int(layer)].setdefault(int(rest[0]), {})[rest[1]] = value
     return [
         LayerCompensation(
-            {key: Compensation(**parts) for key, parts in own.items()}, kept, 1 if kept is None else width // kept.shape[1]
+            {key: Compensation(**parts) for key, parts in own.items()},
+            kept,
+            1 if kept is None else width // kept.shape[1],
         )
         for own, kept, width in zip(forms, channels, widths, strict=True)
     ]

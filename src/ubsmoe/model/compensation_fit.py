@@ -42,6 +42,10 @@ class FormSettings:
     """n: run n K experts at 1 / n of their width instead of K."""
     ridge: Annotated[float, Field(gt=0)] = 1e-3
     """lambda, as a share of the features' mean variance."""
+    tokens: Annotated[int, Field(ge=64)] = 4096
+    """Tokens of text to fit on, which the base writes itself."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Rounds from one fit to the next; 0 fits once, before round 1."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,7 @@ def _fit(layer: SparseLayer, seen: Passing, settings: FormSettings) -> tuple[Com
     return found, 1 - float(left.square().sum() / missing.square().sum().clamp_min(1e-30))
 
 
-def _fit_map(
-    layer: SparseLayer, seen: Passing, missing: Float[Tensor, "T h"], settings: FormSettings
-) -> Compensation:
+def _fit_map(layer: SparseLayer, seen: Passing, missing: Float[Tensor, "T h"], settings: FormSettings) -> Compensation:
     features = torch.cat([seen.hidden, seen.skipped.to(seen.hidden.dtype)], dim=1)
     found = fit_low_rank(Sums.of(features, missing), settings.rank, settings.ridge)
     return Compensation(u=found.u.float(), v=found.v.float(), c=found.c.float())
@@ -139,9 +141,7 @@ def _fit_constant(
     return Compensation(b=torch.stack([y.sum(0) / max(len(y), 1) for y in outputs]).float())
 
 
-def _fit_none(
-    layer: SparseLayer, seen: Passing, missing: Float[Tensor, "T h"], settings: FormSettings
-) -> Compensation:
+def _fit_none(layer: SparseLayer, seen: Passing, missing: Float[Tensor, "T h"], settings: FormSettings) -> Compensation:
     return Compensation()
 
 
@@ -210,15 +210,17 @@ def _probing(layer: SparseLayer, probe: Probe) -> Iterator[None]:
 
 
 def _sum(
-    hidden: Float[Tensor, "T h"], index: Int[Tensor, "T K"], gates: Float[Tensor, "T K"], base: ExpertWeights, lora: Lora
+    hidden: Float[Tensor, "T h"],
+    index: Int[Tensor, "T K"],
+    gates: Float[Tensor, "T K"],
+    base: ExpertWeights,
+    lora: Lora,
 ) -> Float[Tensor, "T h"]:
     token = torch.arange(len(hidden), device=hidden.device).repeat_interleave(index.shape[1])
     return run_assignments(hidden, token, index.reshape(-1), gates.reshape(-1), base, lora)
 
 
-def _expert_output(
-    layer: SparseLayer, seen: Passing, expert: int
-) -> tuple[Float[Tensor, "n h"], Float[Tensor, "n h"]]:
+def _expert_output(layer: SparseLayer, seen: Passing, expert: int) -> tuple[Float[Tensor, "n h"], Float[Tensor, "n h"]]:
     """x and E_i(x) of the tokens that have this expert in T(x)."""
     lora, own = layer.lora, (seen.considered == expert).any(-1)
     assert lora is not None

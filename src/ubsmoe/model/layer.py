@@ -20,6 +20,7 @@ from ubsmoe.model.expert_weights import ExpertWeights, Lora, up_name
 from ubsmoe.model.routing import Observed, Rescale, Routing
 from ubsmoe.model.slices import Slices
 
+
 class SparseLayer:
     """One SMoE layer seen by us.
 

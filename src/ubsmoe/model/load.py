@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.data.tokens import check_tokenizer
 from ubsmoe.model.conventions import UnsupportedModel
-from ubsmoe.model.routing import Rescale
 from ubsmoe.model.presets import check_place, checked_k_max, quieten
+from ubsmoe.model.routing import Rescale
 from ubsmoe.model.surgery import SparseModel
 
 

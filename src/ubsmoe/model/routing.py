@@ -20,6 +20,7 @@ TrainableRule = Callable[
 ]
 """Scores, chosen experts and real tokens of a batch -> the experts that are trained on it."""
 
+
 @dataclass(frozen=True)
 class Passing:
     """What goes through one layer's experts: T(x) with its gate weights, A(x) likewise, and the weights of what is skipped."""

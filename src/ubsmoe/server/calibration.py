@@ -35,7 +35,7 @@ def written_by_base(model: SparseModel, tokenizer: object, settings: RunSettings
                 attention_mask=torch.ones_like(prompt),
                 do_sample=True,
                 max_length=settings.data.max_length,
-                pad_token_id=pad_id(tokenizer),  # type: ignore[arg-type]
+                pad_token_id=pad_id(tokenizer),
                 eos_token_id=tokenizer.eos_token_id,  # type: ignore[attr-defined]
             )
             texts += [_until_end(row, prompt.shape[1], tokenizer.eos_token_id) for row in out.tolist()]  # type: ignore[attr-defined]
@@ -53,5 +53,3 @@ def _until_end(ids: list[int], prompt: int, eos: int) -> Tokens:
     """What was written, its end of text included."""
     end = ids.index(eos, prompt) + 1 if eos in ids[prompt:] else len(ids)
     return Tokens(tuple(ids[:end]), prompt)
-
-

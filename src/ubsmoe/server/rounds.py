@@ -15,7 +15,7 @@ from ubsmoe.server.federation import Federation
 from ubsmoe.server.metrics import RoundMetrics
 from ubsmoe.server.privacy import noisy_mean, spent
 from ubsmoe.server.robust import Answer, robustify
-from ubsmoe.server.start import noise_key, sample_clients, start_state
+from ubsmoe.server.start import calibrated, noise_key, sample_clients, start_state
 from ubsmoe.server.validator import Validator
 from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.change import upload_bytes
@@ -60,6 +60,7 @@ def run(
         log("partition", 0, report=part.to_json() if part else None)
         if federation.data_card:
             folder.write_data_card(federation.data_card)
+        state = calibrated(federation, state, 1)
         history.append(_evaluate_tiers(federation, state, 0, score_all, log) if settings.evaluate.before else None)
         save(0)
     else:
@@ -68,6 +69,7 @@ def run(
         report("resumed", done, {"round": done})
 
     for number in range(done + 1, settings.train.rounds + 1):
+        state = calibrated(federation, state, number) if number > 1 else state
         state = one_round(federation, engine, state, number, log, noise)
         if _is_evaluated(settings, number):
             history.append(_evaluate_tiers(federation, state, number, score_all, log))

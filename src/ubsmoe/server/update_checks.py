@@ -1,7 +1,7 @@
 """What an update has to keep to, one check each; the reason of a refusal names what came and what was expected."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ def spec_of(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
-def check_update(update: Update, task: Task, form: UpdateSpec, max_change: float, elastic: bool) -> None:
+def check_update(update: Update, task: Task, form: UpdateSpec, max_change: float, run: Sequence[int]) -> None:
     """Every check, cheapest first.
 
     Args:
@@ -36,7 +36,7 @@ def check_update(update: Update, task: Task, form: UpdateSpec, max_change: float
         task: what it was asked.
         form: names, shapes and dtypes that the method's own install gives for this task.
         max_change: largest root mean square by which a client may have changed what it was sent.
-        elastic: whether clients train some steps at a smaller K than their own.
+        run: experts per token that a step may run: of the client's K, and with elastic budgets of smaller ones.
 
     Raises:
         Rejected: with the reason.
@@ -46,7 +46,7 @@ def check_update(update: Update, task: Task, form: UpdateSpec, max_change: float
     check_form("extras", update.extras, form.extras)
     check_form("update", {"expert_tokens": update.expert_tokens}, {"expert_tokens": form.expert_tokens})
     check_numbers(update, task)
-    check_utilization(update, task.profile.top_k, elastic)
+    check_utilization(update, run)
     check_finite(update)
     check_change(update, task.payload, max_change)
 
@@ -81,15 +81,14 @@ def check_numbers(update: Update, task: Task) -> None:
             raise Rejected(f"{name} is {getattr(update, name)}")
 
 
-def check_utilization(update: Update, top_k: int, elastic: bool) -> None:
-    """Counts of a router: each token goes to K different experts.
+def check_utilization(update: Update, run: Sequence[int]) -> None:
+    """Counts of a router: each token goes to K different experts, K any of `run`.
 
-    Hence, per layer, 0 <= a_i <= tokens and sum_i a_i = assignments = K tokens. With elastic steps
-    tokens <= assignments <= K tokens.
+    Hence, per layer, 0 <= a_i <= tokens and sum_i a_i = assignments, which lies between the least and the most K, times tokens.
     """
     tokens, assignments, counts = update.tokens, update.assignments, update.expert_tokens
-    if tokens < 1 or assignments > tokens * top_k or assignments < (tokens if elastic else tokens * top_k):
-        raise Rejected(f"{assignments} assignments for {tokens} tokens at K = {top_k}")
+    if tokens < 1 or not tokens * min(run) <= assignments <= tokens * max(run):
+        raise Rejected(f"{assignments} assignments for {tokens} tokens at K = {max(run)}")
     if (counts < 0).any() or (counts > tokens).any():
         raise Rejected(f"expert_tokens reach from {int(counts.min())} to {int(counts.max())}, expected 0 to {tokens}")
     if (wrong := counts.sum(-1) != assignments).any():

@@ -67,13 +67,18 @@ class Validator:
         try:
             if task is None:
                 raise Rejected("nothing was asked of this client, or it has answered already")
-            elastic = self._settings.tiers.elastic_share > 0
-            check_update(update, task, self._specs(task), self._settings.rounds.max_change, elastic)
+            check_update(update, task, self._specs(task), self._settings.rounds.max_change, self._experts_run(task))
             if reason := self._method.validate_update(update):
                 raise Rejected(reason)
         except Rejected as reason:
             return Dropped(update.client, number, "validation", str(reason))
         return None
+
+    def _experts_run(self, task: Task) -> list[int]:
+        """How many experts per token a step of this client may run."""
+        own, skipped = task.profile.top_k, self._method.skipped
+        top_ks = range(1, own + 1) if self._settings.tiers.elastic_share > 0 else [own]
+        return [skipped.runs(top_k) if skipped else top_k for top_k in top_ks]
 
     def check_quorum(self, count: int, number: int) -> None:
         """Raise RoundError if so few updates count that the round does not."""
