@@ -126,7 +126,7 @@ def _steps(
         loss = 0.0
         for batch, share in _micro_batches(trainer, examples, order):
             seen = int(batch["attention_mask"].sum())
-            tokens, assignments = tokens + seen, assignments + seen * top_k
+            tokens, assignments = tokens + seen, assignments + seen * model.num_run
             value = language_loss(model, batch) * share
             total = value
             for penalty in hooks.penalties:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from ubsmoe.costs.compensation import Skipped
 from ubsmoe.costs.shape import EXPERTS_ONLY, Trained
 
 WireDtype = Literal["float32", "bfloat16", "int8"]
@@ -44,6 +45,7 @@ class Workload:
         accumulating: whether gradients of an earlier forward pass are there already.
         recomputing: gradient checkpointing: layers keep their input alone and run a second time, without the head.
         wire_dtype: precision of an update; a task travels in float32.
+        skipped: what stands for skipped experts, if anything does.
 
     Raises:
         ValueError: if rank, length or fraction is impossible.
@@ -59,6 +61,7 @@ class Workload:
     accumulating: bool = False
     recomputing: bool = False
     wire_dtype: WireDtype = "float32"
+    skipped: Skipped | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 0 or self.batch.length < 1:

@@ -1,7 +1,7 @@
 """The method that a run file chooses, built in one place for everybody who asks: server, clients, plan."""
 
-from ubsmoe.config import ConfigError, RobustSettings, RunSettings
-from ubsmoe.costs.shape import ModelShape
+from ubsmoe.config import ConfigError, RobustSettings, RunSettings, TierSettings
+from ubsmoe.costs.shape import ModelShape, budget_top_k
 from ubsmoe.errors import require
 from ubsmoe.messages import Profile
 from ubsmoe.methods import build
@@ -31,7 +31,17 @@ def run_shape(settings: RunSettings, num_layers: int, num_experts: int, k_max: i
         shared_a=adapter.shared_a,
         attention=adapter.attention == "trained",
         mean=mean_of(settings.robust),
+        top_ks=_top_ks(settings.tiers, k_max),
+        elastic=settings.tiers.elastic_share > 0,
     )
+
+
+def _top_ks(tiers: TierSettings, k_max: int) -> tuple[int, ...]:
+    """The experts per token that some client may run."""
+    own = {budget_top_k(k_max, budget) for budget in tiers.budgets}
+    if tiers.elastic_share:
+        own |= {1} if tiers.elastic_draw == "one" else set(range(1, max(own) + 1))
+    return tuple(sorted(own))
 
 
 def shape_of_model(settings: RunSettings, model: SparseModel) -> RunShape:

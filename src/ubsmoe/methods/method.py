@@ -10,7 +10,7 @@ it needs inside the loop it returns as hooks. A part, such as Dynamic Modulated 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ubsmoe.costs.compensation import Skipped
 from ubsmoe.costs.shape import ModelShape, Trained, budget_top_k
 from ubsmoe.costs.traffic import FLOAT32, Traffic, adapter_traffic
 from ubsmoe.costs.workload import WireDtype
@@ -117,7 +118,8 @@ class RunShape:
 
     `seed` is the run's, for draws that server and clients make alike. `shared_a` says that all experts of a layer start from one A,
     `attention` that attention projections have LoRA too. `mean` makes the running mean that methods average with: plain, or
-    Byzantine-robust. `weigh` gives the weights of that mean to methods that have none of their own.
+    Byzantine-robust. `weigh` gives the weights of that mean to methods that have none of their own. `top_ks` are the K in use;
+    with `elastic` budgets a client may run any of them up to its own.
     """
 
     num_layers: int
@@ -130,6 +132,21 @@ class RunShape:
     attention: bool = False
     mean: Callable[[], Mean] = WeightedMean
     weigh: Weigh = by_examples
+    top_ks: tuple[int, ...] = ()
+    elastic: bool = False
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the server fits on text before round 1 and `every` so many rounds (0: no more): `tokens` of it, from the base.
+
+    `fit(state, model, batches, profile, generator)` gives the next state and leaves the base as it was; `profile` is the largest
+    tier's.
+    """
+
+    fit: Callable[[State, SparseModel, Sequence[Mapping[str, Tensor]], Profile, torch.Generator], State]
+    tokens: int
+    every: int
 
 
 @dataclass
@@ -156,8 +173,8 @@ class Hooks:
         )
 
 
-Refusable = Literal["robust", "privacy", "dmr", "pg", "averaging"]
-"""Sections of a run file that a method may refuse: [robust], [privacy], [method.dmr], [method.pg], [method.averaging]."""
+Refusable = Literal["robust", "privacy", "dmr", "pg", "averaging", "compensation"]
+"""Sections of a run file that a method may refuse: [robust], [privacy], and [method.dmr] and so on."""
 
 OWN_FACTORS: Mapping[Refusable, str] = dict.fromkeys(
     ("robust", "privacy", "averaging"),
@@ -200,7 +217,8 @@ class Method:
     with it, each with the reason. `event` is what the method tells of its state in a round's event.
     `pair_fraction` is the share of missing (token, expert) assignments that a client computes beside the routed ones, and
     `pairs_reach_input` says whether they send a gradient to the layer's input too; costs charge for both. `traffic` counts
-    the bytes of a client's tensors, at most where they vary. `ranges` says where the values of an extra lie, by its name or by
+    the bytes of a client's tensors, at most where they vary. `skipped` says what stands for skipped experts, and costs;
+    `calibration` what the server fits. `ranges` says where the values of an extra lie, by its name or by
     what its name begins with; an update outside is dropped. `validate_update` says what else is wrong with the values of an
     update whose names and shapes are right, or nothing.
     """
@@ -219,6 +237,8 @@ class Method:
     pairs_reach_input: bool = False
     traffic: TrafficOf = adapter_traffic
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    skipped: Skipped | None = None
+    calibration: Calibration | None = None
     validate_update: Callable[[Update], str | None] = lambda update: None
 
     def extras_range(self, name: str) -> tuple[float, float]:

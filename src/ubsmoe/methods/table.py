@@ -36,6 +36,7 @@ METHODS = (
 PARTS = {
     "dmr": "ubsmoe.methods.modulation.Modulation",
     "pg": "ubsmoe.maths.pseudo_gradient.PseudoGradient",
+    "compensation": "ubsmoe.model.compensation_fit.FormSettings",
     "averaging": "ubsmoe.methods.averaging.Averaging",
 }
 """Sections of [method] that put a part around a method, in the order in which they are put, and the class of their settings."""

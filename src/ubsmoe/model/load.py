@@ -14,8 +14,8 @@ from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.data.tokens import check_tokenizer
 from ubsmoe.model.checkpoint import LOAD, READ, check_finite, check_rope, check_tensors, check_weights, one_sentence
 from ubsmoe.model.conventions import UnsupportedModel
-from ubsmoe.model.layer import Rescale
 from ubsmoe.model.presets import check_place, check_sparse, checked_k_max, quieten
+from ubsmoe.model.routing import Rescale
 from ubsmoe.model.surgery import SparseModel
 
 

@@ -17,9 +17,11 @@ from ubsmoe.maths.pseudo_gradient import PseudoGradient
 from ubsmoe.model.adapter import MatrixAdapter
 from ubsmoe.model.adapter_fit import check_fit
 from ubsmoe.model.attention import find_projections
+from ubsmoe.model.compensation import layer_compensations
 from ubsmoe.model.conventions import UnsupportedModel, answers_stay_put, find_blocks
 from ubsmoe.model.experts import IMPLEMENTATION
-from ubsmoe.model.layer import Rescale, SparseLayer, TrainableRule, attach, is_attached
+from ubsmoe.model.layer import SparseLayer, attach, is_attached
+from ubsmoe.model.routing import Rescale, TrainableRule
 
 
 class SparseModel:
@@ -131,6 +133,18 @@ class SparseModel:
         """Multiply the routed experts' sum in layer l by `scale[l]`; shared experts are left alone."""
         for layer in self.layers:
             layer.routing = replace(layer.routing, output_scale=scale[layer.index])
+
+    def set_compensation(self, tensors: Mapping[str, Tensor]) -> None:
+        """Let `compensation.{layer}...` stand for the experts that a budget skips; without any, gate weights alone are K_max's."""
+        placed = {name: value.to(self.device) for name, value in tensors.items()}
+        widths = [layer.shapes()["down"][1] for layer in self.layers]
+        for layer, own in zip(self.layers, layer_compensations(placed, widths), strict=True):
+            layer.routing = replace(layer.routing, compensation=own)
+
+    @property
+    def num_run(self) -> int:
+        """Experts per token that run now, whole or in slices."""
+        return self.layers[0].num_run
 
     def set_trainable_experts(self, trainable_rule: Sequence[TrainableRule]) -> None:
         """One rule per layer: which experts are trained on a batch. The others run too, but without a backward pass."""
