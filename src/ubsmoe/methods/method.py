@@ -11,7 +11,7 @@ it needs inside the loop it returns as hooks. A part, such as Dynamic Modulated 
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ubsmoe.costs.compensation import Skipped
 from ubsmoe.costs.shape import ModelShape, Trained, budget_top_k
-from ubsmoe.costs.traffic import FLOAT32, Traffic, adapter_traffic
+from ubsmoe.costs.traffic import FLOAT32, Traffic, adapter_traffic, update_bytes
 from ubsmoe.costs.workload import WireDtype
 from ubsmoe.errors import UserError
 from ubsmoe.maths import routing
@@ -288,5 +288,15 @@ def sending(traffic: TrafficOf, down: int = 0, up: int = 0) -> TrafficOf:
 
     def both(base: ModelShape, rank: int, trained: Trained, wire_dtype: WireDtype) -> Traffic:
         return traffic(base, rank, trained, wire_dtype) + Traffic(FLOAT32 * down, FLOAT32 * up)
+
+    return both
+
+
+def keeping_back(traffic: TrafficOf, factor: Literal["A", "B"]) -> TrafficOf:
+    """The traffic of a method whose clients do not train this factor of the adapter, and so do not send it up."""
+
+    def both(base: ModelShape, rank: int, trained: Trained, wire_dtype: WireDtype) -> Traffic:
+        kept = update_bytes(base, rank, wire_dtype, factors=factor, trained=replace(trained, router=False))
+        return traffic(base, rank, trained, wire_dtype) + Traffic(0, -kept)
 
     return both

@@ -25,6 +25,10 @@ METHODS = (
     "ffa_lora",
     "fedex_lora",
     "fed_sb",
+    "fedsvd",
+    "rolora",
+    "fedrot",
+    "lora_fair",
     "smoe_llb",
     "smoe_glb",
     "lossfree",
@@ -91,7 +95,7 @@ def part_settings(part: str) -> Mapping[str, Any]:
     """The settings of a part with their defaults.
 
     >>> part_settings("averaging")
-    {'rule': 'factors', 'exponent': 1.0}
+    {'rule': 'factors', 'exponent': None}
     """
     module, _, name = PARTS[part].rpartition(".")
     fields = next(node for node in _parsed(module).body if isinstance(node, ast.ClassDef) and node.name == name).body
