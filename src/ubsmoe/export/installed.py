@@ -5,7 +5,7 @@ side factors stand beside the trained ones, along the rank.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from ubsmoe.export.sidecar import Sidecar
 from ubsmoe.model.adapter import MatrixAdapter
+from ubsmoe.model.compensation import compensation_tensors
 from ubsmoe.model.conventions import router_matrix, top_k_name
 from ubsmoe.model.expert_weights import up_name
 from ubsmoe.model.surgery import SparseModel
@@ -25,12 +26,14 @@ class Installed:
 
     `adapter` holds `layers.{l}.{up|down}.A` [M, r, in] and `.B` [M, out, r], maybe `layers.{l}.attention.{q_proj|...}.A`
     [1, r, in] and `.B` [1, out, r], all of one rank r, and maybe `layers.{l}.router` [M, h], float32 on the CPU. `routing` is
-    what a `Sidecar` says under the same names.
+    what a `Sidecar` says under the same names. `compensation` stands for skipped experts, by the names that `set_compensation`
+    takes.
     """
 
     adapter: dict[str, Tensor]
     alpha: float
     routing: dict[str, Any]
+    compensation: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -60,10 +63,14 @@ def read_installed(sparse: SparseModel) -> Installed:
     for name, (a, b) in factors.items():
         adapter[f"{name}.A"] = _on_cpu(pad(a, (0, 0, 0, rank - a.shape[1])))
         adapter[f"{name}.B"] = _on_cpu(pad(b, (0, rank - b.shape[2])))
-    return Installed(adapter, sparse.layers[0].routing.lora_scale * rank, _routing(sparse))
+    compensation = compensation_tensors([layer.routing.compensation for layer in sparse.layers])
+    alpha = sparse.layers[0].routing.lora_scale * rank
+    return Installed(adapter, alpha, _routing(sparse), {name: value.cpu() for name, value in compensation.items()})
 
 
-def install(sparse: SparseModel, adapter: Mapping[str, Tensor], sidecar: Sidecar) -> None:
+def install(
+    sparse: SparseModel, adapter: Mapping[str, Tensor], sidecar: Sidecar, compensation: Mapping[str, Tensor]
+) -> None:
     """Put an export on its base, or on its merged weights (then `adapter` is empty).
 
     Raises:
@@ -75,6 +82,8 @@ def install(sparse: SparseModel, adapter: Mapping[str, Tensor], sidecar: Sidecar
         layer.rescale = sidecar.rescale
     sparse.limit_k_max(sidecar.k_max)
     sparse.set_top_k(sidecar.top_k)
+    if sidecar.compensated:
+        sparse.set_compensation(compensation)
     if sidecar.phi:
         sparse.set_phi(torch.tensor(sidecar.phi, device=sparse.device), sidecar.num_candidates)
     if sidecar.selection_bias:
@@ -89,13 +98,15 @@ def merge(sparse: SparseModel, installed: Installed) -> dict[str, Any]:
 
         W <- W + alpha / r B A,    router <- router + its difference,    down <- output scale * down
 
-    K goes into the config. phi goes into a router's own bias where there is one and phi moves all experts.
+    K goes into the config. phi goes into a router's own bias where there is one and phi moves all experts. The output scale stays
+    where a compensation does, which it multiplies too.
 
     Returns:
         The routing that is left for the sidecar.
     """
     left = dict(installed.routing)
-    scale, scales = installed.alpha / installed.rank, left.pop("output_scale")
+    scale = installed.alpha / installed.rank
+    scales = None if left["compensated"] else left.pop("output_scale")
     modules: list[tuple[Any, Any]] = [(layer.router, layer.experts) for layer in sparse.layers]
     attention = [layer.attention.projections for layer in sparse.layers]
     for index, (router, experts) in enumerate(modules):
@@ -147,11 +158,12 @@ def _routing(sparse: SparseModel) -> dict[str, Any]:
     return {
         "top_k": first.routing.top_k,
         "k_max": first.k_max,
-        "rescale": "none" if first.convention.renormalises else first.rescale,
+        "rescale": "none" if first.rescale == "mass" and first.convention.renormalises else first.rescale,
         "num_candidates": first.routing.num_candidates,
         "phi": rows("phi"),
         "selection_bias": rows("selection_bias"),
         "output_scale": rows("output_scale"),
+        "compensated": first.routing.compensation is not None,
     }
 
 

@@ -39,6 +39,10 @@ class CompensationState:
     compensation: Mapping[str, Tensor]
     explained: Tensor
 
+    def by_name(self) -> dict[str, Tensor]:
+        """All of it, by the names that `SparseModel.set_compensation` takes."""
+        return {PREFIX + name: value for name, value in self.compensation.items()}
+
 
 def with_compensation(method: Method, shape: RunShape, settings: FormSettings) -> Method:
     """The method, its clients below K_max compensated.
@@ -61,12 +65,12 @@ def with_compensation(method: Method, shape: RunShape, settings: FormSettings) -
 
     def dispatch(state: State, profile: Profile) -> dict[str, Tensor]:
         payload = method.dispatch(state, profile)
-        wanted = small if shape.elastic else [profile.top_k]
+        if profile.top_k >= shape.k_max and not shape.elastic:
+            return payload
+        larger = [str(top_k) for top_k in small if top_k >= profile.top_k]
+        wanted = {"channels", *(map(str, small) if shape.elastic else larger[:1])}
         own = state.of(CompensationState).compensation
-        return {
-            **payload,
-            **{PREFIX + name: value for name, value in own.items() if _serves(name, wanted, shape.k_max)},
-        }
+        return payload | {PREFIX + name: value for name, value in own.items() if name.split(".")[1] in wanted}
 
     def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
         hooks = method.install(model, payload, profile, generator)
@@ -104,9 +108,3 @@ def with_compensation(method: Method, shape: RunShape, settings: FormSettings) -
         skipped=skipped,
         calibration=Calibration(fit, settings.tokens, settings.every) if small and settings.form != "none" else None,
     )
-
-
-def _serves(name: str, top_ks: list[int], k_max: int) -> bool:
-    """Whether a client that runs one of these K needs the tensor."""
-    kind = name.split(".")[1]
-    return any(top_k < k_max and kind in ("channels", str(top_k)) for top_k in top_ks)

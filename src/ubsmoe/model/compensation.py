@@ -83,6 +83,19 @@ class LayerCompensation:
         return self.by_top_k[larger[0]] if larger else self.by_top_k.get(0)
 
 
+def compensation_tensors(layers: Sequence[LayerCompensation | None]) -> dict[str, Tensor]:
+    """The tensors of every layer by name, as `layer_compensations` reads them."""
+    found: dict[str, Tensor] = {}
+    for index, own in enumerate(layers):
+        if own is None:
+            continue
+        for top_k, form in own.by_top_k.items():
+            found |= {f"{PREFIX}{index}.{top_k}.{name}": part for name, part in vars(form).items() if part is not None}
+        if own.channels is not None:
+            found[f"{PREFIX}{index}.channels"] = own.channels
+    return found
+
+
 def layer_compensations(tensors: Mapping[str, Tensor], widths: Sequence[int]) -> list[LayerCompensation]:
     """Read `compensation.{layer}.{K}.{u|v|...}` and `compensation.{layer}.channels`; `widths` is f of every layer."""
     forms: list[dict[int, dict[str, Tensor]]] = [{} for _ in widths]
