@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 ONLY_IN: dict[str, set[str]] = {
-    "transformers": {"bases", "bases/pretrain", "data", "model", "server"},
+    "transformers": {"bases", "bases/pretrain", "data", "export", "model", "server"},
     "flwr": {"engines/flower"},
     "cryptography": {"engines/flower"},
     "typer": {"cli"},

@@ -105,6 +105,7 @@ def with_compensation(method: Method, shape: RunShape, settings: FormSettings) -
         event=event,
         keeps=(*method.keeps, CompensationState),
         traffic=traffic,
+        exempt={**method.exempt, "predicted_bytes": "a client that skips no expert is sent no compensation"},
         skipped=skipped,
         calibration=Calibration(fit, settings.tokens, settings.every) if small and settings.form != "none" else None,
     )

@@ -187,7 +187,6 @@ USE_WEIGHS: Mapping[Refusable, str] = {
 }
 """Why an activation-aware method refuses noise."""
 
-
 OWN_WEIGHTS: Mapping[Refusable, str] = {"averaging": "it has a rule of averaging of its own"}
 """Why a method that is defined by how it averages refuses another rule."""
 
@@ -219,8 +218,7 @@ class Method:
     `pairs_reach_input` says whether they send a gradient to the layer's input too; costs charge for both. `traffic` counts
     the bytes of a client's tensors, at most where they vary. `skipped` says what stands for skipped experts, and costs;
     `calibration` what the server fits. `ranges` says where the values of an extra lie, by its name or by
-    what its name begins with; an update outside is dropped. `validate_update` says what else is wrong with the values of an
-    update whose names and shapes are right, or nothing.
+    what its name begins with; an update outside is dropped. `validate_update` says what else is wrong with an update's values.
     """
 
     name: str

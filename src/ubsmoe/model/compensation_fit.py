@@ -175,6 +175,7 @@ def _importance(layer: SparseLayer, seen: Passing) -> Float[Tensor, "M f"]:
         weight, x = (seen.gates * own).sum(-1, keepdim=True)[own.any(-1)], seen.hidden[own.any(-1)]
         pre = x @ base.up[expert] + (0 if base.up_bias is None else base.up_bias[expert])
         sent = (weight * base.activation(pre)).float().square().sum(0).sqrt()
+        sent = sent if len(x) else torch.ones_like(sent)  # no token chose it: by its weights alone
         rows.append(sent * base.down[expert].float().norm(dim=1))
     return torch.stack(rows)
 
