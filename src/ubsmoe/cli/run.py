@@ -35,10 +35,10 @@ class EngineName(StrEnum):
 def new_command(run_file: RunFile) -> None:
     """Write a run file with every key, its default and what it does."""
     from ubsmoe.config.template import run_file_template
-    from ubsmoe.storage.disk import write_new_file
+    from ubsmoe.storage.disk import create_file
 
     try:
-        write_new_file(run_file, run_file_template().encode())
+        create_file(run_file, run_file_template().encode())
     except FileExistsError:
         raise UserError(f"{run_file} exists already; choose another name or remove it") from None
     typer.echo(f"{run_file}: change what you need, then `ubsmoe run {run_file}`")

@@ -61,6 +61,19 @@ def write_new_file(path: Path, data: bytes, mode: int = 0o666) -> None:
             os.close(descriptor)
 
 
+def create_file(path: Path, data: bytes) -> None:
+    """Write a file where there is none, whole or not at all. Raises FileExistsError if there is one."""
+    with _naming(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            _write_all(descriptor, data)
+        except OSError:
+            os.unlink(path)
+            raise
+        finally:
+            os.close(descriptor)
+
+
 class AppendFile:
     """A file that only grows at its end, or is cut back there; created when missing.
 
