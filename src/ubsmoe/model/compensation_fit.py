@@ -90,14 +90,14 @@ def missing_sum(layer: SparseLayer, seen: Passing) -> Float[Tensor, "T h"]:
     lora = layer.lora
     assert lora is not None
     whole = _sum(seen.hidden, seen.considered, seen.gates, ExpertWeights.of(layer.experts), lora)
-    return whole - _sum(seen.hidden, seen.run, seen.run_gates, *layer.run_weights())
+    return (whole - _sum(seen.hidden, seen.run, seen.run_gates, *layer.run_weights())).float()
 
 
 def _fit(layer: SparseLayer, seen: Passing, settings: FormSettings) -> tuple[Compensation, float]:
     """The form of one layer, and the share of the missing sum that it explains."""
     missing = missing_sum(layer, seen)
     found = _FORMS[settings.form](layer, seen, missing, settings)
-    left = missing - found(seen.hidden, seen.skipped)
+    left = missing - found(seen.hidden.to(missing.dtype), seen.skipped)
     return found, 1 - float(left.square().sum() / missing.square().sum().clamp_min(1e-30))
 
 

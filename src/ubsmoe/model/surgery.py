@@ -136,7 +136,7 @@ class SparseModel:
 
     def set_compensation(self, tensors: Mapping[str, Tensor]) -> None:
         """Let `compensation.{layer}...` stand for the experts that a budget skips; without any, gate weights alone are K_max's."""
-        placed = {name: value.to(self.device) for name, value in tensors.items()}
+        placed = {n: t.to(self.device, self.model.dtype if t.is_floating_point() else None) for n, t in tensors.items()}
         widths = [layer.shapes()["down"][1] for layer in self.layers]
         for layer, own in zip(self.layers, layer_compensations(placed, widths), strict=True):
             layer.routing = replace(layer.routing, compensation=own)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ubsmoe.config import RunSettings
 from ubsmoe.data.prompts import TEMPLATES
 from ubsmoe.data.tokens import Tokens, collate, pad_id
+from ubsmoe.model.conventions import in_any_precision
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import seed_for
 
@@ -27,7 +28,7 @@ def written_by_base(model: SparseModel, tokenizer: object, settings: RunSettings
     begin, _ = TEMPLATES[settings.data.template][0]("\0").split("\0")
     prompt = torch.tensor([tokenizer(begin).input_ids] * BATCH, device=model.device)  # type: ignore[operator]
     texts: list[Tokens] = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), in_any_precision(model.model):
         torch.manual_seed(seed_for(settings.seed, "calibration"))
         while sum(len(text.input_ids) for text in texts) < tokens:
             out = model.model.generate(
