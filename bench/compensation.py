@@ -1,8 +1,8 @@
 """What stands for skipped experts, before any training: loss and accuracy of a base at every K, by form, rank and text to fit on.
 
-    share      of the loss gap from K to K_max that the form closes, the gap being that of the run file's `rescale`
-    explained  of the missing sum's square, mean over layers
-    FLOPs      of a training step, over the same K without a compensation
+    share          of the loss gap from K (as tiers.rescale has it) to K_max that the form closes
+    explained      of the missing sum's square, mean over layers
+    flops, flops_olmoe   extra FLOPs of a training step at this K, in percent: of this base, of OLMoE-1B-7B's shape
 
 python bench/compensation.py BASE [--tokens 4096] [--questions 320]     prints a table, writes docs/data/compensation_{name}.csv
 """
@@ -10,15 +10,22 @@ python bench/compensation.py BASE [--tokens 4096] [--questions 320]     prints a
 import argparse
 import csv
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ubsmoe.config import parse_run
+from ubsmoe.costs.compensation import Skipped
+from ubsmoe.costs.flops import batch_flops
+from ubsmoe.costs.shape import ModelShape
 from ubsmoe.data.synthetic import SyntheticQA
 from ubsmoe.data.tokens import pad_id, tokenize
 from ubsmoe.methods.method import install_adapter
 from ubsmoe.model.compensation_fit import FormSettings, fit_compensation
+from ubsmoe.model.presets import model_shape, shape_from_config
+from ubsmoe.plan.tiers import run_workload
 from ubsmoe.server.calibration import in_batches, written_by_base
 from ubsmoe.server.evaluate import evaluate, prepare
 from ubsmoe.server.federation import build_server
@@ -34,9 +41,9 @@ FORMS = [
     FormSettings(form="map", rank=16),
     FormSettings(form="map", rank=64),
     FormSettings(form="map", rank=1024),
+    FormSettings(form="none", slices=2),
     FormSettings(form="map", rank=64, slices=2),
     FormSettings(form="map", rank=64, slices=4),
-    FormSettings(form="none", slices=2),
 ]
 
 
@@ -57,55 +64,57 @@ def main() -> None:
         }
     )
     server = build_server(settings, weights=True)
-    model, world = server.model, SyntheticQA(0, 48, "pretraining")
-    known = {"known": world.examples("test", args.questions, seed=1)}
-    questions = prepare(known, server.tokenizer, settings.data, settings.evaluate)
+    model, known = server.model, SyntheticQA(0, 48, "pretraining")
+    own, olmoe = shape_from_config(model.model.config), model_shape("olmoe-1b-7b")
+    questions = prepare(
+        {"known": known.examples("test", args.questions, seed=1)}, server.tokenizer, settings.data, settings.evaluate
+    )
     texts = {
         "base": written_by_base(model, server.tokenizer, settings, args.tokens),
-        "world": tokenize(world.examples("train", args.tokens // 24, seed=2), server.tokenizer, settings.data, "train"),
+        "known": tokenize(known.examples("train", args.tokens // 24, seed=2), server.tokenizer, settings.data, "train"),
     }
     adapter, top_ks = start_state(server).adapters, [profile.top_k for profile in server.tiers]
-    rows = []
+    rows: list[dict[str, Any]] = []
 
-    def score(form: str, text: str, top_k: int, explained: float, seconds: float) -> None:
+    def extra(shape: ModelShape, top_k: int, form: FormSettings) -> float:
+        work = run_workload(settings)
+        skipped = Skipped(form.form, form.rank, form.slices, shape.k_max)
+        return 100 * (batch_flops(shape, top_k, replace(work, skipped=skipped)) / batch_flops(shape, top_k, work) - 1)
+
+    def score(name: str, text: str, top_k: int, form: FormSettings | None = None, **more: float) -> None:
         found = evaluate(model, server.tokenizer, questions, settings.evaluate)["macro"]
+        plain = {row["top_k"]: row["loss"] for row in rows if row["form"] == "today"}
+        gap = plain.get(top_k, 0) - plain.get(model.k_max, 0)
         rows.append(
             {
-                "form": form,
+                "form": name,
                 "text": text,
                 "top_k": top_k,
-                "loss": found.loss,
-                "accuracy": found.accuracy,
-                "explained": explained,
-                "fit_seconds": seconds,
+                "loss": round(found.loss, 4),
+                "accuracy": round(found.accuracy, 4),
+                "share": round((plain[top_k] - found.loss) / gap, 3) if form and gap else "",
+                **{key: round(value, 3) for key, value in more.items()},
+                "flops": round(extra(own, top_k, form), 2) if form else 0.0,
+                "flops_olmoe": round(extra(olmoe, top_k, form), 2) if form else 0.0,
             }
         )
-        print(
-            f"{form:22} {text:6} K={top_k}  loss {found.loss:.4f}  accuracy {found.accuracy:.1%}  "
-            f"explained {explained:.3f}  fit {seconds:.1f} s",
-            flush=True,
-        )
+        print("  ".join(f"{value}" for value in rows[-1].values()), flush=True)
 
     for profile in server.tiers:
         install_adapter(model, adapter, profile, settings.adapter.alpha)
-        score("today", "", profile.top_k, 0.0, 0.0)
+        score("today", "", profile.top_k, explained=0.0, fit_seconds=0.0)
     for text, written in texts.items():
-        print(
-            text,
-            len(written),
-            sum(len(one.input_ids) for one in written),
-            repr(server.tokenizer.decode(written[0].input_ids)),
-        )
         batches = in_batches(written, pad_id(server.tokenizer))
-        for form in FORMS:
+        print(text, sum(len(one.input_ids) for one in written), "tokens", flush=True)
+        for form in FORMS if text == "base" else FORMS[-2:]:
             began = time.process_time()
             fitted = fit_compensation(model, batches, top_ks, form)
             seconds = time.process_time() - began
-            name = f"{form.form} r={form.rank} n={form.slices}"
             for top_k in top_ks[:-1]:
                 model.set_top_k(top_k)
                 shares = fitted.explained[top_k]
-                score(name, text, top_k, sum(shares) / len(shares), seconds)
+                name = f"{form.form} r={form.rank} n={form.slices}"
+                score(name, text, top_k, form, explained=sum(shares) / len(shares), fit_seconds=seconds)
     with open(ROOT / "docs" / "data" / f"compensation_{Path(args.base).name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
