@@ -69,13 +69,19 @@ def read_installed(sparse: SparseModel) -> Installed:
 
 
 def install(
-    sparse: SparseModel, adapter: Mapping[str, Tensor], sidecar: Sidecar, compensation: Mapping[str, Tensor]
+    sparse: SparseModel,
+    adapter: Mapping[str, Tensor],
+    sidecar: Sidecar,
+    compensation: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Put an export on its base, or on its merged weights (then `adapter` is empty).
 
     Raises:
         ValueError: if a tensor is missing, unknown, or of another shape than this base needs.
     """
+    if not adapter and sidecar.compensated:
+        # what stands for skipped experts is added by the experts that take an adapter; this one adds nothing
+        adapter = sparse.fresh_adapter(1, torch.Generator(), shared_a=True)
     if adapter:
         sparse.load_adapter(adapter, sidecar.alpha)
     for layer in sparse.layers:
@@ -83,7 +89,7 @@ def install(
     sparse.limit_k_max(sidecar.k_max)
     sparse.set_top_k(sidecar.top_k)
     if sidecar.compensated:
-        sparse.set_compensation(compensation)
+        sparse.set_compensation(compensation or {})
     if sidecar.phi:
         sparse.set_phi(torch.tensor(sidecar.phi, device=sparse.device), sidecar.num_candidates)
     if sidecar.selection_bias:
