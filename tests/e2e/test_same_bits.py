@@ -67,6 +67,26 @@ def test_whole_resumed_and_in_two_and_three_processes_a_run_gives_one_adapter(
     assert stopped_and_resumed(federation, tmp_path / "three", 3) == whole
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_compensated_run_gives_one_adapter_too(dtype: str, acting_run: dict[str, Any], tmp_path: Path) -> None:
+    """Fitted anew before every round, in slices, with elastic budgets and gradient checkpointing."""
+    changes = {
+        "model.dtype": dtype,
+        "method.name": "ubsmoe",
+        "method.compensation": {"rank": 4, "tokens": 64, "every": 1, "slices": 2},
+        "tiers.elastic_share": 0.5,
+        "train.gradient_checkpointing": True,
+        "evaluate.before": False,
+    }
+    federation = build_federation(parse_run(with_overrides(acting_run, changes)))
+    whole = carry_out(federation, tmp_path / "whole")
+    assert '"explained"' in (tmp_path / "whole" / "events.jsonl").read_text()
+    assert stopped_and_resumed(federation, tmp_path / "resumed", 1) == whole
+    assert carry_out(federation, tmp_path / "two", workers=2) == whole
+    plain = build_federation(parse_run(with_overrides(acting_run, {**changes, "method.compensation": False})))
+    assert carry_out(plain, tmp_path / "plain") != whole
+
+
 WITHOUT: list[dict[str, Any]] = [
     {"train.clip_norm": None},
     {"train.weight_decay": 0.0},

@@ -59,7 +59,7 @@ class Lab:
             eos_token_id=1,
         )
         model = SparseModel(OlmoeForCausalLM(config).eval())
-        shape = RunShape(LAYERS, EXPERTS, K_MAX, rank=4, alpha=6.0, attention=True)
+        shape = RunShape(LAYERS, EXPERTS, K_MAX, rank=4, alpha=6.0, attention=True, top_ks=(1, 2, K_MAX))
         return cls(model, shape_from_config(config), shape)
 
     @cached_property
@@ -71,7 +71,12 @@ class Lab:
 
     def start(self, method: Method) -> State:
         rank = self.profile(method, TOP).rank
-        return method.start(self.model.fresh_adapter(rank, generator(1), shared_a=True, router=True, attention=True))
+        state = method.start(self.model.fresh_adapter(rank, generator(1), shared_a=True, router=True, attention=True))
+        if method.calibration is None:
+            return state
+        ids = torch.arange(2, 2 + 24).reshape(4, 6)
+        text = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+        return method.calibration.fit(state, self.model, text, self.profile(method, TOP), generator(5))
 
     def profile(self, method: Method, tier: int, client: str = "someone") -> Profile:
         return method.profile(self.shape, client, tier, BUDGETS[tier], RANKS[tier], EXAMPLES[tier])

@@ -16,9 +16,10 @@ from ubsmoe.maths.pseudo_gradient import PseudoGradient
 from ubsmoe.messages import Task
 from ubsmoe.methods import METHODS, build
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import PROPERTIES, Method, RunShape
+from ubsmoe.methods.method import Method, RunShape
 from ubsmoe.methods.modulation import Modulation, with_modulation
 from ubsmoe.methods.pseudo_gradient import with_pseudo_gradient
+from ubsmoe.methods.refusals import PROPERTIES
 from ubsmoe.methods.state import pack
 from ubsmoe.methods.table import PARTS, RENAMED, describe, part_settings
 
@@ -61,6 +62,11 @@ def test_ubsmoe_is_its_two_parts_around_plain_averaging_to_the_bit(lab):
         (("ubsmoe", {"pg": False}), ("fedavg", {"dmr": True})),
         (("ubsmoe", {"pg": {"mode": "off"}}), ("ubsmoe", {"pg": False})),
         (("fedavg", {"averaging": {"rule": "exact"}}), ("fedex_lora", {})),
+        (("fedavg", {"averaging": {"rule": "svd"}}), ("fedsvd", {})),
+        (("fedavg", {"averaging": {"rule": "alternating"}}), ("rolora", {})),
+        (("fedavg", {"averaging": {"rule": "aligned"}}), ("fedrot", {})),
+        (("fedavg", {"averaging": {"rule": "corrected"}}), ("lora_fair", {})),
+        (("fedavg", {"averaging": {"exponent": 1.0}}), ("a3smoe", {})),
         (("fedavg", {"averaging": {"rule": "activation"}}), ("a3smoe", {})),
         (("fedavg", {"averaging": {"rule": "activation", "exponent": 2.0}}), ("flame", {"exponent": 2.0, "learn_scale": False})),
         (("fedavg", {"averaging": {"rule": "activation", "exponent": 0.0}}), ("fedavg", {})),
@@ -123,6 +129,10 @@ OWN_WAY = (
     "a3smoe",
     "ffa_lora",
     "fed_sb",
+    "fedsvd",
+    "rolora",
+    "fedrot",
+    "lora_fair",
     "hfedmoe",
 )
 NONSENSE = [
@@ -147,8 +157,9 @@ WRONG = [
     ("ubsmoe", {"dmr": {"num_candidates": 2}}, "method.dmr.num_candidates must lie in K_max..M = 3..6, got 2"),
     ("ubsmoe", {"dmr": {"phi_min": 2.0}}, "method.dmr.phi_min must be below dmr.phi_max, got 2.0 and 1.0"),
     ("ubsmoe", {"averaging": {"exponent": -1}}, "method.averaging.exponent: Input should be greater than or equal to 0"),
-    ("ubsmoe", {"averaging": {"exponent": 2}}, "method.averaging: exponent belongs to rule 'activation', and the rule is"),
-    ("ubsmoe", {"averaging": {"rule": "mean"}}, "method.averaging.rule: Input should be 'factors', 'activation' or 'exact'"),
+    ("ubsmoe", {"averaging": {"rule": "mean"}}, "method.averaging.rule: Input should be 'factors', 'activation', 'exact', 'svd', "),
+    ("ubsmoe", {"averaging": {"rule": "exact", "exponent": 0.5}},
+     "method.averaging.exponent is 0.5, but rule 'exact' weighs by examples; leave exponent out"),
     ("florist", {"energy": 0.0}, "method.energy: Input should be greater than 0 (got 0.0)"),
     ("smoe_llb", {"coefficient": float("inf")}, "method.coefficient: Input should be a finite number (got inf)"),
     ("hetlora", {"scope": "layer"}, "method.scope: Input should be 'matrix' or 'client' (got 'layer')"),

@@ -166,7 +166,7 @@ def test_other_factors_of_the_same_updates_change_nothing_where_products_are_ave
     assert (moved < 1e-5) == bool(invariant)
 
 
-@pytest.mark.parametrize("name", ["fedex_lora", "ffa_lora", "fed_sb"])
+@pytest.mark.parametrize("name", ["fedex_lora", "ffa_lora", "fed_sb", "fedsvd", "rolora"])
 def test_the_exact_methods_hold_the_mean_of_the_clients_updates(lab, name):
     method = made(lab, name)
     state = lab.warm(method)

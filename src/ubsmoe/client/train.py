@@ -130,7 +130,7 @@ def _steps(
         pieces = _micro_batches(trainer, examples, order)
         for batch, share in pieces:
             seen = int(batch["attention_mask"].sum())
-            tokens, assignments = tokens + seen, assignments + seen * top_k
+            tokens, assignments = tokens + seen, assignments + seen * model.num_run
             value = language_loss(model, batch) * share
             total = value
             for penalty in hooks.penalties:

@@ -51,9 +51,9 @@ class TierSettings(Settings):
     k_max: PositiveInt | None = Field(
         None, description="K_max, experts per token at budget 1; the base's own when left out"
     )
-    rescale: Literal["none", "mass"] = Field(
+    rescale: Literal["none", "mass", "k_max"] = Field(
         "mass",  # measured: docs/decisions/0002-output-scale.md
-        description="layer output at K < K_max: as it is, or with the routing mass of K_max",
+        description="layer output at K < K_max: as it is, with the routing mass of K_max, or with the gate weights of K_max",
     )
     # off, since it is not the paper's; what it gains and costs: docs/results.md, Screening and Confirmation, rows elastic_share
     elastic_share: Share = Field(0.0, description="share of local steps run at a smaller K: elastic budgets")

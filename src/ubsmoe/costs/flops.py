@@ -32,6 +32,7 @@ class Flops:
     shared_expert: int
     dense: int
     head: int
+    compensation: int = 0
 
     @property
     def total(self) -> int:
@@ -67,6 +68,7 @@ def forward_flops_per_token(shape: ModelShape, top_k: int, workload: Workload) -
         shared_expert=moe * shape.shared_weights,
         dense=2 * shape.dense_layers * shape.dense_weights,
         head=2 * shape.vocab * shape.hidden,
+        compensation=moe * _compensation(shape, top_k, workload),
     )
 
 
@@ -105,6 +107,7 @@ def backward_flops_per_token(shape: ModelShape, top_k: int, workload: Workload) 
         shared_expert=2 * reached * shape.shared_weights,
         dense=2 * shape.dense_layers_above * shape.dense_weights,
         head=2 * shape.vocab * shape.hidden,
+        compensation=2 * reached * _compensation(shape, top_k, workload),
     )
 
 
@@ -130,14 +133,16 @@ def batch_flops(shape: ModelShape, top_k: int, workload: Workload) -> float:
     batch, again = workload.batch, workload.recomputing
     forward, backward = (count(shape, top_k, workload) for count in (forward_flops_per_token, backward_flops_per_token))
     rest = sum(
-        part.total - part.head - part.experts - part.expert_lora for part in [forward] * (1 + again) + [backward]
+        part.total - part.head - part.experts - part.expert_lora - part.compensation
+        for part in [forward] * (1 + again) + [backward]
     )
     experts = 0.0
     for layer, tokens in enumerate(tokens_of_experts(shape, batch)):
         reached = layer > 0 or workload.trained.attention  # something below learns from this layer's input
         routed = _pair_flops(shape, workload.rank, reached, again)
         missing = _pair_flops(shape, workload.rank, reached and workload.pairs_reach_input, again)
-        experts += tokens * (top_k * routed + workload.pair_fraction * (shape.num_experts - top_k) * missing)
+        extra = 2 * _compensation(shape, top_k, workload) * (1 + again + reached)
+        experts += tokens * (extra + top_k * routed + workload.pair_fraction * (shape.num_experts - top_k) * missing)
     return batch.tokens * rest + experts + batch.labelled * (forward.head + backward.head)
 
 
@@ -162,6 +167,17 @@ def _expert_backward(shape: ModelShape, rank: int, layers: int, reaching: int) -
     frozen = layers * wide + reaching * shape.up_matrices * wide
     unreached = (layers - reaching) * rank * shape.hidden
     return 2 * frozen, 2 * (2 * layers * shape.lora_weights(rank) - unreached)
+
+
+def _compensation(shape: ModelShape, top_k: int, workload: Workload) -> int:
+    """Multiply-adds per token and layer beside those of K whole experts: C(x), and what LoRA on slices costs more.
+
+    A slice has the expert's frozen weights in n parts, but A of the first matrix and B of the second whole.
+    """
+    if (skipped := workload.skipped) is None:
+        return 0
+    more = skipped.runs(top_k) - top_k
+    return skipped.multiply_adds(shape, top_k) + more * 2 * workload.rank * shape.hidden
 
 
 def _score_products(shape: ModelShape, workload: Workload) -> int:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from ubsmoe.costs.compensation import Skipped
 from ubsmoe.costs.shape import EXPERTS_ONLY, Trained
 
 WireDtype = Literal["float32", "bfloat16", "int8"]
@@ -49,6 +50,7 @@ class Workload:
         wire_dtype: precision of an update; a task travels in float32.
         experts: what the frozen experts are quantised to; None for `dtype_bytes`.
         side_elements: float32 numbers of a frozen side factor beside the adapter.
+        skipped: what stands for skipped experts, if anything does.
 
     Raises:
         ValueError: if rank, length or fraction is impossible.
@@ -66,6 +68,7 @@ class Workload:
     wire_dtype: WireDtype = "float32"
     experts: ExpertFormat | None = None
     side_elements: int = 0
+    skipped: Skipped | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 0 or self.batch.length < 1:

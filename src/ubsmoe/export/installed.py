@@ -5,7 +5,7 @@ side factors stand beside the trained ones, along the rank.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from ubsmoe.export.sidecar import Sidecar
 from ubsmoe.model.adapter import MatrixAdapter
+from ubsmoe.model.compensation import compensation_tensors
 from ubsmoe.model.surgery import SparseModel
 
 
@@ -23,12 +24,14 @@ class Installed:
 
     `adapter` holds `layers.{l}.{up|down}.A` [M, r, in] and `.B` [M, out, r], maybe `layers.{l}.attention.{q_proj|...}.A`
     [1, r, in] and `.B` [1, out, r], all of one rank r, and maybe `layers.{l}.router` [M, h], float32 on the CPU. `routing` is
-    what a `Sidecar` says under the same names.
+    what a `Sidecar` says under the same names. `compensation` stands for skipped experts, by the names that `set_compensation`
+    takes.
     """
 
     adapter: dict[str, Tensor]
     alpha: float
     routing: dict[str, Any]
+    compensation: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -58,10 +61,17 @@ def read_installed(sparse: SparseModel) -> Installed:
     for name, (a, b) in factors.items():
         adapter[f"{name}.A"] = _on_cpu(pad(a, (0, 0, 0, rank - a.shape[1])))
         adapter[f"{name}.B"] = _on_cpu(pad(b, (0, rank - b.shape[2])))
-    return Installed(adapter, sparse.layers[0].routing.lora_scale * rank, _routing(sparse))
+    compensation = compensation_tensors([layer.routing.compensation for layer in sparse.layers])
+    alpha = sparse.layers[0].routing.lora_scale * rank
+    return Installed(adapter, alpha, _routing(sparse), {name: value.cpu() for name, value in compensation.items()})
 
 
-def install(sparse: SparseModel, adapter: Mapping[str, Tensor], sidecar: Sidecar) -> None:
+def install(
+    sparse: SparseModel,
+    adapter: Mapping[str, Tensor],
+    sidecar: Sidecar,
+    compensation: Mapping[str, Tensor] | None = None,
+) -> None:
     """Put an export on its base, or on its merged weights (then `adapter` is empty).
 
     Raises:
@@ -73,6 +83,8 @@ def install(sparse: SparseModel, adapter: Mapping[str, Tensor], sidecar: Sidecar
         layer.rescale = sidecar.rescale
     sparse.limit_k_max(sidecar.k_max)
     sparse.set_top_k(sidecar.top_k)
+    if sidecar.compensated:
+        sparse.set_compensation(compensation or {})
     if sidecar.phi:
         sparse.set_phi(torch.tensor(sidecar.phi, device=sparse.device), sidecar.num_candidates)
     if sidecar.selection_bias:
@@ -101,11 +113,12 @@ def _routing(sparse: SparseModel) -> dict[str, Any]:
     return {
         "top_k": first.routing.top_k,
         "k_max": first.k_max,
-        "rescale": "none" if first.convention.renormalises else first.rescale,
+        "rescale": "none" if first.rescale == "mass" and first.convention.renormalises else first.rescale,
         "num_candidates": first.routing.num_candidates,
         "phi": rows("phi"),
         "selection_bias": rows("selection_bias"),
         "output_scale": rows("output_scale"),
+        "compensated": first.routing.compensation is not None,
     }
 
 

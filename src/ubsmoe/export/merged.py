@@ -40,10 +40,11 @@ class Merge:
 def merge(sparse: SparseModel, installed: Installed) -> Merge:
     """How the base's weights become merged ones; nothing is computed yet. K goes into the config.
 
-    phi goes into a router's own bias where there is one and phi moves all experts.
+    phi goes into a router's own bias where there is one and phi moves all experts. The output scale stays where a compensation
+    does, which it multiplies too.
     """
     left = dict(installed.routing)
-    scales, phi = left.pop("output_scale"), left["phi"]
+    scales, phi = None if left["compensated"] else left.pop("output_scale"), left["phi"]
     biased = all(isinstance(getattr(layer.router, "bias", None), Tensor) for layer in sparse.layers)
     in_bias = phi is not None and biased and left["num_candidates"] == sparse.num_experts
     if in_bias:

@@ -27,6 +27,7 @@ from ubsmoe.storage import exportfolder
 from ubsmoe.storage.json_text import encode_json
 
 NATIVE = "adapter.safetensors"
+COMPENSATION = "compensation.safetensors"
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def write(
             check_peft(folder, sparse, installed, tensors)
         else:
             exportfolder.write_tensors(folder / NATIVE, installed.adapter)
+        if sidecar.compensated:
+            exportfolder.write_tensors(folder / COMPENSATION, installed.compensation)
         card = export_card(sidecar.model_dump(), beyond_stock(sidecar, stock_top_k))
         exportfolder.put_text(folder / "README.md", card.replace("num_experts_per_tok", k_name))
 
@@ -116,6 +119,11 @@ def read_tensors(folder: Path, sidecar: Sidecar, sparse: SparseModel) -> dict[st
     if sidecar.format == "native":
         return exportfolder.read_export_tensors(folder / NATIVE)
     return from_peft(sparse, *_peft_files(folder))[0]
+
+
+def read_compensation(folder: Path, sidecar: Sidecar) -> dict[str, Tensor]:
+    """What stands for skipped experts; empty if nothing does."""
+    return exportfolder.read_export_tensors(folder / COMPENSATION) if sidecar.compensated else {}
 
 
 def check_base(sidecar: Sidecar, sparse: SparseModel, sha256: str, folder: Path) -> None:

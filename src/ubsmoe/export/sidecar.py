@@ -30,11 +30,12 @@ class Sidecar(Settings):
     k_max: PositiveInt = Field(description="experts per token at budget 1")
     rank: PositiveInt
     alpha: PositiveFloat
-    rescale: Literal["none", "mass"] = Field(description='"none" where the family renormalises by itself')
+    rescale: Literal["none", "mass", "k_max"] = Field(description="the run's tiers.rescale, if it has an effect")
     num_candidates: PositiveInt = Field(description="experts per token that phi may move")
     phi: list[list[float]] | None = Field(None, description="[L, M], added to the routers' logits")
     selection_bias: list[list[float]] | None = Field(None, description="[L, M], added to scores for the choice alone")
     output_scale: list[float] | None = Field(None, description="[L], times the sum over experts")
+    compensated: bool = Field(False, description="compensation.safetensors holds what stands for skipped experts")
 
 
 def parse_sidecar(facts: dict[str, Any]) -> Sidecar:
@@ -66,7 +67,17 @@ def beyond_stock(sidecar: Sidecar, stock_top_k: int) -> list[str]:
             f"φ: the routers' logits are shifted on each token's {sidecar.num_candidates} best experts. Stock routers have "
             "no such term, so stock software chooses other experts for some tokens."
         )
-    if sidecar.rescale != "none" and sidecar.top_k != sidecar.k_max:
+    if sidecar.compensated and sidecar.top_k != sidecar.k_max:
+        said.append(
+            f"Compensation: at K = {sidecar.top_k} experts keep the gate weights of K = {sidecar.k_max}, and small maps stand for "
+            "the skipped ones. Stock software has neither; run K_max experts there instead."
+        )
+    elif sidecar.rescale == "k_max" and sidecar.top_k != sidecar.k_max:
+        said.append(
+            f"Gate weights: at K = {sidecar.top_k} experts keep the gate weights that they have at K = {sidecar.k_max}. Stock "
+            "software renormalises them over the experts that run."
+        )
+    elif sidecar.rescale != "none" and sidecar.top_k != sidecar.k_max:
         said.append(
             f'Output scale ("{sidecar.rescale}"): at K = {sidecar.top_k} the experts\' sum is brought back to the size it '
             f"has at K = {sidecar.k_max}. Stock software leaves it smaller."

@@ -167,5 +167,9 @@ class FederatedMoE:
         sha256 = sparse.sha256
         if sidecar.format != "merged":
             exports.check_base(sidecar, sparse, sha256, folder)
-        install(sparse, exports.read_tensors(folder, sidecar, sparse), sidecar)
+        adapter, compensation = (
+            exports.read_tensors(folder, sidecar, sparse),
+            exports.read_compensation(folder, sidecar),
+        )
+        install(sparse, adapter, sidecar, compensation)
         return cls(sparse, tokenizer, exports.Origin(settings, sha256, sidecar.method, sidecar.tier))

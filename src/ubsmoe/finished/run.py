@@ -12,6 +12,7 @@ from ubsmoe.export.installed import read_installed
 from ubsmoe.export.sidecar import Format, Sidecar
 from ubsmoe.messages import Profile
 from ubsmoe.methods.chosen import chosen_method, shape_of_model, tier_profiles
+from ubsmoe.methods.compensation import CompensationState
 from ubsmoe.methods.method import Method, State
 from ubsmoe.methods.state import unpack
 from ubsmoe.model.load import load_base, load_skeleton
@@ -46,6 +47,8 @@ class FinishedRun:
         """Put on the base what a client of this profile gets."""
         payload = self.method.dispatch(self.state, profile)
         self.method.install(self.model, payload, profile, generator_for(self.settings.seed, "evaluation"))
+        if CompensationState in self.method.keeps:  # of every K, so that it serves at any
+            self.model.set_compensation(self.state.of(CompensationState).by_name())
 
 
 def open_run(path: Path, device: str | None = None, weights: Weights = "trained") -> FinishedRun:

@@ -48,10 +48,15 @@ def build(name: str, shape: "RunShape", settings: Mapping[str, Any] | None = Non
 
 def _composed(name: str, shape: "RunShape", own: dict[str, Any], parts: dict[str, Any]) -> "Method":
     """The method with its parts: those that its builder takes by the builder, the others around what it built."""
+    from ubsmoe.methods.compensation import with_compensation
     from ubsmoe.methods.modulation import with_modulation
     from ubsmoe.methods.pseudo_gradient import with_pseudo_gradient
 
-    wrappers: dict[str, Callable[..., Method]] = {"dmr": with_modulation, "pg": with_pseudo_gradient}
+    wrappers: dict[str, Callable[..., Method]] = {
+        "dmr": with_modulation,
+        "pg": with_pseudo_gradient,
+        "compensation": with_compensation,
+    }
     builder = getattr(import_module(f"ubsmoe.methods.{name}"), name)
     taken = {key: part for key, part in parts.items() if key in signature(builder).parameters}
     checked = validate_call(config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))(builder)

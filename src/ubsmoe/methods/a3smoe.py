@@ -16,7 +16,8 @@ Source: A3SMoE (Tran, Le, Pham; MCDC workshop at ICLR 2025); the weights: FLAME 
 from dataclasses import replace
 
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import OWN_WEIGHTS, USE_WEIGHS, Method, RunShape, by_use
+from ubsmoe.methods.method import Method, RunShape, by_use
+from ubsmoe.methods.refusals import OWN_WEIGHTS, USE_WEIGHS
 
 
 def a3smoe(shape: RunShape) -> Method:

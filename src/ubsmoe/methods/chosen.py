@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from ubsmoe.config import ConfigError, RobustSettings, RunSettings
+from ubsmoe.config import ConfigError, RobustSettings, RunSettings, TierSettings
 from ubsmoe.costs.secure import USE_BITS, word_bits
-from ubsmoe.costs.shape import ModelShape
+from ubsmoe.costs.shape import ModelShape, budget_top_k
 from ubsmoe.errors import require
 from ubsmoe.messages import Profile
 from ubsmoe.methods import build
@@ -36,7 +36,17 @@ def run_shape(settings: RunSettings, num_layers: int, num_experts: int, k_max: i
         mean=mean_of(settings.robust),
         # a round adds at most the directions of its clients' adapters
         side_rank=settings.train.rounds * settings.clients_per_round * max(adapter.rank, *settings.tiers.ranks),
+        top_ks=_top_ks(settings.tiers, k_max),
+        elastic=settings.tiers.elastic_share > 0,
     )
+
+
+def _top_ks(tiers: TierSettings, k_max: int) -> tuple[int, ...]:
+    """The experts per token that some client may run."""
+    own = {budget_top_k(k_max, budget) for budget in tiers.budgets}
+    if tiers.elastic_share:
+        own |= {1} if tiers.elastic_draw == "one" else set(range(1, max(own) + 1))
+    return tuple(sorted(own))
 
 
 def shape_of_model(settings: RunSettings, model: SparseModel) -> RunShape:

@@ -4,18 +4,21 @@ With a fixed alpha the factor alpha / rank depends on the holder. Here a pair ca
 inside, and whoever hands factors over changes the numbers, so that each rank-one term stays the same update.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from ubsmoe.errors import UserError
 from ubsmoe.maths.lora import LoraPair, pad_rank, truncate_rank, with_scale
 from ubsmoe.maths.means import WeightedMean
 from ubsmoe.maths.spectra import Split
 from ubsmoe.messages import Tensors
-from ubsmoe.methods.method import Contribution
+from ubsmoe.methods.method import Contribution, Weigh
 from ubsmoe.model.adapter import layer_of_experts
+from ubsmoe.model.surgery import SparseModel
 
 
 def pairs(tensors: Tensors, alpha: float) -> dict[str, LoraPair]:
@@ -92,3 +95,43 @@ def keep_untouched(before: Tensors, after: Tensors, expert_tokens: Shaped[Tensor
         return torch.where(touched[:, None, None], value, before[name])
 
     return {name: kept(name, value) for name, value in after.items()}
+
+
+def matrix_shares(contributions: Sequence[Contribution], weigh: Weigh, matrix: str) -> Float[Tensor, "C *M"]:
+    """p_c of one matrix, which may be one per expert: the weights of `weigh`, over their sum; zeros where that is zero."""
+    weights = []
+    for one in contributions:
+        given = weigh(one)
+        weights.append(torch.as_tensor(given[f"{matrix}.A"] if isinstance(given, dict) else given, dtype=torch.float64))
+    table = torch.stack(weights)
+    return table / table.sum(0).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+Resplit = Callable[[LoraPair, LoraPair], LoraPair]
+"""From a pair and the one that stood in its place before: other factors of the same update."""
+
+
+def resplit(before: Tensors, after: Tensors, alpha: float, split: Resplit) -> dict[str, Tensor]:
+    """`after` with each pair split anew, but bit for bit `before` for each expert whose factors did not change.
+
+    Tensors decide here, not counts: a mean leaves what nobody changed to the bit, and where it did not, a split keeps the product.
+    """
+    found, old = {}, pairs(before, alpha)
+    for name, pair in pairs(after, alpha).items():
+        new, was = split(pair, old[name]), old[name]
+        moved = ((pair.a != was.a).flatten(1).any(1) | (pair.b != was.b).flatten(1).any(1))[:, None, None]
+        found[name] = replace(new, a=torch.where(moved, new.a, was.a), b=torch.where(moved, new.b, was.b))
+    return {**after, **tensors(found)}
+
+
+def freeze(model: SparseModel, factor: str) -> None:
+    """Stop training one factor, "A" or "B", of the adapter that is in place; it is used as it is, and not sent back."""
+    for name in [one for one in model.adapter if one.endswith(f".{factor}")]:
+        model.adapter.pop(name).requires_grad_(False)
+
+
+def check_independent(adapter: Tensors, method: str) -> None:
+    """Raise UserError if an adapter has more rank than one of its matrices has directions."""
+    for name, pair in pairs(adapter, alpha=1.0).items():
+        if pair.rank > min(pair.a.shape[-1], pair.b.shape[-2]):
+            raise UserError(f"adapter.rank is {pair.rank}, more than {name} has; {method} needs independent directions")

@@ -26,11 +26,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ubsmoe.costs.traffic import adapter_traffic
-from ubsmoe.errors import UserError
 from ubsmoe.messages import Profile, Tensors
-from ubsmoe.methods.factors import routers
+from ubsmoe.methods.factors import check_independent, routers
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import OWN_WEIGHTS, Hooks, Method, RunShape, State
+from ubsmoe.methods.method import Hooks, Method, RunShape, State
+from ubsmoe.methods.refusals import OWN_WEIGHTS
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
 
@@ -39,11 +39,7 @@ def fed_sb(shape: RunShape) -> Method:
     """Build the method; it has no settings."""
 
     def start(adapter: dict[str, Tensor]) -> State:
-        for name, value in adapter.items():
-            if name.endswith(".A") and shape.rank > min(value.shape[2], adapter[f"{name[:-2]}.B"].shape[1]):
-                raise UserError(
-                    f"adapter.rank is {shape.rank}, more than {name[:-2]} has; fed_sb needs independent directions"
-                )
+        check_independent(adapter, "fed_sb")
         cores = {
             f"{name[:-2]}.R": torch.zeros(len(value), shape.rank, shape.rank)
             for name, value in adapter.items()

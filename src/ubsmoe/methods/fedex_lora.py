@@ -26,7 +26,8 @@ from torch import Tensor
 from ubsmoe.maths.lora import LoraPair, stack
 from ubsmoe.methods.factors import pairs, shares
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import OWN_FACTORS, Contribution, Method, RunShape, State, adapter_part
+from ubsmoe.methods.method import Contribution, Method, RunShape, State, adapter_part
+from ubsmoe.methods.refusals import OWN_FACTORS
 from ubsmoe.methods.side import SIDE_GROWS, empty_side, fold, largest_side, side_traffic
 
 EXEMPT: Mapping[str, str] = {"predicted_bytes": SIDE_GROWS}

@@ -23,7 +23,8 @@ from ubsmoe.maths.means import WeightedMean
 from ubsmoe.messages import Profile
 from ubsmoe.methods.factors import at_rank, keep_untouched, rank_of
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import OWN_FACTORS, Contribution, Method, Refusable, RunShape, State
+from ubsmoe.methods.method import Contribution, Method, RunShape, State
+from ubsmoe.methods.refusals import OWN_FACTORS, Refusable
 
 REFUSES: Mapping[Refusable, str] = {
     **OWN_FACTORS,

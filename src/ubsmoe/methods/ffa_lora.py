@@ -21,7 +21,8 @@ from torch import Tensor
 from ubsmoe.costs.traffic import adapter_traffic
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import OWN_WEIGHTS, Hooks, Method, RunShape, State
+from ubsmoe.methods.method import Hooks, Method, RunShape, State
+from ubsmoe.methods.refusals import OWN_WEIGHTS
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
 

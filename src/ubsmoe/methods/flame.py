@@ -27,18 +27,8 @@ from torch import Tensor
 
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import (
-    OWN_WEIGHTS,
-    USE_WEIGHS,
-    Contribution,
-    Hooks,
-    Method,
-    RunShape,
-    State,
-    by_use,
-    observing,
-    sending,
-)  # fmt: skip
+from ubsmoe.methods.method import Contribution, Hooks, Method, RunShape, State, by_use, observing, sending
+from ubsmoe.methods.refusals import OWN_WEIGHTS, USE_WEIGHS
 from ubsmoe.model.surgery import SparseModel
 
 

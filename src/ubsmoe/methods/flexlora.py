@@ -26,7 +26,8 @@ from ubsmoe.maths.spectra import Split, truncated_svd
 from ubsmoe.messages import Profile
 from ubsmoe.methods.factors import at_rank, keep_untouched, mean_routers, pairs, rank_of, shares, tensors
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import OWN_FACTORS, Contribution, Method, RunShape, State
+from ubsmoe.methods.method import Contribution, Method, RunShape, State
+from ubsmoe.methods.refusals import OWN_FACTORS
 
 
 def flexlora(shape: RunShape, *, split: Split = "b") -> Method:

@@ -27,7 +27,8 @@ from ubsmoe.maths.lora import LoraPair, stack
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.factors import mean_routers, pairs, routers, shares
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import OWN_FACTORS, Contribution, Hooks, Method, RunShape, State
+from ubsmoe.methods.method import Contribution, Hooks, Method, RunShape, State
+from ubsmoe.methods.refusals import OWN_FACTORS
 from ubsmoe.methods.side import SIDE_GROWS, empty_side, fold, install_fresh, largest_side, side_traffic
 from ubsmoe.model.surgery import SparseModel
 

@@ -34,7 +34,8 @@ from ubsmoe.maths.means import Weight, WeightedMean
 from ubsmoe.messages import Profile, Tensors, Update
 from ubsmoe.methods.factors import at_rank, keep_untouched, pairs, rank_of
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import OWN_FACTORS, Contribution, Hooks, Method, RunShape, State, install_adapter, sending
+from ubsmoe.methods.method import Contribution, Hooks, Method, RunShape, State, install_adapter, sending
+from ubsmoe.methods.refusals import OWN_FACTORS
 from ubsmoe.model.surgery import SparseModel
 
 EXEMPT: Mapping[str, str] = {

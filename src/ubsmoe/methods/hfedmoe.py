@@ -36,19 +36,8 @@ from ubsmoe.costs.traffic import adapter_traffic
 from ubsmoe.maths.means import Weight
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import (
-    OWN_WEIGHTS,
-    USE_WEIGHS,
-    WHOLE_BATCH,
-    Contribution,
-    Hooks,
-    Method,
-    Refusable,
-    RunShape,
-    State,
-    install_adapter,
-    sending,
-)  # fmt: skip
+from ubsmoe.methods.method import Contribution, Hooks, Method, RunShape, State, install_adapter, sending
+from ubsmoe.methods.refusals import OWN_WEIGHTS, USE_WEIGHS, WHOLE_BATCH, Refusable
 from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.surgery import SparseModel
 

@@ -10,8 +10,8 @@ it needs inside the loop it returns as hooks. A part, such as Dynamic Modulated 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -19,13 +19,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ubsmoe.costs.compensation import Skipped
 from ubsmoe.costs.shape import ModelShape, Trained, budget_top_k
-from ubsmoe.costs.traffic import FLOAT32, Traffic, adapter_traffic
+from ubsmoe.costs.traffic import FLOAT32, Traffic, adapter_traffic, update_bytes
 from ubsmoe.costs.workload import WireDtype
 from ubsmoe.errors import UserError
 from ubsmoe.maths import routing
 from ubsmoe.maths.means import Mean, Weight, WeightedMean
 from ubsmoe.messages import Profile, Tensors, Update
+from ubsmoe.methods.refusals import Refusable
 from ubsmoe.methods.state import State as State
 from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.surgery import SparseModel
@@ -119,7 +121,8 @@ class RunShape:
     `seed` is the run's, for draws that server and clients make alike. `shared_a` says that all experts of a layer start from one A,
     `attention` that attention projections have LoRA too. `mean` makes the running mean that methods average with: plain, or
     Byzantine-robust. `weigh` gives the weights of that mean to methods that have none of their own.
-    `side_rank` is the most directions that all rounds of the run can fold into a side factor, None for no bound.
+    `side_rank` is the most directions that all rounds of the run can fold into a side factor, None for no bound. `top_ks` are the K
+    in use; with `elastic` budgets a client may run any of them up to its own.
     """
 
     num_layers: int
@@ -133,6 +136,21 @@ class RunShape:
     mean: Callable[[], Mean] = WeightedMean
     weigh: Weigh = by_examples
     side_rank: int | None = None
+    top_ks: tuple[int, ...] = ()
+    elastic: bool = False
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the server fits on text before round 1 and `every` so many rounds (0: no more): `tokens` of it, from the base.
+
+    `fit(state, model, batches, profile, generator)` gives the next state and leaves the base as it was; `profile` is the largest
+    tier's.
+    """
+
+    fit: Callable[[State, SparseModel, Sequence[Mapping[str, Tensor]], Profile, torch.Generator], State]
+    tokens: int
+    every: int
 
 
 @dataclass
@@ -159,45 +177,6 @@ class Hooks:
         )
 
 
-Refusable = Literal["robust", "privacy", "secure_aggregation", "micro_batch", "dmr", "pg", "averaging"]
-"""What a method may refuse: sections of a run file, train.micro_batch; the last three stand in [method]."""
-
-WHOLE_BATCH: Mapping[Refusable, str] = {
-    "micro_batch": "what it does in a step depends on a batch as a whole, so that smaller pieces are other work"
-}
-"""Why a method whose step is no sum over examples refuses micro-batches."""
-
-OWN_FACTORS: Mapping[Refusable, str] = {
-    **dict.fromkeys(
-        ("robust", "privacy", "averaging"),
-        "it needs each client's own factors, and no rule or noise on their mean is one on the updates'",
-    ),
-    "secure_aggregation": "it needs each client's own factors, which a sum of them does not tell",
-}
-"""Why a method that works on single clients' factors refuses them."""
-
-USE_WEIGHS: Mapping[Refusable, str] = {
-    "privacy": "it weighs each client by its own use of an expert, which noise on the clients' mean does not cover"
-}
-"""Why an activation-aware method refuses noise."""
-
-
-OWN_WEIGHTS: Mapping[Refusable, str] = {"averaging": "it has a rule of averaging of its own"}
-"""Why a method that is defined by how it averages refuses another rule."""
-
-PROPERTIES: dict[str, str] = {
-    "identical_clients": "clients that all return the same update leave exactly that update, whatever their weights",
-    "lone_client": "one client of the largest budget, alone in a round, comes back as it was",
-    "client_order": "the order in which replies arrive does not matter",
-    "client_names": "what clients are called does not matter",
-    "example_scale": "every number of examples times seven changes nothing",
-    "client_halves": "a client weighs as much as two that return the same update from half its examples each",
-    "untouched_expert": "an expert whose weights nobody changed stays bit for bit",
-    "no_clients": "a round without replies leaves the state as it was",
-    "predicted_bytes": "what is sent has exactly the bytes that costs predict; without this property, at most that many",
-}
-"""The properties of the test battery that a method may name in `Method.exempt`."""
-
 TrafficOf = Callable[[ModelShape, int, Trained, WireDtype], Traffic]
 """Bytes of one client's tensors in one round, from the base's shape, the client's rank, what is trained, the wire's precision."""
 
@@ -215,7 +194,8 @@ class Method:
     gives the weights by which `aggregate` averages adapters, so that a client can add its part to a sum; a method that needs
     more than sums refuses `secure_aggregation`. `ranges` says where the values of an extra lie, by its name or by what its name
     begins with; an update outside is dropped. `validate_update` says what else is wrong with the values of an update whose
-    names and shapes are right, or nothing.
+    names and shapes are right, or nothing. `skipped` says what stands for skipped experts, and costs; `calibration` what the
+    server fits.
     """
 
     name: str
@@ -234,6 +214,8 @@ class Method:
     weigh: Weigh = by_examples
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     side_elements: Callable[[ModelShape, Trained], int] = lambda base, trained: 0
+    skipped: Skipped | None = None
+    calibration: Calibration | None = None
     validate_update: Callable[[Update], str | None] = lambda update: None
 
     def extras_range(self, name: str) -> tuple[float, float]:
@@ -274,7 +256,7 @@ def install_adapter(model: SparseModel, payload: Tensors, profile: Profile, alph
 def refuse(method: Method, section: Refusable) -> None:
     """Raise UserError if a section of the run file makes no sense with the method."""
     if reason := method.refuses.get(section):
-        name = f"[method.{section}]" if section in ("dmr", "pg", "averaging") else f"[{section}]"
+        name = f"[method.{section}]" if section in ("dmr", "pg", "averaging", "compensation") else f"[{section}]"
         raise UserError(
             f"{'micro_batch' if section == 'micro_batch' else name} cannot be combined with method {method.name}: {reason}"
         )
@@ -285,5 +267,15 @@ def sending(traffic: TrafficOf, down: int = 0, up: int = 0) -> TrafficOf:
 
     def both(base: ModelShape, rank: int, trained: Trained, wire_dtype: WireDtype) -> Traffic:
         return traffic(base, rank, trained, wire_dtype) + Traffic(FLOAT32 * down, FLOAT32 * up)
+
+    return both
+
+
+def keeping_back(traffic: TrafficOf, factor: Literal["A", "B"]) -> TrafficOf:
+    """The traffic of a method whose clients do not train this factor of the adapter, and so do not send it up."""
+
+    def both(base: ModelShape, rank: int, trained: Trained, wire_dtype: WireDtype) -> Traffic:
+        kept = update_bytes(base, rank, wire_dtype, factors=factor, trained=replace(trained, router=False))
+        return traffic(base, rank, trained, wire_dtype) + Traffic(0, -kept)
 
     return both

@@ -18,7 +18,8 @@ import torch
 
 from ubsmoe.maths.pseudo_gradient import PseudoGradient, parameter_signal
 from ubsmoe.messages import Profile, Tensors
-from ubsmoe.methods.method import WHOLE_BATCH, Hooks, Method, RunShape, refuse
+from ubsmoe.methods.method import Hooks, Method, RunShape, refuse
+from ubsmoe.methods.refusals import WHOLE_BATCH
 from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.surgery import SparseModel
 

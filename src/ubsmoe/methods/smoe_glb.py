@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import WHOLE_BATCH, Contribution, Hooks, Method, RunShape, State, observing, sending
+from ubsmoe.methods.method import Contribution, Hooks, Method, RunShape, State, observing, sending
+from ubsmoe.methods.refusals import WHOLE_BATCH
 from ubsmoe.methods.smoe_llb import balance_penalty
 from ubsmoe.model.surgery import SparseModel
 

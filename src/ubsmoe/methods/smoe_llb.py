@@ -27,7 +27,8 @@ from torch import Tensor
 from ubsmoe.maths.balance import load_balancing_loss
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import WHOLE_BATCH, Hooks, Method, RunShape
+from ubsmoe.methods.method import Hooks, Method, RunShape
+from ubsmoe.methods.refusals import WHOLE_BATCH
 from ubsmoe.model.surgery import SparseModel
 
 

@@ -25,6 +25,10 @@ METHODS = (
     "ffa_lora",
     "fedex_lora",
     "fed_sb",
+    "fedsvd",
+    "rolora",
+    "fedrot",
+    "lora_fair",
     "smoe_llb",
     "smoe_glb",
     "lossfree",
@@ -36,6 +40,7 @@ METHODS = (
 PARTS = {
     "dmr": "ubsmoe.methods.modulation.Modulation",
     "pg": "ubsmoe.maths.pseudo_gradient.PseudoGradient",
+    "compensation": "ubsmoe.model.compensation_fit.FormSettings",
     "averaging": "ubsmoe.methods.averaging.Averaging",
 }
 """Sections of [method] that put a part around a method, in the order in which they are put, and the class of their settings."""
@@ -90,7 +95,7 @@ def part_settings(part: str) -> Mapping[str, Any]:
     """The settings of a part with their defaults.
 
     >>> part_settings("averaging")
-    {'rule': 'factors', 'exponent': 1.0}
+    {'rule': 'factors', 'exponent': None}
     """
     module, _, name = PARTS[part].rpartition(".")
     fields = next(node for node in _parsed(module).body if isinstance(node, ast.ClassDef) and node.name == name).body

@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -232,12 +233,22 @@ def answers_stay_put(model: Any, experts: nn.Module, implementation: str = "eage
         answers.append(answer.detach().requires_grad_())
         return answers[-1]
 
-    hook, stock = experts.register_forward_hook(watch), model.config._experts_implementation
-    model.set_experts_implementation(implementation)
+    hook = experts.register_forward_hook(watch)
     try:
-        logits = model(input_ids=torch.arange(4, device=model.device).unsqueeze(0), use_cache=False).logits
+        with experts_run_by(model, implementation):
+            logits = model(input_ids=torch.arange(4, device=model.device).unsqueeze(0), use_cache=False).logits
     finally:
         hook.remove()
-        model.set_experts_implementation(stock)
     reached = [grad.reshape(4, -1).any(-1) for grad in torch.autograd.grad(logits[0, 2].square().sum(), answers)]
     return len(reached) == 1 and reached[0].tolist() == [False, False, True, False]
+
+
+@contextmanager
+def experts_run_by(model: Any, implementation: str = "eager") -> Iterator[None]:
+    """Inside, another implementation runs the experts. "eager" takes any precision, which stock grouped products do not."""
+    stock = model.config._experts_implementation
+    model.set_experts_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(stock)

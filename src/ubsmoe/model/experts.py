@@ -16,6 +16,7 @@ from ubsmoe.maths import pseudo_gradient as pg
 from ubsmoe.model.expert_weights import ExpertWeights, Lora
 from ubsmoe.model.kernel import run_assignments
 from ubsmoe.model.layer import SparseLayer
+from ubsmoe.model.routing import Passing
 
 IMPLEMENTATION = "ubsmoe"
 
@@ -32,23 +33,46 @@ def routed_experts(
     """What transformers calls in place of its own experts function. `module.sparse` is the layer that surgery attached."""
     layer = module.sparse
     assert isinstance(layer, SparseLayer)
-    y, scale = (
-        _expert_sum(layer, ExpertWeights.of(module), hidden, top_k_index, top_k_weights),
-        layer.routing.output_scale,
-    )
+    if layer.routing.probe:
+        layer.routing.probe(_passing(layer, hidden, top_k_index, top_k_weights))
+    y, scale = _expert_sum(layer, hidden, top_k_index, top_k_weights), layer.routing.output_scale
+    y = y + _skipped_sum(layer, hidden) if layer.skipped is not None else y
     return y if scale is None else y * scale.to(y.dtype)
+
+
+def _passing(
+    layer: SparseLayer,
+    hidden: Float[Tensor, "T h"],
+    top_k_index: Int[Tensor, "T K"],
+    top_k_weights: Float[Tensor, "T K"],
+) -> Passing:
+    """What the probe sees: the tokens whose output is read."""
+    considered, gates = layer.considered or (top_k_index, top_k_weights)
+    skipped = hidden.new_zeros(len(hidden), layer.num_experts) if layer.skipped is None else layer.skipped
+    parts, needed = (hidden, considered, gates, top_k_index, top_k_weights, skipped), layer.needed_tokens()
+    return Passing(*(parts if needed is None else (part[needed.to(part.device)] for part in parts)))
+
+
+def _skipped_sum(layer: SparseLayer, hidden: Float[Tensor, "T h"]) -> Float[Tensor, "T h"]:
+    """C(x), what stands for the experts that were skipped, at the tokens whose output is read."""
+    own, skipped, needed = layer.routing.compensation, layer.skipped, layer.needed_tokens()
+    compensation = own.at(layer.routing.top_k) if own else None
+    if compensation is None or skipped is None:
+        return torch.zeros_like(hidden)
+    if needed is None:
+        return compensation(hidden, skipped)
+    (token,) = needed.to(hidden.device).nonzero(as_tuple=True)
+    return torch.zeros_like(hidden).index_copy(0, token, compensation(hidden[token], skipped[token]))
 
 
 def _expert_sum(
     layer: SparseLayer,
-    base: ExpertWeights,
     hidden: Float[Tensor, "T h"],
     top_k_index: Int[Tensor, "T K"],
     top_k_weights: Float[Tensor, "T K"],
 ) -> Float[Tensor, "T h"]:
     """sum_{i in A(x)} w_i E_i(x), with the gradient that the client's settings ask for."""
-    # only a quantised base runs here without an adapter
-    lora, settings = layer.lora or Lora.absent(base, hidden), layer.routing.pseudo_gradient
+    (base, lora), settings = layer.run_weights(hidden), layer.routing.pseudo_gradient
     assignments = _assignments(layer.needed_tokens(), top_k_index, top_k_weights)
     if layer.routing.trainable_rule is not None and torch.is_grad_enabled():
         return _partly_trainable(layer.trainable_experts(top_k_index), base, hidden, assignments, lora)

@@ -4,84 +4,21 @@ A router keeps its object and gets a subclass of its own class: its logits are s
 weights are rescaled on the way out.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ubsmoe.maths.pseudo_gradient import Mass, PseudoGradient
+from ubsmoe.maths.pseudo_gradient import Mass
 from ubsmoe.maths.routing import mass_ratio, modulate
-from ubsmoe.model.adapter import MatrixAdapter
 from ubsmoe.model.attention import AttentionLora
 from ubsmoe.model.conventions import LinearMaps, observe_router
-from ubsmoe.model.expert_weights import Lora, up_name
-
-Rescale = Literal["none", "mass"]
-
-TrainableRule = Callable[
-    [Float[Tensor, "T M"], Int[Tensor, "T K"], Bool[Tensor, " T"] | None],
-    Bool[Tensor, " M"],
-]
-"""Scores, chosen experts and real tokens of a batch -> the experts that are trained on it."""
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What the current client has set on a layer. To change it, put a `dataclasses.replace` of it in its place.
-
-    Attributes:
-        top_k: K, experts per token.
-        num_candidates: N_p, the number of best experts of a token that phi may move.
-        phi: shift of the logits.
-        adapter: what is put on the up and on the down matrix.
-        lora_scale: alpha / rank.
-        router_delta: trained difference of the router's weight.
-        selection_bias: added to the scores for the choice alone.
-        output_scale: factor on the sum over the routed experts.
-        pseudo_gradient: None if it is off.
-        generator: draws the assignments of the `sampled` pseudo-gradient.
-        trainable_rule: which experts are trained on a batch; None for all.
-        recording: keep the logits and the choice of every forward pass.
-    """
-
-    top_k: int
-    num_candidates: int
-    phi: Float[Tensor, " M"] | None = None
-    adapter: tuple[MatrixAdapter, MatrixAdapter] | None = None
-    lora_scale: float = 1.0
-    router_delta: Float[Tensor, "M h"] | None = None
-    selection_bias: Float[Tensor, " M"] | None = None
-    output_scale: Float[Tensor, ""] | None = None
-    pseudo_gradient: PseudoGradient | None = None
-    generator: torch.Generator | None = None
-    trainable_rule: TrainableRule | None = None
-    recording: bool = False
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What a layer has seen of the current client's tokens.
-
-    Attributes:
-        expert_tokens: real tokens routed to each expert since counting began.
-        mass: routing mass of the micro-batches since it was last taken.
-        attention_mask: of the last batch, 0 on padding; None if nothing is padded.
-        read: positions of the last batch whose experts' output is read; None for all real ones.
-        logits: of the last forward pass, with their graph; kept while recording or under a pseudo-gradient.
-        chosen: experts of each token in that pass.
-        trainable_experts: those that the rule chose for the last batch.
-    """
-
-    expert_tokens: Int[Tensor, " M"]
-    mass: Mass | None = None
-    attention_mask: Shaped[Tensor, "B S"] | None = None
-    read: Bool[Tensor, "B S"] | None = None
-    logits: Float[Tensor, "T M"] | None = None
-    chosen: Int[Tensor, "T K"] | None = None
-    trainable_experts: Bool[Tensor, " M"] | None = None
+from ubsmoe.model.expert_weights import ExpertWeights, Lora, up_name
+from ubsmoe.model.routing import Observed, Rescale, Routing
+from ubsmoe.model.slices import Slices
 
 
 class SparseLayer:
@@ -96,7 +33,12 @@ class SparseLayer:
         observed: what was seen since.
         counting: whether routed tokens are counted.
         recomputing: this forward pass repeats an earlier one for gradient checkpointing, so nothing is observed a second time.
+        considered: T(x) and its gate weights, handed from the router to the experts within a forward pass.
+        skipped: gate weights of the experts of T(x) that are not run, likewise.
     """
+
+    considered: tuple[Int[Tensor, "T k_max"], Float[Tensor, "T k_max"]] | None
+    skipped: Float[Tensor, "T M"] | None
 
     def __init__(
         self, index: int, router: nn.Module, experts: nn.Module, projections: Mapping[str, nn.Linear] | None = None
@@ -108,6 +50,7 @@ class SparseLayer:
         self.convention = observe_router(router, self.num_experts)
         self.rescale: Rescale = "none"
         self.counting = self.recomputing = False
+        self._slices: Slices | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -125,7 +68,25 @@ class SparseLayer:
     def routing(self, value: Routing) -> None:
         self._routing = value
         # the stock forward of every family reads K from here
-        self.router.top_k = value.top_k  # type: ignore[assignment]
+        self.router.top_k = self.k_max if self.routes_at_k_max else value.top_k  # type: ignore[assignment]
+        self.considered = self.skipped = None
+
+    @property
+    def routes_at_k_max(self) -> bool:
+        """Whether the router answers as at K_max and the best K are taken from its answer."""
+        return self.routing.compensation is not None or self.rescale == "k_max"
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether n K experts run, each at 1 / n of its width, instead of K: where T(x) has that many."""
+        own = self.routing.compensation
+        return own is not None and own.channels is not None and self.routing.top_k * own.slices <= self.k_max
+
+    @property
+    def num_run(self) -> int:
+        """Experts per token that run, whole or in slices."""
+        own = self.routing.compensation
+        return self.routing.top_k * (own.slices if own and self.is_sliced else 1)
 
     @property
     def lora(self) -> Lora | None:
@@ -134,6 +95,22 @@ class SparseLayer:
             return None
         up, down = self.routing.adapter
         return Lora(*up.joined(), *down.joined(), self.routing.lora_scale)
+
+    def whole_weights(self, like: Float[Tensor, "T h"]) -> tuple[ExpertWeights, Lora]:
+        """The same, whole. Without an adapter a quantised base runs here, and one that is compensated."""
+        base = ExpertWeights.of(self.experts)
+        return base, self.lora or Lora.absent(base, like)
+
+    def run_weights(self, like: Float[Tensor, "T h"]) -> tuple[ExpertWeights, Lora]:
+        """What the kernel multiplies tokens such as these with: the experts and the adapter, whole or in slices."""
+        base, lora = self.whole_weights(like)
+        own = self.routing.compensation
+        if not self.is_sliced or own is None or own.channels is None:
+            return base, lora
+        # kept from one client to the next, as long as the channels are the same
+        if self._slices is None or not torch.equal(self._slices.channels, own.channels):
+            self._slices = Slices.of(base, own.channels)
+        return self._slices.weights, self._slices.lora(lora)
 
     def shift(self, hidden: Float[Tensor, "T h"], logits: Float[Tensor, "T M"]) -> Float[Tensor, "T M"]:
         """The router's logits as this client sees them: plus a trained difference of the router, plus phi on the candidates."""
@@ -159,6 +136,24 @@ class SparseLayer:
             unit = total / scores.gather(-1, index).sum(-1, keepdim=True).detach()
         return (kept * unit).to(weights.dtype), chosen
 
+    def keep_best(
+        self, logits: Float[Tensor, "T M"], weights: Float[Tensor, "T k_max"], index: Int[Tensor, "T k_max"]
+    ) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
+        """Of T(x) the experts that run, those of the largest gate weight, weighed as at K_max; the others' weights are kept."""
+        self.considered = index, weights
+        if self.num_run == index.shape[1] and not self.is_sliced:
+            self.skipped = None
+            return weights, index
+        by = weights
+        if self.routing.selection_bias is not None:
+            by = (self._score(logits) + self.routing.selection_bias).gather(-1, index)
+        best = by.detach().topk(self.num_run, dim=-1).indices
+        kept, kept_weights = index.gather(-1, best), weights.gather(-1, best)
+        self.skipped = torch.zeros_like(logits, dtype=weights.dtype).scatter(-1, index, weights)
+        if not self.is_sliced:
+            self.skipped = self.skipped.scatter(-1, kept, torch.zeros_like(kept_weights))
+        return kept_weights, kept
+
     def observe(
         self, logits: Float[Tensor, "T M"], weights: Float[Tensor, "T K"], index: Int[Tensor, "T K"]
     ) -> Float[Tensor, "T K"]:
@@ -171,7 +166,8 @@ class SparseLayer:
                 chosen=index if kept else None,
                 expert_tokens=self.observed.expert_tokens + (self._count(index) if self.counting else 0),
             )
-        if self.rescale == "none" or self.convention.renormalises or index.shape[1] == self.k_max:
+        by_mass = self.rescale == "mass" and self.routing.compensation is None
+        if not by_mass or self.convention.renormalises or index.shape[1] == self.k_max:
             return weights
         return weights * mass_ratio(self._score(logits), self.k_max, index).to(weights.dtype)
 
@@ -265,6 +261,8 @@ class _BudgetedRouter:
             with LinearMaps(layer.router, shifted):
                 logits, weights, index = super().forward(*args, **kwargs)  # type: ignore[misc]
         weights, index = layer.choose(logits, weights, index)
+        if layer.routes_at_k_max:
+            weights, index = layer.keep_best(logits, weights, index)
         return logits, layer.observe(logits, weights, index), index
 
 

@@ -17,10 +17,12 @@ from ubsmoe.maths.pseudo_gradient import PseudoGradient
 from ubsmoe.model.adapter import MatrixAdapter
 from ubsmoe.model.adapter_fit import check_fit
 from ubsmoe.model.attention import find_projections
+from ubsmoe.model.compensation import layer_compensations
 from ubsmoe.model.conventions import UnsupportedModel, answers_stay_put, find_blocks
 from ubsmoe.model.experts import IMPLEMENTATION
-from ubsmoe.model.layer import Rescale, SparseLayer, TrainableRule, attach, is_attached
+from ubsmoe.model.layer import SparseLayer, attach, is_attached
 from ubsmoe.model.quantised import format_of
+from ubsmoe.model.routing import Rescale, TrainableRule
 
 
 class SparseModel:
@@ -64,7 +66,6 @@ class SparseModel:
         quantised = format_of(blocks[-1][1]) is not None  # which only our own implementation can run
         self._stock = IMPLEMENTATION if quantised else model.config._experts_implementation
         model.set_experts_implementation(self._stock)
-        # eager takes any precision
         self._last_stays_put = answers_stay_put(model, blocks[-1][1], IMPLEMENTATION if quantised else "eager")
         model.register_forward_pre_hook(self._remember_tokens, with_kwargs=True)
         # generation reads each row's last position: torch would copy the whole head for every row of that strided view
@@ -133,6 +134,19 @@ class SparseModel:
         """Multiply the routed experts' sum in layer l by `scale[l]`; shared experts are left alone."""
         for layer in self.layers:
             layer.routing = replace(layer.routing, output_scale=scale[layer.index])
+
+    def set_compensation(self, tensors: Mapping[str, Tensor]) -> None:
+        """Let `compensation.{layer}...` stand for the experts that a budget skips; without any, gate weights alone are K_max's."""
+        placed = {n: t.to(self.device, self.model.dtype if t.is_floating_point() else None) for n, t in tensors.items()}
+        widths = [layer.shapes()["down"][1] for layer in self.layers]
+        for layer, own in zip(self.layers, layer_compensations(placed, widths), strict=True):
+            layer.routing = replace(layer.routing, compensation=own)
+        self.model.set_experts_implementation(IMPLEMENTATION)
+
+    @property
+    def num_run(self) -> int:
+        """Experts per token that run now, whole or in slices."""
+        return self.layers[0].num_run
 
     def set_trainable_experts(self, trainable_rule: Sequence[TrainableRule]) -> None:
         """One rule per layer: which experts are trained on a batch. The others run too, but without a backward pass."""
@@ -249,11 +263,9 @@ class SparseModel:
             attention_mask: 0 on padding, which is on the right.
             keep: for a leading part of each row's positions.
         """
-        keep = nn.functional.pad(keep, (0, input_ids.shape[1] - keep.shape[1]))
-        with self.reading(keep):
-            logits: Float[Tensor, "1 N V"] = self.model(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-            ).logits
+        with self.reading(nn.functional.pad(keep, (0, input_ids.shape[1] - keep.shape[1]))):
+            out = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        logits: Float[Tensor, "1 N V"] = out.logits
         return logits[0]
 
     @contextmanager

@@ -58,7 +58,10 @@ def plan_tiers(settings: RunSettings) -> TierPlan:
     shape = model_shape(settings.model.base)
     method = chosen_method(settings, shape_of_sizes(settings, shape))
     workload = replace(
-        run_workload(settings), pair_fraction=method.pair_fraction, pairs_reach_input=method.pairs_reach_input
+        run_workload(settings),
+        pair_fraction=method.pair_fraction,
+        pairs_reach_input=method.pairs_reach_input,
+        skipped=method.skipped,
     )
     workload = replace(workload, side_elements=method.side_elements(shape, workload.trained))
 

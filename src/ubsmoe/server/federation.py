@@ -99,7 +99,8 @@ def build_server(settings: RunSettings, weights: bool | None = None) -> Federati
     shape = shape_of_model(settings, skeleton)
     method = chosen_method(settings, shape)  # refused, if it is, before any weights are loaded
     evaluate = settings.evaluate
-    if weights or (weights is None and (evaluate.before or evaluate.after or evaluate.every)):
+    needed = evaluate.before or evaluate.after or evaluate.every or method.calibration
+    if weights or (weights is None and needed):
         model, tokenizer = load_base(*place)
         sha256 = model.sha256
         check_sha256(settings.model, sha256)

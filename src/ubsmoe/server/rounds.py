@@ -22,7 +22,7 @@ from ubsmoe.server.origin import origin
 from ubsmoe.server.peers import without_outliers
 from ubsmoe.server.privacy import noisy_mean, spent
 from ubsmoe.server.robust import Answer, most_examples, robustify
-from ubsmoe.server.start import noise_key, sample_clients, settled, start_state
+from ubsmoe.server.start import calibrated, noise_key, sample_clients, settled, start_state
 from ubsmoe.server.validator import Validator
 from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.change import upload_bytes
@@ -70,6 +70,7 @@ def run(
         log("partition", 0, report=part.to_json() if part else None)
         if federation.data_card:
             folder.write_data_card(federation.data_card)
+        state = calibrated(federation, state, 1)
         history.append(_evaluate_tiers(federation, state, 0, score_all, log) if settings.evaluate.before else None)
         save(0)
     else:
@@ -80,6 +81,7 @@ def run(
     if settings.privacy:
         folder.releases.check(done)
     for number in range(done + 1, settings.train.rounds + 1):
+        state = calibrated(federation, state, number) if number > 1 else state
         if settings.privacy:
             noise = noise_key(settings, folder.releases.begin(number))
             state = one_round(federation, engine, state, number, log, noise, folder.releases.release)

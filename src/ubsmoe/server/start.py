@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 
 from ubsmoe.config import ConfigError, RunSettings
+from ubsmoe.data.tokens import pad_id
 from ubsmoe.export.save_load import read_peft
 from ubsmoe.messages import Profile, in_order
 from ubsmoe.methods.method import Method, State
 from ubsmoe.methods.state import pack, unpack
 from ubsmoe.seeds import generator_for
+from ubsmoe.server.calibration import in_batches, written_by_base
 from ubsmoe.server.federation import Federation
 
 
@@ -58,6 +60,19 @@ def _start_from(federation: Federation, folder: str) -> State:
     if not all(name in state.adapters and torch.equal(state.adapters[name], value) for name, value in adapter.items()):
         raise ConfigError(f"adapter.start: {method.name} begins from an adapter of its own; choose another method")
     return settled(state, method)
+
+
+def calibrated(federation: Federation, state: State, number: int) -> State:
+    """The state with what the method fits on text, where a fit is due before round `number`; else the same state."""
+    calibration, settings = federation.method.calibration, federation.settings
+    if calibration is None or not (number == 1 or (calibration.every and (number - 1) % calibration.every == 0)):
+        return state
+    model = federation.model
+    texts = written_by_base(model, federation.tokenizer, settings, calibration.tokens)
+    top = max(federation.tiers, key=lambda profile: profile.budget)
+    draw = generator_for(settings.seed, number, "calibration")
+    fitted = calibration.fit(state, model, in_batches(texts, pad_id(federation.tokenizer)), top, draw)
+    return settled(fitted, federation.method)
 
 
 def noise_key(settings: RunSettings, salt: str = "") -> str:

@@ -1,7 +1,7 @@
 """What an update has to keep to, one check each; the reason of a refusal names what came and what was expected."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Rejected(ValueError):
 
 
 def check_update(
-    update: Update, task: Task, form: UpdateSpec, max_change: float, elastic: bool, most_tokens: float = math.inf
+    update: Update, task: Task, form: UpdateSpec, max_change: float, run: Sequence[int], most_tokens: float = math.inf
 ) -> None:
     """Every check, cheapest first.
 
@@ -30,7 +30,7 @@ def check_update(
         task: what it was asked.
         form: names, shapes and dtypes that the method's own install gives for this task.
         max_change: largest root mean square by which a client may have changed what it was sent.
-        elastic: whether clients train some steps at a smaller K than their own.
+        run: experts per token that a step may run: of the client's K, and with elastic budgets of smaller ones.
         most_tokens: as `most_tokens` gives.
 
     Raises:
@@ -43,7 +43,7 @@ def check_update(
     check_numbers(update, task)
     if update.tokens > most_tokens:
         raise Rejected(f"{update.tokens} tokens, the round's steps hold at most {most_tokens}")
-    check_utilization(update, task.profile.top_k, elastic)
+    check_utilization(update, run)
     check_finite(update)
     check_change(update, task.payload, max_change)
 
@@ -85,15 +85,14 @@ def check_numbers(update: Update, task: Task) -> None:
             raise Rejected(f"{name} is {getattr(update, name)}, expected 0 to {most:g}")
 
 
-def check_utilization(update: Update, top_k: int, elastic: bool) -> None:
-    """Counts of a router: each token goes to K different experts.
+def check_utilization(update: Update, run: Sequence[int]) -> None:
+    """Counts of a router: each token goes to K different experts, K any of `run`.
 
-    Hence, per layer, 0 <= a_i <= tokens and sum_i a_i = assignments = K tokens. With elastic steps
-    tokens <= assignments <= K tokens.
+    Hence, per layer, 0 <= a_i <= tokens and sum_i a_i = assignments, which lies between the least and the most K, times tokens.
     """
     tokens, assignments, counts = update.tokens, update.assignments, update.expert_tokens
-    if tokens < 1 or assignments > tokens * top_k or assignments < (tokens if elastic else tokens * top_k):
-        raise Rejected(f"{assignments} assignments for {tokens} tokens at K = {top_k}")
+    if tokens < 1 or not tokens * min(run) <= assignments <= tokens * max(run):
+        raise Rejected(f"{assignments} assignments for {tokens} tokens at K = {max(run)}")
     if (counts < 0).any() or (counts > tokens).any():
         raise Rejected(f"expert_tokens reach from {int(counts.min())} to {int(counts.max())}, expected 0 to {tokens}")
     if (wrong := counts.sum(-1) != assignments).any():

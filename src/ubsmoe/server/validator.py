@@ -79,7 +79,7 @@ class Validator:
     def _check(self, update: Update, task: Task) -> None:
         settings = self._settings
         check_update(
-            update, task, self._specs(task), settings.rounds.max_change, settings.tiers.elastic_share > 0,
+            update, task, self._specs(task), settings.rounds.max_change, self._experts_run(task),
             most_tokens(settings, task.profile.num_examples),
         )  # fmt: skip
         for name, value in update.extras.items():
@@ -88,6 +88,12 @@ class Validator:
                 raise Rejected(f"{name} reaches from {value.min():g} to {value.max():g}, expected {low:g} to {high:g}")
         if fault := self._method.validate_update(update):
             raise Rejected(fault)
+
+    def _experts_run(self, task: Task) -> list[int]:
+        """How many experts per token a step of this client may run."""
+        own, skipped = task.profile.top_k, self._method.skipped
+        top_ks = range(1, own + 1) if self._settings.tiers.elastic_share > 0 else [own]
+        return [skipped.runs(top_k) if skipped else top_k for top_k in top_ks]
 
     def check_quorum(self, count: int, number: int) -> None:
         """Raise RoundError if so few updates count that the round does not."""

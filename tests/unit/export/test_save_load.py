@@ -18,6 +18,7 @@ from ubsmoe.errors import UserError
 from ubsmoe.export import save_load as exports
 from ubsmoe.export.installed import Installed, install, read_installed
 from ubsmoe.export.sidecar import Format, Sidecar
+from ubsmoe.model.compensation_fit import FormSettings, fit_compensation
 from ubsmoe.model.identity import weights_sha256
 from ubsmoe.model.load import shipped_path
 from ubsmoe.model.surgery import SparseModel
@@ -112,6 +113,31 @@ def test_the_sidecar_carries_phi_scale_and_k(family: str, format: Format, tmp_pa
     assert ("φ: the routers' logits" in said) == stock
     assert ('Output scale ("mass")' in said) == (stock and family not in RENORMALISES)
     assert ("num_experts_per_tok=2" in said) == (format == "peft")
+
+
+@every_family
+@pytest.mark.parametrize("format", ["native", "peft", "merged"])
+def test_an_export_carries_its_compensation_at_every_budget(family: str, format: Format, tmp_path: Path) -> None:
+    sparse = adapted(family, routed=True, router=True)
+    ids = words()
+    text = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    slices = 2 if family in ("olmoe", "mixtral") else 1
+    compensation = fit_compensation(sparse, text, [1, 2], FormSettings(rank=3, slices=slices)).tensors
+    sparse.set_compensation(compensation)
+    ours = {}
+    for top_k in (sparse.k_max, 2, 1):
+        sparse.set_top_k(top_k)
+        ours[top_k] = logits(sparse.model)
+    exported(sparse, format, tmp_path / "out")
+    sidecar = exports.read(tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval() if format == "merged" else tiny(family)
+    again = SparseModel(base)
+    tensors = exports.read_compensation(tmp_path / "out", sidecar)
+    install(again, exports.read_tensors(tmp_path / "out", sidecar, again), sidecar, tensors)
+    for top_k, expected in ours.items():
+        again.set_top_k(top_k)
+        assert_close(logits(again.model), expected, 1e-5)
+    assert ("Compensation: at K = 1" in (tmp_path / "out" / "README.md").read_text()) == (format != "native")
 
 
 def test_a_router_bias_carries_a_phi_that_moves_all_experts(tmp_path: Path) -> None:

@@ -24,12 +24,12 @@ SENT = UPDATE.adapters[A]
 
 def reason(update: Update, elastic: bool = False) -> str:
     with pytest.raises(Rejected) as caught:
-        check_update(update, TASK, SPEC, max_change=1.0, elastic=elastic)
+        check_update(update, TASK, SPEC, max_change=1.0, run=(1, 2) if elastic else (2,))
     return str(caught.value)
 
 
 def test_an_honest_update_passes() -> None:
-    check_update(UPDATE, TASK, SPEC, max_change=1.0, elastic=False)
+    check_update(UPDATE, TASK, SPEC, max_change=1.0, run=(2,))
 
 
 def poisoned(value: float) -> torch.Tensor:
@@ -96,16 +96,16 @@ def test_a_lie_is_named(change: dict[str, Any], sentence: str) -> None:
 
 def test_elastic_steps_may_use_fewer_slots_but_never_less_than_one_per_token() -> None:
     fewer = replace(UPDATE, assignments=5, expert_tokens=torch.tensor([[3, 2, 0, 0, 0], [1, 1, 1, 1, 1]]))
-    check_update(fewer, TASK, SPEC, max_change=1.0, elastic=True)
+    check_update(fewer, TASK, SPEC, max_change=1.0, run=(1, 2))
     too_few = replace(UPDATE, assignments=2, expert_tokens=torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 1, 1]]))
-    assert "2 assignments for 3 tokens" in reason(too_few, elastic=True)
+    assert "2 assignments for 3 tokens" in reason(too_few, run=(1, 2))
 
 
 def test_the_change_is_measured_over_all_weights_that_were_sent() -> None:
     """60 weights moved by 1/4, 10 not at all: sqrt(60 / 16 / 70) = 0.2315."""
     with pytest.raises(Rejected, match=r"changed by 0\.231 .* at most 0\.23 \(rounds\.max_change\)"):
-        check_update(UPDATE, TASK, SPEC, max_change=0.23, elastic=False)
-    check_update(UPDATE, TASK, SPEC, max_change=0.232, elastic=False)
+        check_update(UPDATE, TASK, SPEC, max_change=0.23, run=(2,))
+    check_update(UPDATE, TASK, SPEC, max_change=0.232, run=(2,))
 
 
 METHOD = build("fedavg", RunShape(num_layers=2, num_experts=5, k_max=2, rank=3, alpha=6.0))

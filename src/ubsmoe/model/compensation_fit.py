@@ -1,0 +1,232 @@
+"""Fit a compensation on the activations of a base: layer by layer, on what the reduced model itself puts into each layer.
+
+For every K in use, and every layer in turn: run the calibration text at this K, everything below already compensated, up to
+the layer; there compute what is missing, y = sum over T(x) of w_i E_i(x) minus what is run; fit the form to it, put it in place.
+Labels and test data are never seen. The adapter and the modulation that are in place stay there: a later fit follows them.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as checked
+from torch import Tensor
+
+from ubsmoe.maths.compensation import Sums, fit_low_rank
+from ubsmoe.model.compensation import PREFIX, Compensation
+from ubsmoe.model.expert_weights import ExpertWeights, Lora
+from ubsmoe.model.kernel import run_assignments
+from ubsmoe.model.layer import SparseLayer
+from ubsmoe.model.routing import Passing, Probe
+from ubsmoe.model.slices import channels_by_importance
+from ubsmoe.model.surgery import SparseModel
+
+Form = Literal["map", "stand_ins", "elementwise", "constant", "none"]
+Batches = Sequence[Mapping[str, Tensor]]
+"""input_ids and attention_mask of each batch."""
+
+
+@checked(frozen=True, config=ConfigDict(allow_inf_nan=False))
+class FormSettings:
+    """What stands for the skipped experts."""
+
+    form: Form = "map"
+    """C(x): a map per layer and K, stand-ins or vectors or constants per expert, or nothing but the gate weights of K_max."""
+    rank: Annotated[int, Field(ge=1)] = 64
+    """r of a map or of the stand-ins."""
+    slices: Annotated[int, Field(ge=1)] = 1
+    """n: run n K experts at 1 / n of their width instead of K."""
+    ridge: Annotated[float, Field(gt=0)] = 1e-3
+    """lambda, as a share of the features' mean variance."""
+    tokens: Annotated[int, Field(ge=64)] = 4096
+    """Tokens of text to fit on, which the base writes itself."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Rounds from one fit to the next; 0 fits once, before round 1."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Tensors `compensation.{layer}.{K}.{name}` and `compensation.{layer}.channels`, and the share explained, by K and layer."""
+
+    tensors: dict[str, Tensor]
+    explained: dict[int, list[float]]
+
+
+@torch.no_grad()
+def fit_compensation(model: SparseModel, batches: Batches, top_ks: Iterable[int], settings: FormSettings) -> Fitted:
+    """Fit every K below K_max on calibration text.
+
+    Args:
+        model: with an adapter in place, and whatever moves its routing. Its K and its compensation are changed.
+        batches: of text; a few thousand tokens do.
+        top_ks: the budgets in use.
+        settings: the form.
+
+    Raises:
+        ValueError: for more slices than an expert has channels, or a family whose experts cannot be sliced.
+    """
+    tensors: dict[str, Tensor] = {}
+    explained: dict[int, list[float]] = {}
+    if settings.slices > 1:
+        tensors |= _channels(model, batches, settings.slices)
+    for top_k in sorted({k for k in top_ks if k < model.k_max}):
+        explained[top_k] = []
+        for layer in model.layers:
+            model.set_compensation(tensors)
+            model.set_top_k(top_k)
+            found, share = _fit(layer, _passing(model, layer, batches), settings)
+            explained[top_k].append(share)
+            tensors |= {f"{PREFIX}{layer.index}.{top_k}.{n}": t for n, t in vars(found).items() if t is not None}
+    model.set_compensation(tensors)
+    return Fitted({name: value.cpu() for name, value in tensors.items()}, explained)
+
+
+def missing_sum(layer: SparseLayer, seen: Passing) -> Float[Tensor, "T h"]:
+    """sum over T(x) of w_i E_i(x), minus what is run of it."""
+    whole = _sum(seen.hidden, seen.considered, seen.gates, *layer.whole_weights(seen.hidden))
+    return (whole - _sum(seen.hidden, seen.run, seen.run_gates, *layer.run_weights(seen.hidden))).float()
+
+
+def _fit(layer: SparseLayer, seen: Passing, settings: FormSettings) -> tuple[Compensation, float]:
+    """The form of one layer, and the share of the missing sum that it explains."""
+    missing = missing_sum(layer, seen)
+    found = _FORMS[settings.form](layer, seen, missing, settings)
+    left = missing - found(seen.hidden.to(missing.dtype), seen.skipped)
+    return found, 1 - float(left.square().sum() / missing.square().sum().clamp_min(1e-30))
+
+
+def _fit_map(layer: SparseLayer, seen: Passing, missing: Float[Tensor, "T h"], settings: FormSettings) -> Compensation:
+    features = torch.cat([seen.hidden, seen.skipped.to(seen.hidden.dtype)], dim=1)
+    found = fit_low_rank(Sums.of(features, missing), settings.rank, settings.ridge)
+    return Compensation(u=found.u.float(), v=found.v.float(), c=found.c.float())
+
+
+def _fit_stand_ins(
+    layer: SparseLayer, seen: Passing, missing: Float[Tensor, "T h"], settings: FormSettings
+) -> Compensation:
+    """Each expert's own regression on P x; P from the regression of all experts' outputs side by side."""
+    outputs = [_expert_output(layer, seen, expert) for expert in range(layer.num_experts)]
+    full = [fit_low_rank(Sums.of(x, y), x.shape[1], settings.ridge) for x, y in outputs if len(x)]
+    spread = torch.linalg.cholesky(_covariance(seen.hidden, settings.ridge))
+    # rows of all experts' maps, in the metric of x: their leading right singular vectors, taken back to x
+    stacked = torch.cat([one.v @ one.u for one in full]) @ spread
+    right = torch.linalg.eigh(stacked.T @ stacked).eigenvectors.flip(-1)[:, : settings.rank]
+    p = torch.linalg.solve(spread.T, right).T
+    q, b = torch.zeros(len(outputs), seen.hidden.shape[1], len(p)), torch.zeros(len(outputs), seen.hidden.shape[1])
+    for expert, (x, y) in enumerate(outputs):
+        if len(x):
+            own = fit_low_rank(Sums.of(x.double() @ p.T, y), len(p), settings.ridge)
+            q[expert], b[expert] = (own.v @ own.u).float(), own.c.float()
+    return Compensation(p=p.float(), q=q.to(seen.hidden.device), b=b.to(seen.hidden.device))
+
+
+def _fit_elementwise(
+    layer: SparseLayer, seen: Passing, missing: Float[Tensor, "T h"], settings: FormSettings
+) -> Compensation:
+    outputs = (_expert_output(layer, seen, expert) for expert in range(layer.num_experts))
+    tiny = settings.ridge * seen.hidden.square().mean()
+    return Compensation(e=torch.stack([(x * y).sum(0) / (x.square().sum(0) + tiny) for x, y in outputs]).float())
+
+
+def _fit_constant(
+    layer: SparseLayer, seen: Passing, missing: Float[Tensor, "T h"], settings: FormSettings
+) -> Compensation:
+    outputs = (_expert_output(layer, seen, expert)[1] for expert in range(layer.num_experts))
+    return Compensation(b=torch.stack([y.sum(0) / max(len(y), 1) for y in outputs]).float())
+
+
+def _fit_none(layer: SparseLayer, seen: Passing, missing: Float[Tensor, "T h"], settings: FormSettings) -> Compensation:
+    return Compensation()
+
+
+_FORMS = {
+    "map": _fit_map,
+    "stand_ins": _fit_stand_ins,
+    "elementwise": _fit_elementwise,
+    "constant": _fit_constant,
+    "none": _fit_none,
+}
+
+
+def _channels(model: SparseModel, batches: Batches, slices: int) -> dict[str, Tensor]:
+    """The channels of every expert that send most into its output, on the tokens that choose it: |w act_j| || W2_j ||."""
+    model.set_compensation({})
+    model.set_top_k(model.k_max)
+    found = {}
+    for layer in model.layers:
+        width = layer.shapes()["down"][1]
+        if width % slices:
+            raise ValueError(f"slices must divide the experts' width {width}, got {slices}")
+        importance = _importance(layer, _passing(model, layer, batches))
+        found[f"{PREFIX}{layer.index}.channels"] = channels_by_importance(importance, slices)
+    return found
+
+
+def _importance(layer: SparseLayer, seen: Passing) -> Float[Tensor, "M f"]:
+    base, rows = ExpertWeights.of(layer.experts), []
+    for expert in range(layer.num_experts):
+        own = seen.considered == expert
+        weight, x = (seen.gates * own).sum(-1, keepdim=True)[own.any(-1)], seen.hidden[own.any(-1)]
+        pre = x @ base.up[expert] + (0 if base.up_bias is None else base.up_bias[expert])
+        sent = (weight * base.activation(pre)).float().square().sum(0).sqrt()
+        sent = sent if len(x) else torch.ones_like(sent)  # no token chose it: by its weights alone
+        rows.append(sent * base.down[expert].float().norm(dim=1))
+    return torch.stack(rows)
+
+
+class _Enough(Exception):
+    """The layer was reached; the layers above need not run."""
+
+
+def _passing(model: SparseModel, layer: SparseLayer, batches: Batches) -> Passing:
+    """What goes through one layer's experts, over all batches."""
+    seen: list[Passing] = []
+
+    def probe(passing: Passing) -> None:
+        seen.append(passing)
+        raise _Enough
+
+    with _probing(layer, probe):
+        for batch in batches:
+            try:
+                model.model(**{name: value.to(model.device) for name, value in batch.items()}, use_cache=False)
+            except _Enough:
+                continue
+    return Passing(*(torch.cat([getattr(one, name) for one in seen]) for name in vars(seen[0])))
+
+
+@contextmanager
+def _probing(layer: SparseLayer, probe: Probe) -> Iterator[None]:
+    layer.routing = replace(layer.routing, probe=probe)
+    try:
+        yield
+    finally:
+        layer.routing = replace(layer.routing, probe=None)
+
+
+def _sum(
+    hidden: Float[Tensor, "T h"],
+    index: Int[Tensor, "T K"],
+    gates: Float[Tensor, "T K"],
+    base: ExpertWeights,
+    lora: Lora,
+) -> Float[Tensor, "T h"]:
+    token = torch.arange(len(hidden), device=hidden.device).repeat_interleave(index.shape[1])
+    return run_assignments(hidden, token, index.reshape(-1), gates.reshape(-1), base, lora)
+
+
+def _expert_output(layer: SparseLayer, seen: Passing, expert: int) -> tuple[Float[Tensor, "n h"], Float[Tensor, "n h"]]:
+    """x and E_i(x) of the tokens that have this expert in T(x)."""
+    x = seen.hidden[(seen.considered == expert).any(-1)]
+    index, gates = torch.full((len(x), 1), expert, device=x.device), torch.ones(len(x), 1, device=x.device)
+    return x, _sum(x, index, gates, *layer.whole_weights(x))
+
+
+def _covariance(x: Float[Tensor, "T h"], ridge: float) -> Float[Tensor, "h h"]:
+    x = x.double()
+    own = x.T @ x / len(x)
+    return own + ridge * own.diagonal().mean() * torch.eye(len(own), dtype=own.dtype, device=own.device)
