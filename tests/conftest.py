@@ -1,5 +1,6 @@
 """Fixtures for the whole suite: a random base small enough to train in a test, and run files that use it."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ import torch
 from acting import ACTING
 
 torch.set_num_threads(1)
+# a runner's nohup or & has its children ignore these, and what the tests start would inherit that
+for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 # a busy machine is no failure of a property
 hypothesis.settings.register_profile("ours", deadline=None, max_examples=40)
 hypothesis.settings.load_profile("ours")

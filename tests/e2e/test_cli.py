@@ -221,7 +221,7 @@ def test_a_dense_model_is_refused(
     LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     assert ubsmoe(monkeypatch, "run", write_toml(with_overrides(tiny_run, {"model.base": "dense"}))) == 2
-    assert "must be a sparse mixture of experts" in capsys.readouterr().err
+    assert "is a dense model (llama): it has no experts to choose from" in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(
@@ -292,7 +292,7 @@ def test_a_plan_refuses_what_a_run_refuses(
         (["plan", "RUN.toml", "--sequence-length", "9"], "--sequence-length needs --examples or --model"),
         (["plan", "--model", "olmoe-1b-7b", "--examples", "9"], "--examples and --flops-per-second need a run file"),
         (["plan", "--model", "olmoe-1b-7b", "--set", "tiers.k_max=9"], "tiers.k_max is 9, but olmoe-1b-7b"),
-        (["plan", "--model", "no-such-base"], "model.base: no usable model configuration at 'no-such-base'"),
+        (["plan", "--model", "no-such-base"], "model.base: cannot load 'no-such-base'"),
     ],
     ids=str,
 )
