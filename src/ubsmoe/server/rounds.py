@@ -180,9 +180,8 @@ def one_round(
         from ubsmoe.server.secure import SecureRound  # needs the extra secagg, which other runs need not
 
         trial = SecureRound(federation, cast("Courier", engine), number, log)
-        of = partial(_tasks, federation, state, number)
-        yield trial.contribution(clients, of, state, lambda sums: private([sums]), most)
-        validator.check_quorum(trial.count, number)
+        of, enough = partial(_tasks, federation, state, number), partial(validator.check_quorum, number=number)
+        yield trial.contribution(clients, of, state, lambda sums: private([sums]), enough, most)
 
     most = most_examples(everybody, settings.clients.max_weight)
     if settings.secure_aggregation:

@@ -65,6 +65,7 @@ class SecureRound:
         tasks: Tasks,
         state: State,
         private: Callable[[Mapping[str, Tensor]], Contribution],
+        enough: Callable[[int], None],
         most_examples: float = math.inf,
     ) -> Contribution:
         """What these clients come to together.
@@ -74,6 +75,8 @@ class SecureRound:
             tasks: makes the tasks of those who are left when training begins.
             state: the server's.
             private: gives the contribution of a private run, from the sums of the clients' clipped vectors.
+            enough: raises RoundError if so few vectors do not make a round. Asked before anything is unmasked: of a round that was
+                summed, clients help to sum no smaller part later.
             most_examples: that a client may count for. One with more is not asked, since a sum cannot count it for less.
 
         Raises:
@@ -82,18 +85,15 @@ class SecureRound:
         layout, counts = self._layout(state)
         light = [one for one in clients if self._may_weigh(one, most_examples)]
         self._exchange_and_train(light, tasks, layout, size_of(layout, counts))
-        total = self._tally.total(self._ask(UNMASK, self._tally.survivors(), Revealed))
+        survivors = self._tally.survivors()
+        enough(len(survivors))
+        total = self._tally.total(self._ask(UNMASK, survivors, Revealed))
         sums = decode(total, layout, counts, limits_of(layout, self._terms.clip), self._terms)
         if self._federation.settings.privacy:
             return private(sums.values)
         if found := dominant(self._examples):
             self._log("warning", self._number, **found)
         return self._plain(sums, self._sent(state))
-
-    @property
-    def count(self) -> int:
-        """How many clients are in the sum."""
-        return len(self._tally.survivors())
 
     def _may_weigh(self, client: Profile, most: float) -> bool:
         light = client.num_examples <= most or self._federation.settings.privacy is not None

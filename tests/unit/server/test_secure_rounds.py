@@ -153,6 +153,18 @@ def test_three_of_five_stop_the_round_in_one_sentence(step: str, tiny_run: dict[
         a_round(tiny_run, SECURE, {step: {"client-0", "client-1", "client-4"}})
 
 
+def test_the_quorum_is_asked_before_anything_is_unmasked(
+    tiny_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once summed over four, a round could not be summed over five when the fifth is back."""
+    asked: list[str] = []
+    honest = Engine.ask
+    monkeypatch.setattr(Engine, "ask", lambda self, kind, *rest: asked.append(kind) or honest(self, kind, *rest))
+    with pytest.raises(RoundError, match=r"round 1: 4 updates count, rounds.quorum asks for 5"):
+        a_round(tiny_run, SECURE | {"rounds.quorum": 1.0}, {TRAIN: {"client-1"}})
+    assert asked == [*SECURE_STEPS[:-1]]
+
+
 def spoilt(reply: Reply, **changes: Any) -> Reply:
     return replace(reply, **changes) if isinstance(reply, Update) and reply.client == "client-2" else reply
 
