@@ -167,7 +167,7 @@ class SecureClient:
             raise Refusal("the server's task is of another client, round or run than the keys of this session")
         if terms.fraction != rules_of(self._settings, method).terms.fraction:
             raise Refusal(f"the server sums weights of {terms.fraction} bits below one, which {method.name} has not")
-        self._check_update(update, task.payload)
+        self._check_update(update, task.payload, method)
         counts = {} if self._settings.privacy else whole_counts(update)
         rounding = generator_for(self._settings.seed, self._client, task.round, "rounding")
         vector = encode(self._summands(update, task.payload, method), counts, start.layout, terms, rounding)
@@ -186,7 +186,7 @@ class SecureClient:
         limits = limits_of({name: value for name, (value, _) in parts.items()}, terms.clip)
         return {name: Summand(value, weight, limits[name]) for name, (value, weight) in parts.items()}
 
-    def _check_update(self, update: Update, sent: Tensors) -> None:
+    def _check_update(self, update: Update, sent: Tensors, method: Method) -> None:
         """What the server checks of an update that it sees."""
         floats = {
             name: value for name, value in {**update.adapters, **update.extras}.items() if value.is_floating_point()
@@ -199,6 +199,8 @@ class SecureClient:
                 f"weights changed by {change:.3g} (root mean square), at most {self._settings.rounds.max_change:g} "
                 "(rounds.max_change)"
             )
+        if fault := method.fault(update):
+            raise ClientFailure(fault)
 
 
 def start_message(session: str, boxes: dict[str, str], task: Packed, layout: dict[str, list[int]]) -> Packed:

@@ -222,6 +222,14 @@ class Method:
         """The smallest and the largest value that this extra may have."""
         return self.ranges.get(name.partition(".")[0], (-math.inf, math.inf))
 
+    def fault(self, update: Update) -> str | None:
+        """What is wrong with the values of an update whose names and shapes are right; None if nothing is."""
+        for name, value in update.extras.items():
+            low, high = self.extras_range(name)
+            if not bool(((value >= low) & (value <= high)).all()):
+                return f"{name} reaches from {value.min():g} to {value.max():g}, expected {low:g} to {high:g}"
+        return self.validate_update(update)
+
     def profile(
         self, shape: RunShape, client: str, tier: int, budget: float, tier_rank: int, num_examples: int = 0
     ) -> Profile:

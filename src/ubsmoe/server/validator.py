@@ -82,11 +82,7 @@ class Validator:
             update, task, self._specs(task), settings.rounds.max_change, self._experts_run(task),
             most_tokens(settings, task.profile.num_examples),
         )  # fmt: skip
-        for name, value in update.extras.items():
-            low, high = self._method.extras_range(name)
-            if not ((value >= low) & (value <= high)).all():
-                raise Rejected(f"{name} reaches from {value.min():g} to {value.max():g}, expected {low:g} to {high:g}")
-        if fault := self._method.validate_update(update):
+        if fault := self._method.fault(update):
             raise Rejected(fault)
 
     def _experts_run(self, task: Task) -> list[int]:

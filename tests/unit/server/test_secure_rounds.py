@@ -184,11 +184,15 @@ def test_a_client_keeps_its_own_update_out_of_the_sum_if_it_is_none(tiny_run: di
         (nan, "weights changed by nan"),
         (scaled, "(rounds.max_change)"),
         (
+            lambda reply: spoilt(reply, extras={name: value + 20 for name, value in reply.extras.items()}),
+            "phi reaches from",
+        ),
+        (
             lambda reply: spoilt(reply, num_examples=5000),
             "at most 4096 can be summed; raise secure_aggregation.max_examples",
         ),
     ):
-        _, told = a_round(tiny_run, SECURE, change=change)
+        _, told = a_round(tiny_run, SECURE | {"method.dmr.phi": "trained"}, change=change)
         (lost,) = (event for event in told if event["event"] == "dropped")
         assert (lost["client"], lost["stage"]) == ("client-2", "training") and reason in lost["reason"]
 
