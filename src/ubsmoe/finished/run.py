@@ -15,7 +15,8 @@ from ubsmoe.methods.chosen import chosen_method, shape_of_model, tier_profiles
 from ubsmoe.methods.compensation import CompensationState
 from ubsmoe.methods.method import Method, State
 from ubsmoe.methods.state import unpack
-from ubsmoe.model.load import load_base, load_skeleton
+from ubsmoe.model.load import base_bytes, load_base, load_skeleton
+from ubsmoe.model.opened import DIRECT_BYTES
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.federation import build_server
@@ -92,8 +93,9 @@ def export_run(path: Path, out: Path, format: Format, tier: int | None = None) -
     Raises:
         UserError: if there is no finished run, no such tier, or `out` is taken; then nothing is written.
     """
-    # an adapter is added to whole weights, and without them holds nothing of the base
-    run = open_run(path, weights="plain" if format == "merged" else "none")
+    # an adapter holds nothing of its base, which is there only to try it out, where that costs next to nothing
+    whole = format == "merged" or (format == "peft" and base_bytes(settings_of_run(path, {}).model) < DIRECT_BYTES)
+    run = open_run(path, weights="plain" if whole else "none")
     profile = run.tier(tier)
     run.install(profile)
     installed = read_installed(run.model)

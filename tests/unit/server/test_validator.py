@@ -191,6 +191,6 @@ def test_what_an_update_may_weigh_is_known_before_it_comes(dtype: Any, experts: 
     assert decode_update(packed, SPEC.most_bytes, TASK.payload).client == UPDATE.client
     padded = Packed(packed.header, packed.tensors + bytes(SPEC.most_bytes - size + 1))
     with pytest.raises(
-        WireError, match=f"a message of {SPEC.most_bytes + 1} bytes; at most {SPEC.most_bytes} are taken"
+        WireError, match=f"a message of {SPEC.most_bytes + 1} bytes.*; at most {SPEC.most_bytes} are taken"
     ):
         decode_update(padded, SPEC.most_bytes, TASK.payload)
