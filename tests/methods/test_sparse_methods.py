@@ -332,7 +332,11 @@ def test_hfedmoe_only_the_chosen_experts_have_a_gradient_and_the_output_is_the_s
 
 def test_hfedmoe_takes_no_usage_that_no_router_has():
     method = one_layer("hfedmoe", 4)
-    assert method.extras_range("usage") == method.extras_range("importance") == (0.0, 1.0)
+    adapters = {"layers.0.up.A": torch.ones(4, 1, 1)}
+    sound = {"usage": torch.full((1, 4), 0.25), "importance": torch.ones(1, 4)}
+    assert method.fault(update(adapters, [1, 1, 1, 1], **sound)) is None
+    lie = sound | {"importance": torch.tensor([[1.0, -2.0, 1.0, 1.0]])}
+    assert method.fault(update(adapters, [1, 1, 1, 1], **lie)) == "importance reaches from -2 to 1, expected 0 to 1"
 
 
 def test_hfedmoe_averages_experts_over_those_who_used_them_enough():
