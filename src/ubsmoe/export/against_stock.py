@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -58,13 +58,10 @@ def check_peft(folder: Path, sparse: SparseModel, installed: Installed, tensors:
     bare = any(parameter.is_meta for parameter in sparse.model.parameters())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT looks for the patterns of parameters among modules, too
-        theirs = peft.PeftModel.from_pretrained(
-            skeleton(sparse.model.config, sparse.model.dtype) if bare else _twin(sparse.model),
-            str(folder),
-            low_cpu_mem_usage=bare,  # takes the file's tensors as they are: copies on the meta device would be empty
-        ).eval()
+        base = skeleton(sparse.model.config, sparse.model.dtype) if bare else _twin(sparse.model)
+        theirs = peft.PeftModel.from_pretrained(base, str(folder)).eval()
     loaded = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
-    if lost := sorted(name for name in tensors if name not in loaded or not _equal(loaded[name], tensors[name])):
+    if lost := sorted(name for name in tensors if name not in loaded or not _same(loaded[name], tensors[name])):
         raise ExportMismatch(f"PEFT has no place on this base for {named(lost)}; export it as merged or native instead")
     if not bare:
         ours = SparseModel(_twin(sparse.model))
@@ -81,6 +78,7 @@ def _twin(model: Any) -> Any:
     twin = skeleton(model.config, model.dtype)
     twin.load_state_dict(model.state_dict(), assign=True)
     twin.tie_weights()
+    twin.set_experts_implementation("eager")  # ours may be in place on the model
     for name, buffer in model.named_buffers():  # those that are computed, not saved
         owner, _, last = name.rpartition(".")
         twin.get_submodule(owner)._buffers[last] = buffer
@@ -94,8 +92,10 @@ def _logits(model: Any) -> Float[Tensor, "1 T V"]:
     return logits.float()
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.cpu(), other.to(one.dtype).cpu())
+def _same(theirs: Shaped[Tensor, "..."], ours: Shaped[Tensor, "..."]) -> bool:
+    if theirs.is_meta:
+        return theirs.shape == ours.shape
+    return torch.equal(theirs.cpu(), ours.to(theirs.dtype).cpu())
 
 
 def _compare(theirs: Float[Tensor, "1 T V"], ours: Float[Tensor, "1 T V"], who: str, dtype: torch.dtype) -> None:

@@ -14,7 +14,8 @@ from ubsmoe.messages import Profile
 from ubsmoe.methods.chosen import chosen_method, shape_of_model, tier_profiles
 from ubsmoe.methods.method import Method, State
 from ubsmoe.methods.state import unpack
-from ubsmoe.model.load import load_base, load_skeleton
+from ubsmoe.model.load import base_bytes, load_base, load_skeleton
+from ubsmoe.model.opened import DIRECT_BYTES
 from ubsmoe.model.presets import dtype_of, experts_of
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
@@ -100,8 +101,9 @@ def export_run(path: Path, out: Path, format: Format, tier: int | None = None, b
     Raises:
         UserError: if there is no finished run, no such tier, its base is another, or `out` is taken; then nothing is written.
     """
-    # an adapter is added to whole weights, and without them holds nothing of the base
-    run = open_run(path, weights="plain" if format == "merged" else "none", base=base)
+    # an adapter holds nothing of its base, which is there only to try it out, where that costs next to nothing
+    whole = format == "merged" or (format == "peft" and base_bytes(settings_of_run(path, {}).model) < DIRECT_BYTES)
+    run = open_run(path, weights="plain" if whole else "none", base=base)
     profile = run.tier(tier)
     run.install(profile)
     installed = read_installed(run.model)

@@ -68,6 +68,11 @@ def load_skeleton(settings: ModelSettings, rescale: Rescale = "none", k_max: int
     return _operated(skeleton(config, getattr(torch, dtype_of(settings))), settings, rescale, k_max)
 
 
+def base_bytes(settings: ModelSettings) -> int:
+    """What a base takes in memory with plain experts, of which nothing is read but the configuration."""
+    return sum(parameter.nbytes for parameter in load_skeleton(settings).model.parameters())
+
+
 def _with_dtype(settings: ModelSettings) -> ModelSettings:
     return settings.model_copy(update={"dtype": dtype_of(settings)})
 

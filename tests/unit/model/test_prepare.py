@@ -19,6 +19,7 @@ from ubsmoe.errors import UserError
 from ubsmoe.finished.federated_moe import FederatedMoE
 from ubsmoe.finished.run import export_run
 from ubsmoe.model import opened, prepare
+from ubsmoe.model.checkpoint import INDEX
 from ubsmoe.model.identity import weights_sha256
 from ubsmoe.model.load import load_base, prepare_base, shipped_path
 from ubsmoe.model.opened import open_model
@@ -117,7 +118,7 @@ def test_an_export_is_merged_into_the_plain_base(even_base, cache, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     difference = (merged(ids).logits - peft.model(ids).logits).abs().max()
     assert 0 < difference < 0.05 * merged(ids).logits.abs().max()  # plain experts against eight bits
-    assert "model.layers.1.mlp.experts.5.down_proj.weight" in load_file(tmp_path / "merged" / "model.safetensors")
+    assert "model.layers.1.mlp.experts.5.down_proj.weight" in (tmp_path / "merged" / INDEX).read_text()
 
 
 def test_a_run_on_a_prepared_base_is_merged_into_the_plain_one_if_that_is_named(even_base, cache, tmp_path):
