@@ -95,7 +95,7 @@ def hash_command(
 ) -> None:
     """Print the SHA-256 of a base's weights, for model.sha256.
 
-    It depends on model.dtype: give the run file's own by --set model.dtype=bfloat16 where that is not float32.
+    It depends on model.dtype: where a run file sets one, give it here too, as in --set model.dtype=float32.
     """
     from ubsmoe.bases.identity import base_sha256
 

@@ -33,6 +33,9 @@ def export_command(
     out: Annotated[Path, typer.Option(help="where the export goes", show_default=False)],
     format: Annotated[ExportFormat, typer.Option(help="what shall load it")] = ExportFormat.peft,
     tier: Annotated[int | None, typer.Option(help="counted from 1; the largest budget's when left out")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="the plain base to merge into, if the run was on a prepared one")
+    ] = None,
 ) -> None:
     """Write a tier's adapter for PEFT, as a merged model, or natively.
 
@@ -40,7 +43,7 @@ def export_command(
     """
     from ubsmoe.finished.run import export_run
 
-    sidecar = export_run(run_folder, out, format.value, tier)
+    sidecar = export_run(run_folder, out, format.value, tier, base)
     typer.echo(f"{out}: {sidecar.format} export of tier {sidecar.tier}, K={sidecar.top_k}, rank {sidecar.rank}")
 
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, replace
 
 from ubsmoe.costs.flops import tokens_of_experts
 from ubsmoe.costs.shape import ModelShape
+from ubsmoe.costs.weights import mapped_bytes, weight_bytes
 from ubsmoe.costs.workload import Workload
 
 FLOAT32, INT64 = 4, 8
@@ -56,7 +57,7 @@ def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memo
     shape.check_top_k(top_k)
     adapter = FLOAT32 * shape.trained_elements(workload.rank, workload.trained)
     at_step = Memory(
-        weights=weight_bytes(shape, workload),
+        weights=weight_bytes(shape, workload.experts, workload.dtype_bytes),
         side=round(SIDE_COPIES * FLOAT32 * workload.side_elements),
         task=adapter,
         adapters=adapter,
@@ -76,19 +77,10 @@ def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memo
     return max(at_backward, at_step, key=lambda peak: peak.total)
 
 
-def weight_bytes(shape: ModelShape, workload: Workload) -> int:
-    """Bytes of the base: experts in their format with their scales, everything else in `dtype_bytes`.
-
-    int8: 1 + 4 / columns per element (a float32 scale per stored row); nf4: 1/2 + 4/64 (one per 64 elements).
-    """
-    experts = shape.num_moe_layers * shape.num_experts * shape.expert_weights
-    rest = (shape.parameters - experts) * workload.dtype_bytes
-    if workload.experts == "nf4":
-        return rest + experts // 2 + FLOAT32 * experts // 64
-    if workload.experts == "int8":
-        rows = shape.up_matrices * shape.expert_width + shape.hidden
-        return rest + experts + FLOAT32 * shape.num_moe_layers * shape.num_experts * rows
-    return rest + experts * workload.dtype_bytes
+def mapped_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> int:
+    """Bytes that must be in memory at the peak of a step whose base is mapped from disk."""
+    kept = mapped_bytes(shape, workload.experts, workload.dtype_bytes)
+    return peak_memory_bytes(shape, top_k, workload).resident + kept
 
 
 def evaluation_memory_bytes(shape: ModelShape, top_k: int, workload: Workload, rows: int, labelled: int) -> int:
@@ -106,7 +98,12 @@ def evaluation_memory_bytes(shape: ModelShape, top_k: int, workload: Workload, r
     cached = rows * workload.batch.length * shape.num_layers * kv_heads * (shape.head_dim + shape.value_dim)
     layer = workload.dtype_bytes * _held_by_layer(shape, workload.batch.tokens, top_k)
     logits = _loss(shape, replace(workload, batch=replace(workload.batch, labelled=labelled)))
-    return weight_bytes(shape, workload) + 2 * adapter + workload.dtype_bytes * cached + max(layer, logits)
+    return (
+        weight_bytes(shape, workload.experts, workload.dtype_bytes)
+        + 2 * adapter
+        + workload.dtype_bytes * cached
+        + max(layer, logits)
+    )
 
 
 def export_memory_bytes(shape: ModelShape, workload: Workload) -> dict[str, int]:

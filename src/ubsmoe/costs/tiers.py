@@ -6,7 +6,7 @@ from functools import partial
 from typing import NamedTuple
 
 from ubsmoe.costs.flops import backward_flops_per_token, forward_flops_per_token, pseudo_gradient_flops_per_token
-from ubsmoe.costs.memory import peak_memory_bytes
+from ubsmoe.costs.memory import mapped_memory_bytes, peak_memory_bytes
 from ubsmoe.costs.shape import ModelShape
 from ubsmoe.costs.traffic import Traffic, adapter_traffic, count_bytes
 from ubsmoe.costs.workload import Workload
@@ -25,7 +25,7 @@ class TierCost:
     """What one tier costs.
 
     `train_flops_per_token` is forward, backward and pseudo-gradients; `relative_to_top` is its ratio to the top tier's, which
-    is the one with the largest budget.
+    is the one with the largest budget. `mapped_memory_bytes` is what must be in memory where the base is mapped from disk.
     """
 
     tier: int
@@ -39,6 +39,7 @@ class TierCost:
     upload_bytes: int
     download_bytes: int
     peak_memory_bytes: int
+    mapped_memory_bytes: int
 
     def as_dict(self) -> dict[str, int | float]:
         """Ready for JSON."""
@@ -92,4 +93,5 @@ def _tier_cost(shape: ModelShape, number: int, tier: Tier, workload: Workload, t
         upload_bytes=traffic.upload_bytes + count_bytes(shape),
         download_bytes=traffic.download_bytes,
         peak_memory_bytes=peak_memory_bytes(shape, tier.top_k, workload).total,
+        mapped_memory_bytes=mapped_memory_bytes(shape, tier.top_k, workload),
     )

@@ -1,36 +1,42 @@
 """Bytes of a base's weights, by how its experts are stored."""
 
-from typing import Literal
-
 from ubsmoe.costs.shape import ModelShape
+from ubsmoe.costs.workload import ExpertFormat
 
-ExpertFormat = Literal["own", "int8", "nf4"]
-"""As the base's other weights; or by itself, one matrix after another."""
-
-INT8_SCALE, NF4_BLOCK, ABSMAX = 4, 64, 4  # bytes per row, elements per block, bytes per block
+SCALE_BYTES, NF4_BLOCK = 4, 64  # of a row in int8, of a block in nf4; elements of a block
 
 
-def expert_bytes(shape: ModelShape, experts: ExpertFormat, dtype_bytes: int) -> int:
+def weight_bytes(shape: ModelShape, experts: ExpertFormat | None, dtype_bytes: int) -> int:
+    """Bytes of the base: its routed experts in their format, everything else in `dtype_bytes`."""
+    rest = dtype_bytes * shape.parameters - expert_bytes(shape, None, dtype_bytes)
+    return rest + expert_bytes(shape, experts, dtype_bytes)
+
+
+def mapped_bytes(shape: ModelShape, experts: ExpertFormat | None, dtype_bytes: int) -> int:
+    """What must stay in memory of a base that is mapped, since a step goes slowly without: one MoE layer, and both ends.
+
+    The system drops what is not in use, and reads it again.
+    """
+    layer = expert_bytes(shape, experts, dtype_bytes) // shape.num_moe_layers
+    return layer + dtype_bytes * (2 * shape.vocab * shape.hidden + shape.attention_weights)
+
+
+def expert_bytes(shape: ModelShape, experts: ExpertFormat | None, dtype_bytes: int) -> int:
     """Bytes of all routed experts.
 
-        own     every element in the base's dtype
+        None    every element in the base's dtype
         int8    one byte per element, one float32 scale per row
         nf4     half a byte per element, one float32 per block of 64
 
     >>> shape = ModelShape(1, 1, 64, 32, 8, 2, 2, 2, 32, vocab=10)  # 8 experts of 3 * 32 * 64 elements, 128 rows
-    >>> [expert_bytes(shape, format, 2) for format in ("own", "int8", "nf4")]
+    >>> [expert_bytes(shape, format, 2) for format in (None, "int8", "nf4")]
     [98304, 53248, 27648]
     """
-    count = shape.num_moe_layers * shape.num_experts
+    elements = shape.expert_weights
     rows = shape.up_matrices * shape.expert_width + shape.hidden
     each = {
-        "own": dtype_bytes * shape.expert_weights,
-        "int8": shape.expert_weights + INT8_SCALE * rows,
-        "nf4": shape.expert_weights // 2 + ABSMAX * (shape.expert_weights // NF4_BLOCK),
+        None: dtype_bytes * elements,
+        "int8": elements + SCALE_BYTES * rows,
+        "nf4": elements // 2 + SCALE_BYTES * elements // NF4_BLOCK,
     }
-    return count * each[experts]
-
-
-def other_bytes(shape: ModelShape, dtype_bytes: int) -> int:
-    """Bytes of everything but the routed experts."""
-    return dtype_bytes * shape.parameters - expert_bytes(shape, "own", dtype_bytes)
+    return shape.num_moe_layers * shape.num_experts * each[experts]

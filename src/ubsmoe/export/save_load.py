@@ -64,8 +64,8 @@ def write(
     exportfolder.check_free(out)  # before anything is computed
     if format == "merged" and format_of(sparse.layers[0].experts):
         raise ConfigError(
-            "a merged export holds whole weights, and this base's experts are quantised; use `ubsmoe export RUN --format merged`, "
-            "which adds the adapter to the plain base"
+            f"a merged export holds whole weights, and {origin.model.base} is in memory with quantised experts; use "
+            "`ubsmoe export RUN --format merged`, with --base where the plain base lies if the run was on a prepared one"
         )
     merging = merge(sparse, installed)
     k_name = top_k_name(sparse.model.config)

@@ -17,6 +17,7 @@ from ubsmoe.methods.method import Method, State
 from ubsmoe.methods.state import unpack
 from ubsmoe.model.load import base_bytes, load_base, load_skeleton
 from ubsmoe.model.opened import DIRECT_BYTES
+from ubsmoe.model.presets import dtype_of, experts_of
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.federation import build_server
@@ -52,7 +53,9 @@ class FinishedRun:
             self.model.set_compensation(self.state.of(CompensationState).by_name())
 
 
-def open_run(path: Path, device: str | None = None, weights: Weights = "trained") -> FinishedRun:
+def open_run(
+    path: Path, device: str | None = None, weights: Weights = "trained", base: str | None = None
+) -> FinishedRun:
     """Open a finished run.
 
     Args:
@@ -60,6 +63,7 @@ def open_run(path: Path, device: str | None = None, weights: Weights = "trained"
         device: where to, if not where it was trained.
         weights: the base's as in training, or "plain" where its experts were quantised; with "none", adapters can be put on and
             read off, and nothing run.
+        base: where the base lies, if it is not to be taken from where it was in training.
 
     Raises:
         RunFolderError: if the folder holds no finished run.
@@ -67,8 +71,14 @@ def open_run(path: Path, device: str | None = None, weights: Weights = "trained"
     """
     tensors, facts = read_adapter(path)
     settings = settings_of_run(path, {"model.device": device} if device else {})
-    base = settings.model.model_copy(update={"experts": None}) if weights == "plain" else settings.model
-    place = base, settings.tiers.rescale, settings.tiers.k_max
+    found = {
+        "dtype": dtype_of(settings.model),
+        "experts": experts_of(settings.model),
+        "base": base or settings.model.base,
+    }
+    settings = settings.model_copy(update={"model": settings.model.model_copy(update=found)})
+    used = settings.model.model_copy(update={"experts": None}) if weights == "plain" else settings.model
+    place = used, settings.tiers.rescale, settings.tiers.k_max
     if weights == "none":
         model, tokenizer = load_skeleton(*place), None
         model.device = torch.device("cpu")
@@ -81,7 +91,7 @@ def open_run(path: Path, device: str | None = None, weights: Weights = "trained"
     return FinishedRun(settings, model, tokenizer, method, tiers, unpack(tensors, method.keeps), facts["base_sha256"])
 
 
-def export_run(path: Path, out: Path, format: Format, tier: int | None = None) -> Sidecar:
+def export_run(path: Path, out: Path, format: Format, tier: int | None = None, base: str | None = None) -> Sidecar:
     """Export what one tier of a finished run uses.
 
     Args:
@@ -89,13 +99,14 @@ def export_run(path: Path, out: Path, format: Format, tier: int | None = None) -
         out: the new folder.
         format: "native", "peft" or "merged".
         tier: counted from 1; the one with the largest budget when left out.
+        base: for "merged", the plain base, if the run was on a prepared one with quantised experts.
 
     Raises:
-        UserError: if there is no finished run, no such tier, or `out` is taken; then nothing is written.
+        UserError: if there is no finished run, no such tier, its base is another, or `out` is taken; then nothing is written.
     """
     # an adapter holds nothing of its base, which is there only to try it out, where that costs next to nothing
     whole = format == "merged" or (format == "peft" and base_bytes(settings_of_run(path, {}).model) < DIRECT_BYTES)
-    run = open_run(path, weights="plain" if whole else "none")
+    run = open_run(path, weights="plain" if whole else "none", base=base)
     profile = run.tier(tier)
     run.install(profile)
     installed = read_installed(run.model)

@@ -13,9 +13,18 @@ from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.data.tokens import check_tokenizer
 from ubsmoe.model.checkpoint import READ, check_rope, one_sentence
 from ubsmoe.model.conventions import UnsupportedModel
-from ubsmoe.model.opened import checked_files, open_model, prepared_format, skeleton
+from ubsmoe.model.opened import checked_files, open_model, skeleton
 from ubsmoe.model.prepare import Preparation, prepared
-from ubsmoe.model.presets import EXPECTED, HUB_IDS, check_place, check_sparse, checked_k_max, dtype_of, quieten
+from ubsmoe.model.presets import (
+    EXPECTED,
+    HUB_IDS,
+    check_place,
+    check_sparse,
+    checked_k_max,
+    dtype_of,
+    prepared_format,
+    quieten,
+)
 from ubsmoe.model.routing import Rescale
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.storage.bases import write_base

@@ -16,7 +16,8 @@ from ubsmoe.model.conventions import find_blocks
 from ubsmoe.model.expert_weights import matrix_names
 from ubsmoe.model.fused import weight_files
 from ubsmoe.model.identity import weights_sha256
-from ubsmoe.model.prepare import QUANT_METHOD, Preparation, cache, check_stored, mapped, prepared
+from ubsmoe.model.prepare import Preparation, cache, check_stored, mapped, prepared
+from ubsmoe.model.presets import prepared_format
 from ubsmoe.model.quantised import quantise_in_place
 from ubsmoe.storage import bases
 
@@ -50,12 +51,6 @@ def checked_files(place: str | Path) -> list[Path]:
     if Path(place).is_dir():
         check_weights(Path(place))
     return weight_files(place)
-
-
-def prepared_format(config: Any) -> Any:
-    """int8 or nf4 for the configuration of a prepared base with quantised experts; None for any other."""
-    found = getattr(config, "quantization_config", None)
-    return found.get("experts") if isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD else None
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> Any:
@@ -124,9 +119,9 @@ def _check_fit(settings: ModelSettings, config: Any, format: str) -> None:
             f'model.experts is "{settings.experts}", but {settings.base} was prepared as "{format}"; leave model.experts out, or '
             "name the base it was made from"
         )
-    if str(config.dtype).removeprefix("torch.") != settings.dtype:
+    if (stored := str(config.dtype).removeprefix("torch.")) != settings.dtype:
         raise ConfigError(
-            f'model.dtype is "{settings.dtype}", but {settings.base} was prepared in {config.dtype}; set model.dtype to that'
+            f'model.dtype is "{settings.dtype}", but {settings.base} was prepared in {stored}; leave model.dtype out'
         )
 
 

@@ -23,11 +23,9 @@ from ubsmoe.model.conventions import UnsupportedModel, find_blocks
 from ubsmoe.model.expert_weights import matrix_names
 from ubsmoe.model.fused import Checkpoint
 from ubsmoe.model.identity import as_bytes
+from ubsmoe.model.presets import QUANT_METHOD
 from ubsmoe.model.quantised import PACKED_DTYPE, packed_names, packed_sizes, put_in_place, quantised
 from ubsmoe.storage import bases
-
-QUANT_METHOD = "ubsmoe"
-"""In the config.json of a base with quantised experts, so that stock software refuses it instead of reading bytes as weights."""
 
 _DTYPES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int8: "I8", torch.int64: "I64",

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.costs.shape import LatentAttention, ModelShape
+from ubsmoe.costs.workload import ExpertFormat
 from ubsmoe.data.hub import go_offline_without_network
 from ubsmoe.errors import UserError
 
@@ -23,6 +24,9 @@ PRESETS = {
 }
 HUB_IDS = {"olmoe-1b-7b": "allenai/OLMoE-1B-7B-0924", "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B"}
 """Where the weights of a named base are, if they do not ship: the sizes of both are known offline."""
+
+QUANT_METHOD = "ubsmoe"
+"""In the config.json of a base with quantised experts, so that stock software refuses it instead of reading bytes as weights."""
 
 EXPECTED = (
     f"expected {', '.join(PRESETS)}, a folder with a transformers model, or a Hugging Face model id whose code is part of "
@@ -133,6 +137,17 @@ def dtype_of(settings: ModelSettings) -> Literal["float32", "bfloat16"]:
     stored = getattr(_config(settings.base), "dtype", None)
     shipped = settings.base in PRESETS.keys() - HUB_IDS.keys()
     return "bfloat16" if str(stored).endswith("bfloat16") and not shipped else "float32"
+
+
+def experts_of(settings: ModelSettings) -> ExpertFormat | None:
+    """What the experts are quantised to: what model.experts says, or a prepared base. Raises UserError if there is no such base."""
+    return settings.experts or prepared_format(_config(settings.base))
+
+
+def prepared_format(config: Config) -> Any:
+    """int8 or nf4 for the configuration of a prepared base with quantised experts; None for any other."""
+    found = getattr(config, "quantization_config", None)
+    return found.get("experts") if isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD else None
 
 
 def checked_k_max(k_max: int | None, stock: int, base: str) -> int:

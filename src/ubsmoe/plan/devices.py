@@ -23,14 +23,19 @@ def smallest_device(memory_bytes: int) -> int | None:
 
 
 def fitting(tiers: Sequence[dict[str, Any]], memory: str) -> dict[str, Any]:
-    """Which tiers a device of this memory can train, such as "16GiB" or "8GB"; python and its libraries included.
+    """Which tiers a device of this memory, such as "16GiB" or "8GB", can train: beside the whole base, or where that is mapped.
+
+    Python and its libraries are included.
 
     Raises:
         ConfigError: if that is no size.
     """
     size = size_in_bytes(memory, "--memory")
-    held = [tier["tier"] for tier in tiers if tier["peak_memory_bytes"] + RUNTIME_BYTES <= size]
-    return {"memory_bytes": size, "tiers": held}
+    held, mapped = (
+        [tier["tier"] for tier in tiers if tier[needed] + RUNTIME_BYTES <= size]
+        for needed in ("peak_memory_bytes", "mapped_memory_bytes")
+    )
+    return {"memory_bytes": size, "tiers": held, "mapped_tiers": mapped}
 
 
 def size_in_bytes(text: str, where: str) -> int:

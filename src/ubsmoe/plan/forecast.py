@@ -14,7 +14,7 @@ from typing import Any
 from ubsmoe.client.schedule import elastic_top_ks
 from ubsmoe.config import RunSettings
 from ubsmoe.costs.flops import batch_flops
-from ubsmoe.costs.memory import Memory, peak_memory_bytes
+from ubsmoe.costs.memory import Memory, mapped_memory_bytes, peak_memory_bytes
 from ubsmoe.costs.tiers import TierCost
 from ubsmoe.costs.workload import Batch
 from ubsmoe.data.tokens import Tokens
@@ -127,7 +127,11 @@ def _tier(settings: RunSettings, plan: TierPlan, cost: TierCost, works: list[Wor
     workload = replace(plan.workload_of(settings, cost), batch=_largest(works))
     memory = peak_memory_bytes(plan.shape, cost.top_k, workload)
     return TierForecast(
-        cost=replace(cost, peak_memory_bytes=memory.total),
+        cost=replace(
+            cost,
+            peak_memory_bytes=memory.total,
+            mapped_memory_bytes=mapped_memory_bytes(plan.shape, cost.top_k, workload),
+        ),
         clients=count,
         steps=sum(len(work.steps) for work in works) / count,
         tokens=sum(batch.tokens for work in works for batch in work.batches) / count,

@@ -13,11 +13,10 @@ from typing import Any
 
 from ubsmoe.config import RunSettings, train_of_tier
 from ubsmoe.costs.flops import batch_flops
-from ubsmoe.costs.memory import peak_memory_bytes
+from ubsmoe.costs.memory import mapped_memory_bytes, peak_memory_bytes
 from ubsmoe.costs.shape import ModelShape
 from ubsmoe.costs.tiers import TierCost
-from ubsmoe.costs.weights import ExpertFormat, expert_bytes, other_bytes
-from ubsmoe.costs.workload import Batch, Workload
+from ubsmoe.costs.workload import Batch, ExpertFormat, Workload
 from ubsmoe.plan.devices import RUNTIME_BYTES, Machine
 from ubsmoe.plan.tiers import TierPlan
 
@@ -26,7 +25,7 @@ from ubsmoe.plan.tiers import TierPlan
 class Way:
     """One set of settings of a node."""
 
-    experts: ExpertFormat
+    experts: ExpertFormat | None
     mapped: bool
     micro_batch: int
     checkpointing: bool
@@ -34,7 +33,7 @@ class Way:
     def words(self, stock: "Way") -> list[str]:
         """The settings that differ from the run file's, as they are written there."""
         said = {
-            f'model.experts = "{self.experts}"': self.experts != "own",
+            f'model.experts = "{self.experts}"': self.experts != stock.experts,
             "a mapped base (ubsmoe base prepare)": self.mapped,
             f"train.micro_batch = {self.micro_batch}": self.micro_batch != stock.micro_batch,
             "train.gradient_checkpointing = true": self.checkpointing != stock.checkpointing,
@@ -56,7 +55,7 @@ def fits(machine: Machine, settings: RunSettings, plan: TierPlan) -> dict[str, A
 
 def _tier(machine: Machine, settings: RunSettings, plan: TierPlan, cost: TierCost) -> dict[str, Any] | None:
     train, whole = train_of_tier(settings.train, settings.tiers, cost.tier), plan.workload_of(settings, cost)
-    stock = Way("own", False, train.micro_batch or train.batch_size, train.gradient_checkpointing)
+    stock = Way(whole.experts, False, train.micro_batch or train.batch_size, train.gradient_checkpointing)
     for way in _ways(settings, stock, machine.device == "cpu"):
         workload = _workload(settings, whole, way)
         memory = needed_bytes(plan.shape, cost.top_k, workload, way) + RUNTIME_BYTES
@@ -79,19 +78,12 @@ def _tier(machine: Machine, settings: RunSettings, plan: TierPlan, cost: TierCos
 def needed_bytes(shape: ModelShape, top_k: int, workload: Workload, way: Way) -> int:
     """Bytes that must be resident at the peak of a step, libraries apart.
 
-    Of a mapped base the system can drop what is not in use: one MoE layer and the ends of the model have to stay. Beside
-    quantised experts there is room for one that is dequantised.
+    Beside quantised experts there is room for one that is dequantised.
     """
-    width = workload.dtype_bytes
-    memory = peak_memory_bytes(shape, top_k, workload)
-    experts, rest = expert_bytes(shape, way.experts, width), other_bytes(shape, width)
-    if way.mapped:
-        experts, rest = (
-            experts // shape.num_moe_layers,
-            width * (2 * shape.vocab * shape.hidden + shape.attention_weights),
-        )
-    scratch = width * shape.expert_weights if way.experts != "own" else 0
-    return memory.total - memory.weights + experts + rest + scratch
+    total = (
+        mapped_memory_bytes(shape, top_k, workload) if way.mapped else peak_memory_bytes(shape, top_k, workload).total
+    )
+    return total + (workload.dtype_bytes * shape.expert_weights if way.experts else 0)
 
 
 def _ways(settings: RunSettings, stock: Way, can_map: bool) -> Iterator[Way]:
@@ -99,13 +91,11 @@ def _ways(settings: RunSettings, stock: Way, can_map: bool) -> Iterator[Way]:
     pieces = [count for count in range(stock.micro_batch, 0, -1) if size % count == 0]
     lean = [replace(stock, micro_batch=count) for count in pieces]
     lean += [replace(stock, micro_batch=count, checkpointing=True) for count in pieces]
-    bases: list[tuple[ExpertFormat, bool]] = [
-        ("own", False),
-        ("own", True),
-        ("int8", False),
-        ("nf4", False),
-        ("nf4", True),
-    ]
+    formats: tuple[ExpertFormat | None, ...] = (None, "int8", "nf4")
+    fewer = formats[formats.index(stock.experts) + 1 :]
+    bases = [(stock.experts, False), (stock.experts, True), *((format, False) for format in fewer)]
+    if fewer:
+        bases.append((fewer[-1], True))
     for experts, mapped in bases:
         if can_map or not mapped:
             yield from (replace(way, experts=experts, mapped=mapped) for way in lean)
@@ -114,4 +104,4 @@ def _ways(settings: RunSettings, stock: Way, can_map: bool) -> Iterator[Way]:
 def _workload(settings: RunSettings, whole: Workload, way: Way) -> Workload:
     several = way.micro_batch < settings.train.batch_size or whole.accumulating
     batch = Batch.full(way.micro_batch, settings.data.max_length)
-    return replace(whole, batch=batch, accumulating=several, recomputing=way.checkpointing)
+    return replace(whole, experts=way.experts, batch=batch, accumulating=several, recomputing=way.checkpointing)

@@ -11,7 +11,7 @@ from ubsmoe.costs.shape import ModelShape, Trained, budget_top_k
 from ubsmoe.costs.tiers import Tier, TierCost, tier_costs
 from ubsmoe.costs.traffic import Traffic
 from ubsmoe.costs.workload import Batch, Workload
-from ubsmoe.model.presets import check_length, checked_k_max, dtype_of, is_preset, model_shape
+from ubsmoe.model.presets import check_length, checked_k_max, dtype_of, experts_of, is_preset, model_shape
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def run_workload(settings: RunSettings) -> Workload:
         accumulating=train.gradient_accumulation > 1,
         recomputing=train.gradient_checkpointing,
         wire_dtype=settings.wire.dtype,
-        experts=settings.model.experts,
+        experts=experts_of(settings.model),
     )
 
 

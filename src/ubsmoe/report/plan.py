@@ -61,8 +61,9 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
     if secure := plan.get("secure_aggregation"):
         lines.append(secure["in_words"])
     if fits := plan.get("fits"):
-        held = ", ".join(str(tier + 1) for tier in fits["tiers"]) or "none"
-        lines.append(f"a device of {fits['memory_bytes'] / 2**30:.3g} GiB holds tiers: {held}")
+        held, mapped = (", ".join(str(tier + 1) for tier in fits[kind]) or "none" for kind in ("tiers", "mapped_tiers"))
+        more = f"; with a base that is mapped from disk, which a CPU can: {mapped}" if mapped != held else ""
+        lines.append(f"a device of {fits['memory_bytes'] / 2**30:.3g} GiB holds tiers: {held}{more}")
     return lines
 
 

@@ -121,6 +121,21 @@ def test_an_export_is_merged_into_the_plain_base(even_base, cache, tmp_path):
     assert "model.layers.1.mlp.experts.5.down_proj.weight" in (tmp_path / "merged" / INDEX).read_text()
 
 
+def test_a_run_on_a_prepared_base_is_merged_into_the_plain_one_if_that_is_named(even_base, cache, tmp_path):
+    prepare_base(ModelSettings(base=str(even_base), experts="nf4"), tmp_path / "taken")
+    run_hash(tmp_path / "taken", tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"whole weights, and .*taken is in memory with quantised experts; use .* --base"
+    ):
+        export_run(tmp_path / "run", tmp_path / "merged", "merged")
+    with pytest.raises(UserError, match="was trained on another base"):
+        export_run(tmp_path / "run", tmp_path / "merged", "merged", base="ubsmoe-tiny")
+    assert not (tmp_path / "merged").exists()
+    sidecar = export_run(tmp_path / "run", tmp_path / "merged", "merged", base=str(even_base))
+    assert (sidecar.experts, sidecar.base) == ("nf4", str(even_base))
+    assert export_run(tmp_path / "run", tmp_path / "native", "native").experts == "nf4"
+
+
 def test_a_base_is_prepared_once_and_its_hash_is_known_after(even_base, cache, caplog):
     settings = ModelSettings(base=str(even_base))
     load_base(settings)
@@ -251,7 +266,7 @@ def test_a_file_system_without_mmap_is_named(even_base, cache, monkeypatch, tmp_
     ("changes", "said"),
     [
         ({"experts": "int8"}, 'model.experts is "int8", but .* was prepared as "nf4"; leave model.experts out'),
-        ({"dtype": "bfloat16"}, 'model.dtype is "bfloat16", but .* was prepared in .*float32; set model.dtype'),
+        ({"dtype": "bfloat16"}, 'model.dtype is "bfloat16", but .* was prepared in float32; leave model.dtype out'),
     ],
 )
 def test_a_prepared_base_is_used_as_it_was_prepared(changes, said, even_base, cache, tmp_path):

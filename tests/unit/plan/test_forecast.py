@@ -20,6 +20,7 @@ from ubsmoe.plan.forecast import forecast
 from ubsmoe.plan.inventory import fits
 from ubsmoe.plan.tiers import plan_tiers
 from ubsmoe.plan.work import assumed_work, batch_shape
+from ubsmoe.report.plan import plan_lines
 from ubsmoe.server.federation import build_federation
 from ubsmoe.server.rounds import evaluate_tier, one_round, run
 from ubsmoe.server.start import start_state
@@ -155,9 +156,10 @@ def test_a_whole_run_worked_by_hand() -> None:
 
 
 def test_a_device_holds_the_tiers_that_fit_beside_the_libraries() -> None:
-    tiers = [{"tier": 0, "peak_memory_bytes": GIB}, {"tier": 1, "peak_memory_bytes": GIB + 1}]
+    whole, mapped = (GIB, GIB + 1), (GIB >> 2, GIB)
+    tiers = [{"tier": tier, "peak_memory_bytes": whole[tier], "mapped_memory_bytes": mapped[tier]} for tier in range(2)]
     just = f"{(GIB + RUNTIME_BYTES) / GIB:.9f}GiB"
-    assert fitting(tiers, just)["tiers"] == [0]
+    assert fitting(tiers, just) == {"memory_bytes": GIB + RUNTIME_BYTES, "tiers": [0], "mapped_tiers": [0, 1]}
     assert fitting(tiers, "80GB")["tiers"] == [0, 1] and fitting(tiers, "1 GiB")["tiers"] == []
     with pytest.raises(ConfigError, match="expected a size in GiB or GB"):
         fitting(tiers, "lots")
@@ -300,6 +302,17 @@ def test_qwen3_30b_takes_part_by_quantised_experts_or_a_mapped_base() -> None:
     assert 'model.experts = "nf4"' in card["tiers"][3]["with"]
 
 
+def test_a_quantised_run_is_told_formats_of_fewer_bits_alone() -> None:
+    for experts, others in ((None, {"int8", "nf4"}), ("int8", {"nf4"}), ("nf4", set[str]())):
+        base = {"base": "olmoe-1b-7b", "experts": experts}
+        settings = parse_run({"model": base, "train": {"batch_size": 1}, "data": {"max_length": 16}})
+        plan, told = plan_tiers(settings), set()
+        for megabytes in range(2000, 20000, 500):
+            tiers = fits(Machine(name="m", memory=f"{megabytes / 1000}GB", device="cuda"), settings, plan)["tiers"]
+            told |= {way for tier in tiers for way in tier["with"] if way.startswith("model.experts")}
+        assert told == {f'model.experts = "{format}"' for format in others}
+
+
 def test_a_device_that_holds_more_is_never_told_less() -> None:
     settings = parse_run({"model": {"base": "olmoe-1b-7b"}, "train": {"batch_size": 4}})
     plan = plan_tiers(settings)
@@ -314,6 +327,9 @@ def test_olmoe_on_a_small_device_is_told_so() -> None:
     """Seven thousand million weights in bfloat16 alone are 13.8 GB."""
     settings = parse_run({"model": {"base": "olmoe-1b-7b", "dtype": "bfloat16"}, "train": {"local_steps": 1}})
     plan = forecast(settings, examples=100, flops_per_second=1e12)
-    assert fitting(plan["tiers"], "12GiB")["tiers"] == []
+    fits = fitting(plan["tiers"], "12GiB")
+    assert fits["tiers"] == [] and fits["mapped_tiers"] == [0, 1, 2, 3]
+    said = plan_lines(plan | {"fits": fits})[-1]
+    assert said.endswith("holds tiers: none; with a base that is mapped from disk, which a CPU can: 1, 2, 3, 4")
     memories = [tier["peak_memory_bytes"] for tier in plan["tiers"]]
     assert memories == sorted(memories) and memories[0] > 2 * plan["parameters"]
