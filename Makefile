@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 JOBS ?= 2
 
-.PHONY: quickstart test docs bench format clean
+.PHONY: quickstart test test-thorough docs bench format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/ubsmoe run runs/quickstart.toml --out out/quickstart
@@ -17,6 +17,9 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n $(JOBS)
+
+test-thorough: $(VENV)/.installed-dev
+	$(BIN)/pytest -n $(JOBS) -m ""
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs site

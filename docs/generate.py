@@ -24,7 +24,8 @@ from ubsmoe.bases.pretrain.settings import PretrainSettings
 from ubsmoe.config import MethodSettings, RunSettings
 from ubsmoe.config.template import section_of, toml_value
 from ubsmoe.methods import build
-from ubsmoe.methods.method import PROPERTIES, RunShape
+from ubsmoe.methods.method import RunShape
+from ubsmoe.methods.refusals import PROPERTIES
 from ubsmoe.methods.table import METHODS, PARTS, describe, part_settings
 
 VARIES = {"top_k": "experts per token, K", "rank": "LoRA rank; every client runs K_max experts"}

@@ -13,7 +13,8 @@ from acting import ACTING
 
 torch.set_num_threads(1)
 # a runner's nohup or & has its children ignore these, and what the tests start would inherit that
-for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+DEFAULTS = {signal.SIGHUP: signal.SIG_DFL, signal.SIGQUIT: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+for number, handler in DEFAULTS.items():
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
 # a busy machine is no failure of a property

@@ -63,6 +63,7 @@ def test_one_run_file_gives_one_adapter_here_simulated_and_deployed(
     assert (app / ".flwr" / "node-0").stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.thorough
 def test_secure_aggregation_gives_one_adapter_here_simulated_and_deployed_with_signed_keys(
     tiny_run: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -136,6 +137,7 @@ def until(ready: Callable[[], bool]) -> None:
     assert ready()
 
 
+@pytest.mark.thorough
 def test_nothing_of_a_superlink_stays_after_a_signal_or_after_the_start_that_follows_kill_9(
     acting_run: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
 ) -> None:

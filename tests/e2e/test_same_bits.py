@@ -24,6 +24,9 @@ from ubsmoe.storage.runfolder import RunFolder
 COMMAND = [sys.executable, "-c", "from ubsmoe.cli import main; main()", "run"]
 
 
+DTYPES = ["float32", pytest.param("bfloat16", marks=pytest.mark.thorough)]
+
+
 class Stopped(Exception):
     """The run was stopped here."""
 
@@ -51,7 +54,7 @@ def stopped_and_resumed(federation: Federation, folder: Path, workers: int) -> s
     return carry_out(federation, folder, workers)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", ["fedavg", "ubsmoe"])
 def test_whole_resumed_and_in_two_and_three_processes_a_run_gives_one_adapter(
     method: str, dtype: str, acting_run: dict[str, Any], tmp_path: Path
@@ -67,7 +70,7 @@ def test_whole_resumed_and_in_two_and_three_processes_a_run_gives_one_adapter(
     assert stopped_and_resumed(federation, tmp_path / "three", 3) == whole
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_compensated_run_gives_one_adapter_too(dtype: str, acting_run: dict[str, Any], tmp_path: Path) -> None:
     """Fitted anew before every round, in slices, with elastic budgets and gradient checkpointing."""
     changes = {
@@ -97,7 +100,7 @@ WITHOUT: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_option_acts_in_the_runs_that_are_compared(
     dtype: str, acting_run: dict[str, Any], tmp_path: Path
 ) -> None:

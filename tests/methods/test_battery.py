@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from ubsmoe.maths.robust import TrimmedMean
 from ubsmoe.messages import Task, Tensors
 from ubsmoe.methods import METHODS, build
 from ubsmoe.methods.method import Method, State
-from ubsmoe.methods.refusals import PROPERTIES
+from ubsmoe.methods.refusals import PROPERTIES, Refusable
 from ubsmoe.methods.state import pack, unpack
 from ubsmoe.methods.table import describe
 from ubsmoe.model.adapter import layer_of_experts
@@ -117,7 +117,7 @@ def num_bytes(tensors: Tensors) -> int:
 
 def test_exemptions_and_refusals_exist_and_have_a_reason(method):
     assert set(method.exempt) <= set(PROPERTIES)
-    assert set(method.refuses) <= {"robust", "privacy", "secure_aggregation", "dmr", "pg", "averaging"}
+    assert set(method.refuses) <= set(get_args(Refusable))
     assert all(reason.strip() for reason in (*method.exempt.values(), *method.refuses.values()))
     assert describe(method.name).summary
 

@@ -43,7 +43,11 @@ def check_merged(folder: Path, sparse: SparseModel, installed: Installed, sideca
     check_tensors(found, str(folder))
     ours = SparseModel(_twin(sparse.model))
     taken = {"phi": None, "selection_bias": None} | ({} if sidecar.phi else {"phi": installed.routing["phi"]})
-    install(ours, installed.adapter, sidecar.model_copy(update={**installed.routing, **taken, "rescale": "none"}))
+    install(
+        ours,
+        installed.adapter,
+        sidecar.model_copy(update={**installed.routing, **taken, "rescale": "none", "compensated": False}),
+    )
     _compare(_logits(stock.to(sparse.device).eval()), _logits(ours.model), "transformers", sparse.model.dtype)
 
 

@@ -99,7 +99,7 @@ def compensation_tensors(layers: Sequence[LayerCompensation | None]) -> dict[str
 def layer_compensations(tensors: Mapping[str, Tensor], widths: Sequence[int]) -> list[LayerCompensation]:
     """Read `compensation.{layer}.{K}.{u|v|...}` and `compensation.{layer}.channels`; `widths` is f of every layer."""
     forms: list[dict[int, dict[str, Tensor]]] = [{} for _ in widths]
-    channels: list[Tensor | None] = [None] * len(widths)
+    channels: list[Int[Tensor, "M kept"] | None] = [None] * len(widths)
     for name, value in tensors.items():
         layer, *rest = name.removeprefix(PREFIX).split(".")
         if rest == ["channels"]:

@@ -27,7 +27,8 @@ def written_by_base(model: SparseModel, tokenizer: object, settings: RunSettings
     The draws follow from the run's seed; the global generator is left as it was.
     """
     begin, _ = TEMPLATES[settings.data.template][0]("\0").split("\0")
-    prompt = torch.tensor([tokenizer(begin).input_ids] * BATCH, device=model.device)  # type: ignore[operator]
+    rows = min(BATCH, 1 + tokens // BATCH)  # a few tokens need no whole batch of texts
+    prompt = torch.tensor([tokenizer(begin).input_ids] * rows, device=model.device)  # type: ignore[operator]
     texts: list[Tokens] = []
     with torch.random.fork_rng(), experts_run_by(model.model, IMPLEMENTATION):
         torch.manual_seed(seed_for(settings.seed, "calibration"))

@@ -23,7 +23,7 @@ def test_settings_survive_a_round_trip_through_json() -> None:
         ({"data": {"synthetic": {"entites": 3}}}, "unknown setting 'data.synthetic.entites'; did you mean 'entities'?"),
         ({"tiers": {"budgets": [0.0]}}, "tiers.budgets.0: Input should be greater than 0 (got 0.0)"),
         ({"tiers": {"budgets": [1.5]}}, "tiers.budgets.0: Input should be less than or equal to 1 (got 1.5)"),
-        ({"tiers": {"rescale": "ratio"}}, "tiers.rescale: Input should be 'none' or 'mass' (got 'ratio')"),
+        ({"tiers": {"rescale": "ratio"}}, "tiers.rescale: Input should be 'none', 'mass' or 'k_max' (got 'ratio')"),
         ({"train": {"rounds": "many"}}, "train.rounds: Input should be a valid integer"),
         ({"train": {"learning_rate": float("inf")}}, "train.learning_rate: Input should be a finite number (got inf)"),
         ({"tiers": {"budgets": [float("nan")]}}, "tiers.budgets.0: Input should be"),

@@ -437,6 +437,7 @@ def test_a_cost_is_json_with_the_promised_keys():
         "upload_bytes",
         "download_bytes",
         "peak_memory_bytes",
+        "mapped_memory_bytes",
     ]
 
 

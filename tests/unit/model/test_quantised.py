@@ -103,7 +103,7 @@ def test_quantised_weights_are_no_place_to_merge_into(tmp_path):
     sparse = SparseModel(model)
     sparse.load_adapter(sparse.fresh_adapter(2, torch.Generator().manual_seed(0), shared_a=True), 4.0)
     installed, origin = read_installed(sparse), Origin(ModelSettings(base="tiny", experts="nf4"), "0" * 64, "fedavg")
-    with pytest.raises(UserError, match="experts are quantised; use `ubsmoe export RUN --format merged`"):
+    with pytest.raises(UserError, match="with quantised experts; use `ubsmoe export RUN --format merged`"):
         write(sparse, None, installed, origin, "merged", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert write(sparse, None, installed, origin, "peft", tmp_path / "out").experts == "nf4"

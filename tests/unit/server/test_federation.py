@@ -115,7 +115,7 @@ def test_a_server_that_never_evaluates_loads_no_weights_and_aggregates_the_same(
     whole = build_server(run)
     never = {"before": False, "after": False, "every": 0}
     silent = {**tiny_run, "evaluate": {**tiny_run.get("evaluate", {}), **never}}
-    with pytest.raises(ConfigError, match=r"model\.sha256: .* `ubsmoe base hash BASE --set model.dtype=float32`"):
+    with pytest.raises(ConfigError, match=r"model\.sha256: .* `ubsmoe base hash BASE --set model.dtype=auto`"):
         build_server(parse_run(silent))
     named = {**silent, "model": {**tiny_run.get("model", {}), "sha256": whole.base_sha256}}
     bare = build_server(parse_run(named))
