@@ -11,6 +11,7 @@ import textwrap
 import types
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -166,8 +167,8 @@ def part_page(part: str) -> str:
 
 def _part_module(part: str) -> types.ModuleType:
     """The file that tells what a part does: the one of its settings, or of the part that takes them."""
-    module = import_module(PARTS[part].rpartition(".")[0])
-    return import_module(f"ubsmoe.methods.{module.__name__.rpartition('.')[2]}")
+    settings = PARTS[part].rpartition(".")[0].rpartition(".")[2]
+    return import_module(f"ubsmoe.methods.{settings if find_spec(f'ubsmoe.methods.{settings}') else part}")
 
 
 def _title_and_text(module: types.ModuleType) -> tuple[str, str]:

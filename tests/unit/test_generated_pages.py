@@ -25,7 +25,7 @@ def generate() -> ModuleType:
 
 def test_the_run_file_page_has_every_key_with_its_default(generate: ModuleType) -> None:
     page = generate.run_file_page()
-    assert '| `rescale` | `"none"`, `"mass"` | `"mass"` | ' in page
+    assert '| `rescale` | `"none"`, `"mass"`, `"k_max"` | `"mass"` | ' in page
     assert "| `budgets` | list: number > 0 ≤ 1 | `[0.25, 0.5, 0.75, 1.0]` | " in page
     assert "| `k_max` | whole number > 0 | left out | " in page and "## [data.partition]" in page
     assert "| `noise_multiplier` | number > 0 | required | " in page

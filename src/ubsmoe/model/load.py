@@ -64,8 +64,8 @@ def load_skeleton(settings: ModelSettings, rescale: Rescale = "none", k_max: int
     Only the configuration is read, and no memory is taken for weights. Arguments and errors are those of `load_base`.
     """
     with _place_of(settings) as place:
-        config = _read_sparse(place, settings.base)
-    return _operated(skeleton(config, getattr(torch, dtype_of(settings))), settings, rescale, k_max)
+        model = skeleton(_read_sparse(place, settings.base), getattr(torch, dtype_of(settings)))
+    return _operated(model, settings, rescale, k_max)
 
 
 def base_bytes(settings: ModelSettings) -> int:
