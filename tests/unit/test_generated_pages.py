@@ -61,7 +61,7 @@ def test_a_parts_page_has_its_source_settings_and_who_refuses_it(generate: Modul
     assert part_settings(part) and all(f"| `{setting}` |" in page for setting in part_settings(part))
     for name in METHODS:
         assert (f"Refused by [{name}]" in page) == (part in build(name, generate.SMALLEST).refuses)
-    assert ("Part of [ubsmoe]" in page) == (part != "averaging")
+    assert ("Part of [ubsmoe]" in page) == (part in ("dmr", "pg"))
     assert f"(parts/{part}.md)" in generate.methods_page()
     assert ("self_ipw     ρ * missing<sub>i</sub>" in page) == (
         part == "pg"
