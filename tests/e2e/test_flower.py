@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ubsmoe.engines.flower.app import write_app
 from ubsmoe.engines.flower.localhost import flower_command, flower_environment, local_federation
 
