@@ -42,7 +42,9 @@ def check_merged(folder: Path, sparse: SparseModel, installed: Installed, sideca
     stock, found = AutoModelForCausalLM.from_pretrained(folder, dtype=sparse.model.dtype, **LOAD)
     check_tensors(found, str(folder))
     ours = SparseModel(_twin(sparse.model))
-    taken = {"phi": None, "selection_bias": None} | ({} if sidecar.phi else {"phi": installed.routing["phi"]})
+    # what the sidecar still says is not in the weights
+    left = {name: None for name in ("phi", "selection_bias", "output_scale") if getattr(sidecar, name)}
+    taken = {"selection_bias": None} | left
     install(
         ours,
         installed.adapter,

@@ -63,8 +63,7 @@ class Compensation:
 class LayerCompensation:
     """What a client has of one layer: C for each K it may run, and the channels of each expert when it runs slices.
 
-    `by_top_k` holds one C per K; the key 0 serves every K, for forms that are made per expert. `channels` [M, f / n] are
-    each expert's channels, n slices to an expert.
+    `by_top_k` holds one C per K. `channels` [M, f / n] are each expert's channels, n slices to an expert.
     """
 
     by_top_k: Mapping[int, Compensation]
@@ -79,8 +78,8 @@ class LayerCompensation:
 
     def at(self, top_k: int) -> Compensation | None:
         """C at this K: its own, or that of the next larger K, which leaves less out."""
-        larger = sorted(key for key in self.by_top_k if key >= top_k)
-        return self.by_top_k[larger[0]] if larger else self.by_top_k.get(0)
+        larger = min((key for key in self.by_top_k if key >= top_k), default=None)
+        return None if larger is None else self.by_top_k[larger]
 
 
 def compensation_tensors(layers: Sequence[LayerCompensation | None]) -> dict[str, Tensor]:

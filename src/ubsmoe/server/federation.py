@@ -87,8 +87,8 @@ def build_server(settings: RunSettings, weights: bool | None = None) -> Federati
 
     Args:
         settings: the run.
-        weights: whether to load the base's weights; only if the run evaluates when left out. Without them names and shapes are
-            known, which is all that validation and aggregation need.
+        weights: whether to load the base's weights; when left out only if the run evaluates, or its method fits on text. Without
+            them names and shapes are known, which is all that validation and aggregation need.
 
     Raises:
         UserError: as `build_federation`; and without weights if the run file does not say which base the clients must have.

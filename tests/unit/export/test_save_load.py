@@ -140,6 +140,20 @@ def test_an_export_carries_its_compensation_at_every_budget(family: str, format:
     assert ("Compensation: at K = 1" in (tmp_path / "out" / "README.md").read_text()) == (format != "native")
 
 
+def test_an_output_scale_beside_a_compensation_stays_out_of_merged_weights(tmp_path: Path) -> None:
+    sparse, ids = adapted("gpt_oss"), words()
+    text = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    sparse.set_compensation(fit_compensation(sparse, text, [2], FormSettings(rank=3)).tensors)
+    sparse.set_output_scale(torch.tensor([1.5, 0.6]))
+    sparse.set_top_k(2)
+    ours = logits(sparse.model)
+    sidecar = exported(sparse, "merged", tmp_path / "out")
+    assert sidecar.output_scale == pytest.approx([1.5, 0.6])
+    again = SparseModel(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval())
+    install(again, {}, sidecar, exports.read_compensation(tmp_path / "out", sidecar))
+    assert_close(logits(again.model), ours, 1e-5)
+
+
 def test_a_router_bias_carries_a_phi_that_moves_all_experts(tmp_path: Path) -> None:
     sparse = adapted("gpt_oss")
     sparse.set_phi(torch.randn(2, 7, generator=torch.Generator().manual_seed(2)))

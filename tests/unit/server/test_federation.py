@@ -117,6 +117,8 @@ def test_a_server_that_never_evaluates_loads_no_weights_and_aggregates_the_same(
     silent = {**tiny_run, "evaluate": {**tiny_run.get("evaluate", {}), **never}}
     with pytest.raises(ConfigError, match=r"model\.sha256: .* `ubsmoe base hash BASE --set model.dtype=auto`"):
         build_server(parse_run(silent))
+    fits = build_server(parse_run({**silent, "method": {"name": "fedavg", "compensation": True}}))
+    assert fits.model.device.type == "cpu" and fits.tokenizer is not None  # the fit needs the base's own text
     named = {**silent, "model": {**tiny_run.get("model", {}), "sha256": whole.base_sha256}}
     bare = build_server(parse_run(named))
     assert bare.model.device.type == "meta" and bare.base_sha256 == whole.base_sha256 and not bare.questions
