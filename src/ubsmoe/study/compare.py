@@ -5,12 +5,14 @@ Every cell of the grid is an ordinary run folder, so an interrupted comparison g
 
 import csv
 import io
+import os
 import re
 import signal
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from ubsmoe.config import ConfigError, RunSettings, to_json
@@ -58,10 +60,7 @@ def compare(
     for variant in variants:
         run_costs(grid[variant.label, seeds[0]])  # builds the method: a misspelt setting fails here, not in an hour
     folders = {key: out / "runs" / f"{_file_name(key[0])}-seed{key[1]}" for key in grid}
-    # Ctrl-C reaches the workers too: they end at once, as if killed, rather than each with a traceback
-    with ProcessPoolExecutor(
-        jobs, get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
-    ) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=end_with_parent) as pool:
         futures = {pool.submit(run_cell, cell, folders[key], track): key for key, cell in grid.items()}
         try:
             for done, future in enumerate(as_completed(futures), 1):
@@ -115,6 +114,22 @@ def run_cell(settings: RunSettings, folder: Path, track: Sequence[str] = ()) -> 
         opened.write_costs([cost.as_dict() for cost in run_costs(settings)])
         engine = as_simulated(LocalEngine(federation.trainer, federation.examples, federation.clients), federation)
         run(federation, opened, engine, tracking.on_event)
+
+
+def end_with_parent() -> None:
+    """Let a process of the pool end when the comparison does, however that ends.
+
+    The pool itself tells its processes only between two runs, which may be an hour, and nothing at all after SIGTERM or SIGKILL.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, rather than with a traceback
+
+    def wait() -> None:
+        parent = parent_process()
+        assert parent is not None, "only a process of the pool has a parent to wait for"
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def check_same_work(records: Iterable[RunRecord], varied: Collection[str] = ()) -> None:

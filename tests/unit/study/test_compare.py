@@ -4,6 +4,10 @@ import copy
 import csv
 import io
 import math
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +193,37 @@ def test_an_unknown_reference_is_refused() -> None:
 def test_csv_comes_back_as_it_was() -> None:
     rows = [{"method": 'ubsmoe(a="x,y")', "seed": 1, "loss": None}]
     assert list(csv.DictReader(io.StringIO(to_csv(rows)))) == [{"method": 'ubsmoe(a="x,y")', "seed": "1", "loss": ""}]
+
+
+POOL = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from ubsmoe.study.compare import end_with_parent
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=end_with_parent) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_run_goes_on_when_its_comparison_is_ended(how: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "pool.py").write_text(POOL)
+    with subprocess.Popen([sys.executable, tmp_path / "pool.py"], stdout=subprocess.PIPE, text=True) as comparison:
+        assert comparison.stdout is not None
+        worker = int(comparison.stdout.readline())
+        comparison.send_signal(how)
+    until = time.monotonic() + 20
+    while runs(worker) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not runs(worker)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and not a zombie that its new parent has yet to reap."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
