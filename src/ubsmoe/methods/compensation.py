@@ -56,7 +56,7 @@ def with_compensation(method: Method, shape: RunShape, settings: FormSettings) -
         ValueError: for a method that refuses it.
     """
     refuse(method, "compensation")
-    if method.varies == "rank":
+    if not method.varies_top_k(shape):
         return method  # every client runs K_max experts: nothing is skipped
     small = [top_k for top_k in shape.top_ks if top_k < shape.k_max]
 
