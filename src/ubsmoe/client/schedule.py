@@ -41,6 +41,6 @@ def elastic_top_ks(
     share = tiers.elastic_share
     low = [int((step + 1) * share + 1e-9) > int(step * share + 1e-9) for step in range(first, first + num_steps)]
     if tiers.elastic_draw == "one":
-        return [1 if is_low else top_k for is_low in low]
-    draws = torch.randint(1, top_k + 1, (num_steps,), generator=generator).tolist()
+        return [min(1, top_k) if is_low else top_k for is_low in low]
+    draws = torch.randint(min(1, top_k), top_k + 1, (num_steps,), generator=generator).tolist()
     return [draw if is_low else top_k for is_low, draw in zip(low, draws, strict=True)]

@@ -48,6 +48,10 @@ class TierSettings(Settings):
     ranks: tuple[Rank, ...] = Field(
         (4, 8, 16, 32), min_length=1, description="LoRA rank of each tier, for methods that vary the rank instead of K"
     )
+    rank_top_k: Literal["k_max", "budget"] = Field(
+        "k_max",
+        description="experts per token under those methods: K_max as published, or as many as the tier's budget buys",
+    )
     k_max: PositiveInt | None = Field(
         None, description="K_max, experts per token at budget 1; the base's own when left out"
     )

@@ -14,6 +14,11 @@ class Skipped:
     slices: int
     k_max: int
 
+    @property
+    def least_top_k(self) -> int:
+        """The smallest K that a budget may buy: none where something stands for the experts."""
+        return int(self.form == "none")
+
     def multiply_adds(self, shape: ModelShape, top_k: int) -> int:
         """Per token and layer, forward, as they are computed: of a map r (2 h + M), of what is kept per expert all M of it.
 

@@ -50,7 +50,7 @@ def forward_flops_per_token(shape: ModelShape, top_k: int, workload: Workload) -
     adds r (out + in) for each projection of an MoE layer.
 
     Raises:
-        ValueError: if `top_k` is not in 1..M.
+        ValueError: if `top_k` is not in 0..M.
 
     >>> shape = ModelShape(1, 1, 4, 3, 8, 2, 2, 2, 2, vocab=10)
     >>> forward_flops_per_token(shape, top_k=2, workload=Workload(1, Batch.full(1, 5))).experts  # 2 * K * 3 f h
@@ -86,7 +86,7 @@ def backward_flops_per_token(shape: ModelShape, top_k: int, workload: Workload) 
     No recomputation: gradient checkpointing adds a forward without the head, flash attention half of the scores' backward.
 
     Raises:
-        ValueError: if `top_k` is not in 1..M, or the rank is 0, since then no expert is trained.
+        ValueError: if `top_k` is not in 0..M, or the rank is 0, since then no expert is trained.
     """
     shape.check_top_k(top_k)
     rank, trained = workload.rank, workload.trained

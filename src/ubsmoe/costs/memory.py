@@ -52,7 +52,7 @@ def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memo
     process what the server and the engine hold.
 
     Raises:
-        ValueError: if `top_k` is not in 1..M.
+        ValueError: if `top_k` is not in 0..M.
     """
     shape.check_top_k(top_k)
     adapter = FLOAT32 * shape.trained_elements(workload.rank, workload.trained)
@@ -79,7 +79,7 @@ def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memo
 
 def mapped_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> int:
     """Bytes that must be in memory at the peak of a step whose base is mapped from disk."""
-    kept = mapped_bytes(shape, workload.experts, workload.dtype_bytes)
+    kept = mapped_bytes(shape, workload.experts, workload.dtype_bytes, top_k)
     return peak_memory_bytes(shape, top_k, workload).resident + kept
 
 

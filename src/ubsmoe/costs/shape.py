@@ -171,18 +171,23 @@ class ModelShape:
         return self.num_moe_layers * (self.num_experts * self.lora_weights(rank) + beside)
 
     def check_top_k(self, top_k: int) -> None:
-        """Raise ValueError unless this model can run with K = `top_k`."""
-        if not 1 <= top_k <= self.num_experts:
-            raise ValueError(f"top_k must lie in 1..num_experts = {self.num_experts}, got {top_k}")
+        """Raise ValueError unless this model can run with K = `top_k`; 0 where something stands for all experts."""
+        if not 0 <= top_k <= self.num_experts:
+            raise ValueError(f"top_k must lie in 0..num_experts = {self.num_experts}, got {top_k}")
 
 
-def budget_top_k(k_max: int, budget: float) -> int:
-    """Experts per token that a budget buys: max(1, floor(K_max * budget)).
+def budget_top_k(k_max: int, budget: float, least: int = 1) -> int:
+    """Experts per token that a budget buys: max(least, floor(K_max * budget)).
+
+    Args:
+        k_max: K_max.
+        budget: beta.
+        least: 0 where something stands for skipped experts, so that a device below one expert takes part.
 
     Raises:
         ValueError: if the budget is outside (0, 1].
 
-    Source: UB-SMoE, setting; the lower bound of 1 is ours.
+    Source: UB-SMoE, setting; the lower bounds are ours.
 
     >>> [budget_top_k(8, budget) for budget in (0.1, 0.25, 0.5, 0.75, 1.0)]
     [1, 2, 4, 6, 8]
@@ -190,4 +195,4 @@ def budget_top_k(k_max: int, budget: float) -> int:
     if not 0 < budget <= 1:
         raise ValueError(f"a budget must lie in (0, 1], got {budget}")
     # 0.29 * 100 is 28.999999999999996: a budget that means a whole number must get it
-    return max(1, math.floor(k_max * budget + 1e-9))
+    return max(least, math.floor(k_max * budget + 1e-9))

@@ -12,12 +12,12 @@ def weight_bytes(shape: ModelShape, experts: ExpertFormat | None, dtype_bytes: i
     return rest + expert_bytes(shape, experts, dtype_bytes)
 
 
-def mapped_bytes(shape: ModelShape, experts: ExpertFormat | None, dtype_bytes: int) -> int:
+def mapped_bytes(shape: ModelShape, experts: ExpertFormat | None, dtype_bytes: int, top_k: int) -> int:
     """What must stay in memory of a base that is mapped, since a step goes slowly without: one MoE layer, and both ends.
 
-    The system drops what is not in use, and reads it again.
+    The system drops what is not in use, and reads it again. At K = 0 no expert is ever read.
     """
-    layer = expert_bytes(shape, experts, dtype_bytes) // shape.num_moe_layers
+    layer = bool(top_k) * expert_bytes(shape, experts, dtype_bytes) // shape.num_moe_layers
     return layer + dtype_bytes * (2 * shape.vocab * shape.hidden + shape.attention_weights)
 
 

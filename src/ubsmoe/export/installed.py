@@ -82,9 +82,9 @@ def install(
     for layer in sparse.layers:
         layer.rescale = sidecar.rescale
     sparse.limit_k_max(sidecar.k_max)
-    sparse.set_top_k(sidecar.top_k)
     if sidecar.compensated:
         sparse.set_compensation(compensation or {})
+    sparse.set_top_k(sidecar.top_k)
     if sidecar.phi:
         sparse.set_phi(torch.tensor(sidecar.phi, device=sparse.device), sidecar.num_candidates)
     if sidecar.selection_bias:

@@ -67,6 +67,10 @@ def write(
             f"a merged export holds whole weights, and {origin.model.base} is in memory with quantised experts; use "
             "`ubsmoe export RUN --format merged`, with --base where the plain base lies if the run was on a prepared one"
         )
+    if format != "native" and installed.routing["top_k"] == 0:
+        raise ConfigError(
+            f"this tier runs no expert, which stock software cannot; export {format} from another --tier, or this one as native"
+        )
     merging = merge(sparse, installed)
     k_name = top_k_name(sparse.model.config)
     stock_top_k = getattr(sparse.model.config, k_name)

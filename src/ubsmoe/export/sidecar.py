@@ -5,7 +5,7 @@ Stock file formats have no place for most of it, so it travels as JSON beside th
 
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ubsmoe.config import Settings, validated
 from ubsmoe.costs.workload import ExpertFormat
@@ -26,7 +26,7 @@ class Sidecar(Settings):
     family: str = Field(description="transformers' model_type")
     method: str
     tier: PositiveInt | None = Field(description="counted from 1; None if no tier was asked for")
-    top_k: PositiveInt = Field(description="experts per token")
+    top_k: NonNegativeInt = Field(description="experts per token; 0 where a compensation stands for all")
     k_max: PositiveInt = Field(description="experts per token at budget 1")
     rank: PositiveInt
     alpha: PositiveFloat

@@ -86,13 +86,14 @@ class FederatedMoE:
         return self._sparse.layers[0].routing.top_k
 
     def set_budget(self, budget: float) -> None:
-        """Use max(1, floor(K_max * budget)) experts per token from now on.
+        """Use max(1, floor(K_max * budget)) experts per token from now on; with a compensation, less than one runs none.
 
         Raises:
             UserError: outside (0, 1], or if the adapter has output scales that were learned at one K alone.
         """
         try:
-            self._set_top_k(budget_top_k(self.k_max, budget))
+            own = self._sparse.layers[0].routing.compensation
+            self._set_top_k(budget_top_k(self.k_max, budget, least=0 if own and own.at(0) else 1))
         except ValueError as error:
             raise ConfigError(str(error)) from None
 

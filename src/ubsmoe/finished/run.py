@@ -124,7 +124,7 @@ def evaluate_run(
         path: the run folder.
         overrides: dotted settings that say how to score: evaluate.*, data.*, model.device.
         tier: one tier, counted from 1; None for all.
-        top_k: score with so many experts per token, 1..K_max; None for each tier's own.
+        top_k: score with so many experts per token, 1..K_max (0 with a compensation); None for each tier's own.
 
     Returns:
         Per tier: tier, top_k, rank and scores by task.
@@ -141,8 +141,9 @@ def evaluate_run(
     state = unpack(tensors, federation.method.keeps)
     chosen = federation.tiers if tier is None else [_numbered(federation.tiers, tier)]
     if top_k is not None:
-        if not 1 <= top_k <= federation.shape.k_max:
-            raise ConfigError(f"--top-k must lie in 1..{federation.shape.k_max}, got {top_k}")
+        least = federation.method.skipped.least_top_k if federation.method.skipped else 1
+        if not least <= top_k <= federation.shape.k_max:
+            raise ConfigError(f"--top-k must lie in {least}..{federation.shape.k_max}, got {top_k}")
         chosen = [replace(profile, top_k=top_k) for profile in chosen]
     return [
         {

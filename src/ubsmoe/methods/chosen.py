@@ -38,12 +38,13 @@ def run_shape(settings: RunSettings, num_layers: int, num_experts: int, k_max: i
         side_rank=settings.train.rounds * settings.clients_per_round * max(adapter.rank, *settings.tiers.ranks),
         top_ks=_top_ks(settings.tiers, k_max),
         elastic=settings.tiers.elastic_share > 0,
+        rank_at_budget=settings.tiers.rank_top_k == "budget",
     )
 
 
 def _top_ks(tiers: TierSettings, k_max: int) -> tuple[int, ...]:
-    """The experts per token that some client may run."""
-    own = {budget_top_k(k_max, budget) for budget in tiers.budgets}
+    """The experts per token that some client may run; where nothing stands for skipped experts, 1 in place of 0."""
+    own = {budget_top_k(k_max, budget, least=0) for budget in tiers.budgets}
     if tiers.elastic_share:
         own |= {1} if tiers.elastic_draw == "one" else set(range(1, max(own) + 1))
     return tuple(sorted(own))
@@ -78,7 +79,18 @@ def chosen_method(settings: RunSettings, shape: RunShape) -> Method:
         refuse(method, "secure_aggregation")
         require("cryptography", "secagg")
         secure_word(settings, weight_bits(settings, method))
+    if any(profile.top_k == 0 for profile in tier_profiles(settings, method, shape)):
+        _check_something_learns(settings, shape.k_max)
     return method
+
+
+def _check_something_learns(settings: RunSettings, k_max: int) -> None:
+    """Raise ConfigError where a tier that runs no expert would have nothing to train."""
+    if "trained" not in (settings.adapter.attention, settings.adapter.router):
+        raise ConfigError(
+            f"tiers.budgets: {min(settings.tiers.budgets):g} of K_max = {k_max} runs no expert, and nothing but experts is "
+            f'trained; set adapter.attention = "trained", or budgets of {1 / k_max:g} and more'
+        )
 
 
 def largest_weight(settings: RunSettings) -> int:

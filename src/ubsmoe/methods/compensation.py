@@ -56,9 +56,10 @@ def with_compensation(method: Method, shape: RunShape, settings: FormSettings) -
         ValueError: for a method that refuses it.
     """
     refuse(method, "compensation")
-    if method.varies == "rank":
+    if not method.varies_top_k(shape):
         return method  # every client runs K_max experts: nothing is skipped
-    small = [top_k for top_k in shape.top_ks if top_k < shape.k_max]
+    skipped = Skipped(settings.form, settings.rank, settings.slices, shape.k_max)
+    small = sorted({max(k, skipped.least_top_k) for k in shape.top_ks if k < shape.k_max})
 
     def start(adapter: dict[str, Tensor]) -> State:
         return method.start(adapter).having(CompensationState({}, torch.zeros(len(small), shape.num_layers)))
@@ -73,9 +74,8 @@ def with_compensation(method: Method, shape: RunShape, settings: FormSettings) -
         return payload | {PREFIX + name: value for name, value in own.items() if name.split(".")[1] in wanted}
 
     def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
-        hooks = method.install(model, payload, profile, generator)
         model.set_compensation({name: value for name, value in payload.items() if name.startswith(PREFIX)})
-        return hooks
+        return method.install(model, payload, profile, generator)
 
     def fit(state: State, model: SparseModel, text: Batches, profile: Profile, generator: torch.Generator) -> State:
         try:
@@ -89,8 +89,6 @@ def with_compensation(method: Method, shape: RunShape, settings: FormSettings) -
     def event(state: State) -> dict[str, object]:
         shares = state.of(CompensationState).explained.tolist()
         return {**method.event(state), "explained": {str(k): own for k, own in zip(small, shares, strict=True)}}
-
-    skipped = Skipped(settings.form, settings.rank, settings.slices, shape.k_max)
 
     def traffic(base: ModelShape, rank: int, trained: Trained, wire_dtype: WireDtype) -> Traffic:
         times = len(small) if shape.elastic else bool(small)

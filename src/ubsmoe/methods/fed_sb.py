@@ -29,7 +29,7 @@ from ubsmoe.costs.traffic import adapter_traffic
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.factors import check_independent, routers
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import Hooks, Method, RunShape, State
+from ubsmoe.methods.method import Hooks, Method, RunShape, State, adapter_part
 from ubsmoe.methods.refusals import OWN_WEIGHTS
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
@@ -49,7 +49,7 @@ def fed_sb(shape: RunShape) -> Method:
 
     def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
         fixed = basis(model, shape)
-        model.load_adapter({**fixed, **payload}, shape.alpha, frozen=fixed)
+        model.load_adapter({**fixed, **adapter_part(payload)}, shape.alpha, frozen=fixed)
         model.set_top_k(profile.top_k)
         return Hooks()
 

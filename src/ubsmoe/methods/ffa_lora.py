@@ -21,7 +21,7 @@ from torch import Tensor
 from ubsmoe.costs.traffic import adapter_traffic
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.fedavg import fedavg
-from ubsmoe.methods.method import Hooks, Method, RunShape, State
+from ubsmoe.methods.method import Hooks, Method, RunShape, State, adapter_part
 from ubsmoe.methods.refusals import OWN_WEIGHTS
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
@@ -38,7 +38,7 @@ def ffa_lora(shape: RunShape) -> Method:
             shape.rank, generator_for(shape.seed, "adapter"), shared_a=shape.shared_a, attention=shape.attention
         )
         frozen = {name for name in drawn if name.endswith(".A")}
-        model.load_adapter({**drawn, **payload}, shape.alpha, frozen=frozen)
+        model.load_adapter({**drawn, **adapter_part(payload)}, shape.alpha, frozen=frozen)
         model.set_top_k(profile.top_k)
         return Hooks()
 

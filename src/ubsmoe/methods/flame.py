@@ -56,7 +56,7 @@ def with_output_scale(method: Method, shape: RunShape) -> Method:
     """The method, each client's layers multiplied by learned scales, one set per K."""
 
     def start(adapter: dict[str, Tensor]) -> State:
-        ones = {str(top_k): torch.ones(shape.num_layers) for top_k in range(1, shape.k_max + 1)}
+        ones = {str(top_k): torch.ones(shape.num_layers) for top_k in range(min((1, *shape.top_ks)), shape.k_max + 1)}
         return method.start(adapter).having(ScaleState(ones))
 
     def dispatch(state: State, profile: Profile) -> dict[str, Tensor]:

@@ -122,7 +122,8 @@ class RunShape:
     `attention` that attention projections have LoRA too. `mean` makes the running mean that methods average with: plain, or
     Byzantine-robust. `weigh` gives the weights of that mean to methods that have none of their own.
     `side_rank` is the most directions that all rounds of the run can fold into a side factor, None for no bound. `top_ks` are the K
-    in use; with `elastic` budgets a client may run any of them up to its own.
+    in use, 0 for a budget below one expert; with `elastic` budgets a client may run any of them up to its own. `rank_at_budget`: a
+    method that varies the rank varies K too, so that a tier trains and answers at its own cost.
     """
 
     num_layers: int
@@ -138,6 +139,7 @@ class RunShape:
     side_rank: int | None = None
     top_ks: tuple[int, ...] = ()
     elastic: bool = False
+    rank_at_budget: bool = False
 
 
 @dataclass(frozen=True)
@@ -230,17 +232,21 @@ class Method:
                 return f"{name} reaches from {value.min():g} to {value.max():g}, expected {low:g} to {high:g}"
         return self.validate_update(update)
 
+    def varies_top_k(self, shape: RunShape) -> bool:
+        """Whether a tier's budget sets its experts per token under this method."""
+        return self.varies == "top_k" or shape.rank_at_budget
+
     def profile(
         self, shape: RunShape, client: str, tier: int, budget: float, tier_rank: int, num_examples: int = 0
     ) -> Profile:
-        """What a client of a tier can afford under this method: fewer experts, or a smaller rank at K_max."""
-        sparse = self.varies == "top_k"
+        """What a client of a tier can afford under this method: fewer experts, a smaller rank, or both."""
+        least = self.skipped.least_top_k if self.skipped else 1
         return Profile(
             client=client,
             tier=tier,
             budget=budget,
-            top_k=budget_top_k(shape.k_max, budget) if sparse else shape.k_max,
-            rank=shape.rank if sparse else tier_rank,
+            top_k=budget_top_k(shape.k_max, budget, least) if self.varies_top_k(shape) else shape.k_max,
+            rank=shape.rank if self.varies == "top_k" else tier_rank,
             num_examples=num_examples,
         )
 

@@ -72,6 +72,8 @@ def _expert_sum(
     top_k_weights: Float[Tensor, "T K"],
 ) -> Float[Tensor, "T h"]:
     """sum_{i in A(x)} w_i E_i(x), with the gradient that the client's settings ask for."""
+    if top_k_index.shape[1] == 0:  # K = 0: no expert is read
+        return torch.zeros_like(hidden)
     (base, lora), settings = layer.run_weights(hidden), layer.routing.pseudo_gradient
     assignments = _assignments(layer.needed_tokens(), top_k_index, top_k_weights)
     if layer.routing.trainable_rule is not None and torch.is_grad_enabled():

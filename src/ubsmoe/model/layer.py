@@ -77,10 +77,15 @@ class SparseLayer:
         return self.routing.compensation is not None or self.rescale == "k_max"
 
     @property
+    def least_top_k(self) -> int:
+        """The smallest K: none at all where something stands for skipped experts."""
+        return int(self.routing.compensation is None)
+
+    @property
     def is_sliced(self) -> bool:
         """Whether n K experts run, each at 1 / n of its width, instead of K: where T(x) has that many."""
         own = self.routing.compensation
-        return own is not None and own.channels is not None and self.routing.top_k * own.slices <= self.k_max
+        return own is not None and own.channels is not None and 0 < self.routing.top_k * own.slices <= self.k_max
 
     @property
     def num_run(self) -> int:

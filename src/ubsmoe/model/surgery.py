@@ -88,9 +88,9 @@ class SparseModel:
             layer.routing = replace(layer.routing, top_k=k_max)
 
     def set_top_k(self, top_k: int) -> None:
-        """Experts per token in every layer. Raises ValueError outside 1..K_max."""
-        if not 1 <= top_k <= self.k_max:
-            raise ValueError(f"top_k must lie in 1..{self.k_max} for this base, got {top_k}")
+        """Experts per token in every layer. Raises ValueError outside 1..K_max, or 0..K_max once compensations are installed."""
+        if not (least := self.layers[0].least_top_k) <= top_k <= self.k_max:
+            raise ValueError(f"top_k must lie in {least}..{self.k_max} for this base, got {top_k}")
         for layer in self.layers:
             layer.routing = replace(layer.routing, top_k=top_k)
 

@@ -1,7 +1,6 @@
 """What each tier of a run costs, from its settings alone: no weights are loaded."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ubsmoe.config import RunSettings, train_of_tier
@@ -51,12 +50,13 @@ def plan_tiers(settings: RunSettings) -> TierPlan:
         most_clients,
         secure_word,
         shape_of_sizes,
-        tier_ranks,
+        tier_profiles,
         weight_bits,
     )
 
     shape = model_shape(settings.model.base)
-    method = chosen_method(settings, shape_of_sizes(settings, shape))
+    run = shape_of_sizes(settings, shape)
+    method = chosen_method(settings, run)
     workload = replace(
         run_workload(settings),
         pair_fraction=method.pair_fraction,
@@ -68,7 +68,7 @@ def plan_tiers(settings: RunSettings) -> TierPlan:
     def traffic(shape: ModelShape, rank: int) -> Traffic:
         return method.traffic(shape, rank, workload.trained, workload.wire_dtype)
 
-    tiers = _tiers(settings, shape, tier_ranks(settings, method) if method.varies == "rank" else None)
+    tiers = [Tier(one.budget, one.top_k, one.rank) for one in tier_profiles(settings, method, run)]
     costs = tier_costs(shape, tiers, workload, traffic)
     if settings.secure_aggregation is None:
         return TierPlan(shape, workload, costs)
@@ -83,7 +83,9 @@ def plan_tiers(settings: RunSettings) -> TierPlan:
 def plan_base(settings: RunSettings) -> TierPlan:
     """The same for plain federated averaging at the K of each budget, whatever the method: counted from the sizes alone."""
     shape, workload = model_shape(settings.model.base), run_workload(settings)
-    return TierPlan(shape, workload, tier_costs(shape, _tiers(settings, shape), workload))
+    k_max = checked_k_max(settings.tiers.k_max, shape.k_max, settings.model.base)
+    tiers = [Tier(budget, budget_top_k(k_max, budget), settings.adapter.rank) for budget in settings.tiers.budgets]
+    return TierPlan(shape, workload, tier_costs(shape, tiers, workload))
 
 
 def run_costs(settings: RunSettings) -> list[TierCost]:
@@ -116,12 +118,3 @@ def run_workload(settings: RunSettings) -> Workload:
         wire_dtype=settings.wire.dtype,
         experts=experts_of(settings.model),
     )
-
-
-def _tiers(settings: RunSettings, shape: ModelShape, ranks: Sequence[int] | None = None) -> list[Tier]:
-    """Every tier at the K that its budget affords and the run's rank; or at K_max and its own of these ranks."""
-    k_max = checked_k_max(settings.tiers.k_max, shape.k_max, settings.model.base)
-    budgets = settings.tiers.budgets
-    if ranks is None:
-        return [Tier(budget, budget_top_k(k_max, budget), settings.adapter.rank) for budget in budgets]
-    return [Tier(budget, k_max, rank) for budget, rank in zip(budgets, ranks, strict=True)]

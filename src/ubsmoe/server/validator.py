@@ -88,7 +88,7 @@ class Validator:
     def _experts_run(self, task: Task) -> list[int]:
         """How many experts per token a step of this client may run."""
         own, skipped = task.profile.top_k, self._method.skipped
-        top_ks = range(1, own + 1) if self._settings.tiers.elastic_share > 0 else [own]
+        top_ks = range(min(1, own), own + 1) if self._settings.tiers.elastic_share > 0 else [own]
         return [skipped.runs(top_k) if skipped else top_k for top_k in top_ks]
 
     def check_quorum(self, count: int, number: int) -> None:

@@ -445,7 +445,7 @@ def test_a_cost_is_json_with_the_promised_keys():
     "call",
     [
         lambda: forward_flops_per_token(olmoe, 65, work()),
-        lambda: forward_flops_per_token(olmoe, 0, work()),
+        lambda: forward_flops_per_token(olmoe, -1, work()),
         lambda: backward_flops_per_token(olmoe, 65, work()),
         lambda: backward_flops_per_token(olmoe, 8, work(rank=0)),
         lambda: peak_memory_bytes(olmoe, 65, work()),

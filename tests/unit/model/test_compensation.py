@@ -55,6 +55,24 @@ def test_where_the_fit_can_be_exact_a_small_budget_answers_as_k_max(family: str)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_without_any_expert_a_map_answers_alone_and_reads_none(family: str) -> None:
+    """The experts' weights are garbage after the fit: a budget below one expert must not notice."""
+    sparse = adapted(family)
+    whole = logits(sparse)
+    fitted = fit_compensation(sparse, BATCHES, [0], FormSettings(rank=64, ridge=1e-9))
+    sparse.set_compensation(fitted.tensors)
+    sparse.set_top_k(0)
+    assert min(fitted.explained[0]) > 0.999 and sparse.num_run == 0
+    answer = logits(sparse)
+    assert (answer - whole).abs().mean() < 0.05 * whole.std()
+    with torch.no_grad():
+        for layer in sparse.layers:
+            for weight in layer.experts.parameters():
+                weight.fill_(torch.nan)
+    assert torch.equal(logits(sparse), answer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("form", FORMS)
 def test_no_form_explains_less_than_nothing_and_clearing_leaves_no_trace(family: str, form: Form) -> None:
     sparse = SparseModel(tiny(family))
