@@ -30,7 +30,7 @@ from ubsmoe.config import RunSettings, to_json
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.server.federation import Federation, build_federation
 from ubsmoe.server.privacy import spent
-from ubsmoe.server.rounds import run
+from ubsmoe.server.run import run
 from ubsmoe.storage.json_text import encode_json
 from ubsmoe.storage.runfolder import RunFolder, atomic_write
 

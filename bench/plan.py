@@ -177,7 +177,7 @@ def run_events(settings: Any, folder: Path) -> tuple[list[dict[str, Any]], dict[
     from ubsmoe.config import to_json
     from ubsmoe.engines.local import LocalEngine
     from ubsmoe.server.federation import build_federation
-    from ubsmoe.server.rounds import run
+    from ubsmoe.server.run import run
     from ubsmoe.storage.events import read_events
     from ubsmoe.storage.runfolder import RunFolder
 

@@ -27,7 +27,7 @@ from ubsmoe.config import RunSettings, to_json
 from ubsmoe.engines.local import LocalEngine, process_pool, score_in
 from ubsmoe.engines.simulated import as_simulated
 from ubsmoe.server.federation import build_federation
-from ubsmoe.server.rounds import run
+from ubsmoe.server.run import run
 from ubsmoe.storage.json_text import encode_json
 from ubsmoe.storage.runfolder import RunFolder, atomic_write
 

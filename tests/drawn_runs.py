@@ -1,4 +1,4 @@
-"""Run folders as `rounds.run` leaves them, without the hours: every number drawn from a seed."""
+"""Run folders as `server.run.run` leaves them, without the hours: every number drawn from a seed."""
 
 from pathlib import Path
 

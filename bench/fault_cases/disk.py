@@ -22,7 +22,7 @@ from ubsmoe.config import to_json
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.messages import Reply, Task
 from ubsmoe.server.federation import Federation
-from ubsmoe.server.rounds import run
+from ubsmoe.server.run import run
 from ubsmoe.storage import disk
 from ubsmoe.storage.checkpoints import CheckpointError, load_newest, save_checkpoint
 from ubsmoe.storage.events import EventLog, read_events

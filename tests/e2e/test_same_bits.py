@@ -18,7 +18,7 @@ from ubsmoe.config import parse_run, to_json, with_overrides
 from ubsmoe.engines.local import LocalEngine, process_pool, score_in
 from ubsmoe.engines.simulated import as_simulated
 from ubsmoe.server.federation import Federation, build_federation
-from ubsmoe.server.rounds import run
+from ubsmoe.server.run import run
 from ubsmoe.storage.runfolder import RunFolder
 
 COMMAND = [sys.executable, "-c", "from ubsmoe.cli import main; main()", "run"]

@@ -20,7 +20,8 @@ from ubsmoe.engines.local import LocalEngine
 from ubsmoe.messages import Dropped, Reply, Task, Update
 from ubsmoe.methods.state import pack
 from ubsmoe.server.federation import Federation, build_federation, build_server
-from ubsmoe.server.rounds import one_round, run
+from ubsmoe.server.rounds import one_round
+from ubsmoe.server.run import run
 from ubsmoe.server.start import start_state
 from ubsmoe.storage.checkpoints import load_newest
 from ubsmoe.storage.runfolder import RunFolder, read_adapter

@@ -77,7 +77,7 @@ def run_command(
     from ubsmoe.report.console import RunConsole, result_table, show
     from ubsmoe.report.tracking import Tracking
     from ubsmoe.server.federation import build_federation
-    from ubsmoe.server.rounds import run
+    from ubsmoe.server.run import run
     from ubsmoe.storage.runfolder import RunFolder
 
     check_workers(workers, settings)

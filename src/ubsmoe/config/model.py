@@ -36,7 +36,10 @@ class AdapterSettings(Settings):
     attention: Literal["frozen", "trained"] = Field(
         "frozen", description="whether the attention projections of layers with experts have LoRA of that rank too"
     )
-    start: str | None = Field(None, description="folder of a PEFT adapter to go on from; a fresh one when left out")
+    start: str | None = Field(
+        None,
+        description="a PEFT adapter, or a finished run with its server state, to go on from; a fresh adapter when left out",
+    )
 
 
 class TierSettings(Settings):

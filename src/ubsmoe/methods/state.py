@@ -68,6 +68,17 @@ def unpack(tensors: Mapping[str, Tensor], kinds: Sequence[type]) -> State:
     return State(adapters, tuple(_part(kind, tensors) for kind in kinds))
 
 
+def with_stored(state: State, tensors: Mapping[str, Tensor], kinds: Sequence[type]) -> State:
+    """The state with a stored adapter in the place of its own, and with those of its parts that were stored beside it."""
+    adapters = {name: value for name, value in tensors.items() if not name.startswith(PREFIX)}
+    fields_there = {name.removeprefix(PREFIX).partition(".")[0] for name in tensors if name.startswith(PREFIX)}
+    stored = [kind for kind in kinds if {field.name for field in fields(kind)} <= fields_there]
+    state = replace(state, adapters={**adapters, **{n: v for n, v in state.adapters.items() if n not in adapters}})
+    for kind in stored:
+        state = state.having(_part(kind, tensors))
+    return state
+
+
 def _part(kind: type, tensors: Mapping[str, Tensor]) -> Any:
     found: dict[str, Any] = {}
     for field in fields(kind):

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ubsmoe.storage.layout import CONFIG
 from ubsmoe.storage.record import RunRecord
-from ubsmoe.storage.runfolder import CONFIG, RunFolderError, read_run
+from ubsmoe.storage.runfolder import RunFolderError, read_run
 from ubsmoe.storage.same_run import flatten
 
 Array = NDArray[np.float64]

@@ -8,23 +8,26 @@ from typing import Any
 
 from ubsmoe.data.prompts import TEMPLATES
 from ubsmoe.server.federation import Federation
+from ubsmoe.storage.same_run import CLIENT_DATA, QUESTIONS
 
 
 def origin(federation: Federation) -> dict[str, str]:
     """SHA-256 of base, tokenizer, template, training data and test data, each under the name that a refusal uses.
 
-    A server whose clients are elsewhere cannot see their data, so that their hash is of nothing.
+    Data are hashed by their files, and where there are none as they were split and asked. A server whose clients are elsewhere
+    cannot see their data, so that their hash is of nothing.
     """
     data, card = federation.settings.data, federation.data_card
     words = [word("{}") for word in TEMPLATES[data.template]]
+    train, test = (card[use]["sha256"] if card else {} for use in ("train", "test"))
     asked = ((name, *map(astuple, group)) for name, group in federation.questions.items())
     held = ((name, *map(astuple, group)) for name, group in federation.examples.items())
     return {
         "base": federation.base_sha256,
         "tokenizer": _sha256([_tokenizer_facts(federation.tokenizer)]),
         "template": _sha256([*words, getattr(federation.tokenizer, "chat_template", None)]),
-        "data.train": _sha256([card["train"]["sha256"]] if card and card["train"]["sha256"] else held),
-        "data.test": _sha256([card["test"]["sha256"]] if card and card["test"]["sha256"] else asked),
+        **({"data.train": _sha256([train])} if train else {CLIENT_DATA: _sha256(held)}),
+        **({"data.test": _sha256([test])} if test else {QUESTIONS: _sha256(asked)}),
     }
 
 

@@ -1,8 +1,7 @@
-"""A run: in every round dispatch, train, validate, aggregate; then evaluate."""
+"""A round: dispatch, train, validate, aggregate; and how its state scores at each tier."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,101 +11,22 @@ from ubsmoe.config import RunSettings
 from ubsmoe.errors import printable
 from ubsmoe.messages import Dropped, Engine, Profile, Task, Update, in_order
 from ubsmoe.methods.method import Contribution, State
-from ubsmoe.methods.state import pack, unpack
 from ubsmoe.methods.sums import private_vector
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.evaluate import Score, evaluate
 from ubsmoe.server.federation import Federation
 from ubsmoe.server.metrics import RoundMetrics
-from ubsmoe.server.origin import origin
 from ubsmoe.server.peers import without_outliers
 from ubsmoe.server.privacy import noisy_mean, spent
 from ubsmoe.server.robust import Answer, most_examples, robustify
-from ubsmoe.server.start import calibrated, noise_key, sample_clients, settled, start_state
+from ubsmoe.server.start import sample_clients, settled
 from ubsmoe.server.validator import Validator
-from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.change import upload_bytes
 
 if TYPE_CHECKING:
     from ubsmoe.server.secure import Courier
 
-Report = Callable[[str, int, dict[str, Any]], None]
 Log = Callable[..., None]
-ScoreAll = Callable[[Iterable[Task]], Iterable[dict[str, Score]]]
-
-
-def run(
-    federation: Federation, folder: RunFolder, engine: Engine, report: Report, score_all: ScoreAll | None = None
-) -> dict[str, Any]:
-    """Carry out a run, or what is left of it, and write its adapter and summary.
-
-    Args:
-        federation: what `build_federation` made.
-        folder: where everything is written; a run that was interrupted goes on after its newest checkpoint.
-        engine: how clients are reached.
-        report: called with every event (name, round, fields) after it is written.
-        score_all: how the tiers are scored, given a task for each; one after another in this process when left out.
-
-    Returns:
-        The summary that was written.
-    """
-    settings, method = federation.settings, federation.method
-    score_all = score_all or (lambda tasks: (score(federation, task) for task in tasks))
-    started = time.perf_counter()
-
-    def log(event: str, round: int, **fields: Any) -> None:
-        folder.events.append(event, round, **fields)
-        report(event, round, fields)
-
-    def save(number: int) -> None:
-        facts = {"history": history, "seconds": seconds_before + time.perf_counter() - started}
-        folder.save_checkpoint(number, pack(state), facts, settings.keep_checkpoints)
-
-    checkpoint = folder.resume(origin(federation))
-    if checkpoint is None:
-        state, history, seconds_before, done = start_state(federation), [], 0.0, 0
-        part = federation.partition
-        log("started", 0, rounds=settings.train.rounds, clients=len(engine.clients()), method=method.name)
-        log("partition", 0, report=part.to_json() if part else None)
-        if federation.data_card:
-            folder.write_data_card(federation.data_card)
-        state = calibrated(federation, state, 1)
-        history.append(_evaluate_tiers(federation, state, 0, score_all, log) if settings.evaluate.before else None)
-        save(0)
-    else:
-        state, done, facts = unpack(checkpoint.tensors, method.keeps), checkpoint.round, checkpoint.facts
-        history, seconds_before = facts["history"], facts["seconds"]
-        report("resumed", done, {"round": done})
-
-    if settings.privacy:
-        folder.releases.check(done)
-    for number in range(done + 1, settings.train.rounds + 1):
-        state = calibrated(federation, state, number) if number > 1 else state
-        if settings.privacy:
-            noise = noise_key(settings, folder.releases.begin(number))
-            state = one_round(federation, engine, state, number, log, noise, folder.releases.release)
-        else:
-            state = one_round(federation, engine, state, number, log)
-        if _is_evaluated(settings, number):
-            history.append(_evaluate_tiers(federation, state, number, score_all, log))
-        save(number)
-
-    facts = {"method": method.name, "alpha": federation.shape.alpha, "base_sha256": federation.base_sha256}
-    summary = {
-        "method": method.name,
-        "rounds": settings.train.rounds,
-        "seed": settings.seed,
-        "seconds": seconds_before + time.perf_counter() - started,
-        "adapter_sha256": folder.write_adapter(pack(state), facts),
-        "base_sha256": federation.base_sha256,
-        "tiers": [asdict(profile) for profile in federation.tiers],
-        "before": history[0],
-        "after": history[-1] if settings.evaluate.after else None,
-    }
-    if settings.privacy:
-        summary["privacy"] = {**settings.privacy.model_dump(exclude={"seed"}), **spent(settings, folder.releases.count)}
-    folder.write_summary(summary)
-    return summary
 
 
 def one_round(
@@ -145,7 +65,7 @@ def one_round(
     asked: dict[str, Task] = {}  # the tasks that are out
 
     def tasks() -> Iterator[Task]:
-        for task in _tasks(federation, state, number, clients):
+        for task in tasks_of(federation, state, number, clients):
             asked[task.profile.client] = task
             yield task
 
@@ -180,7 +100,7 @@ def one_round(
         from ubsmoe.server.secure import SecureRound  # needs the extra secagg, which other runs need not
 
         trial = SecureRound(federation, cast("Courier", engine), number, log)
-        of, enough = partial(_tasks, federation, state, number), partial(validator.check_quorum, number=number)
+        of, enough = partial(tasks_of, federation, state, number), partial(validator.check_quorum, number=number)
         yield trial.contribution(clients, of, state, lambda sums: private([sums]), enough, most)
 
     most = most_examples(everybody, settings.clients.max_weight)
@@ -242,33 +162,16 @@ def _noisy_mean(
     )
 
 
-def _tasks(federation: Federation, state: State, number: int, profiles: Iterable[Profile]) -> Iterator[Task]:
+def tasks_of(federation: Federation, state: State, number: int, profiles: Iterable[Profile]) -> Iterator[Task]:
     """One task per client, made when it is asked for."""
     for profile in profiles:
         payload = in_order(federation.method.dispatch(state, profile))
         yield Task(number, profile, payload, federation.run_id, federation.base_sha256)
 
 
-def _is_evaluated(settings: RunSettings, number: int) -> bool:
-    every = settings.evaluate.every
-    return (number == settings.train.rounds and settings.evaluate.after) or bool(every and number % every == 0)
-
-
-def _evaluate_tiers(
-    federation: Federation, state: State, round: int, score_all: ScoreAll, log: Log
-) -> list[dict[str, dict[str, Any]]]:
-    """Every tier's scores at its own budget, tasks by name, with "macro" among them."""
-    results = []
-    tasks = _tasks(federation, state, round, federation.tiers)
-    for profile, scores in zip(federation.tiers, score_all(tasks), strict=True):
-        results.append({task: asdict(one) for task, one in scores.items()})
-        log("evaluated", round, tier=profile.tier, top_k=profile.top_k, rank=profile.rank, scores=results[-1])
-    return results
-
-
 def evaluate_tier(federation: Federation, state: State, profile: Profile) -> dict[str, Score]:
     """What a client of this tier would see: the payload it would get, at its own budget."""
-    return score(federation, next(_tasks(federation, state, 0, [profile])))
+    return score(federation, next(tasks_of(federation, state, 0, [profile])))
 
 
 def score(federation: Federation, task: Task) -> dict[str, Score]:

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,22 +12,23 @@ from ubsmoe.data.tokens import pad_id
 from ubsmoe.export.save_load import read_peft
 from ubsmoe.messages import Profile, in_order
 from ubsmoe.methods.method import Method, State
-from ubsmoe.methods.state import pack, unpack
+from ubsmoe.methods.state import pack, unpack, with_stored
 from ubsmoe.seeds import generator_for
 from ubsmoe.server.calibration import in_batches, written_by_base
 from ubsmoe.server.federation import Federation
+from ubsmoe.storage.runfolder import is_run, read_adapter, read_config
 
 
 def start_state(federation: Federation) -> State:
     """What the server holds before round 1: the method's start from an adapter of the largest tier's rank.
 
-    It is a fresh one, or the PEFT adapter that adapter.start names.
+    It is a fresh one, the PEFT adapter that adapter.start names, or all that the run which it names ended with.
 
     Raises:
         UserError: if that adapter does not fit the base or the run, or the method would not go on from it.
     """
-    adapter = federation.settings.adapter
-    if adapter.start is not None:
+    adapter, method = federation.settings.adapter, federation.method
+    if adapter.start is not None and not is_run(adapter.start):
         return _start_from(federation, adapter.start)
     fresh = federation.skeleton.fresh_adapter(
         max(profile.rank for profile in federation.tiers),
@@ -35,7 +37,36 @@ def start_state(federation: Federation) -> State:
         router=adapter.router == "trained",
         attention=adapter.attention == "trained",
     )
-    return settled(federation.method.start(fresh), federation.method)
+    state = method.start(fresh)
+    return settled(_from_run(federation, Path(adapter.start), state) if adapter.start else state, method)
+
+
+def _from_run(federation: Federation, folder: Path, fresh: State) -> State:
+    """What a finished run ended with: its adapter, and as many parts of its state as this run's method keeps."""
+    tensors, facts = read_adapter(folder)
+    if facts["base_sha256"] != federation.base_sha256:
+        raise ConfigError(f"adapter.start: {folder} was trained on another base than {federation.settings.model.base}")
+    stored = with_stored(fresh, tensors, federation.method.keeps)
+    theirs = {**_shapes(stored), "adapter.alpha": facts["alpha"]}
+    ours = {**_shapes(fresh), "adapter.alpha": federation.shape.alpha}
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise ConfigError(
+                f"adapter.start: {folder}, a run of {facts['method']}, has {name} of {theirs.get(name)}, this run has "
+                f"{ours.get(name)}; set method, tiers.ranks and [adapter] as its config.json says them"
+            )
+    return stored
+
+
+def _shapes(state: State) -> dict[str, Any]:
+    """Shape by name of the adapter; a side factor's is left open, since its rank grows with the rounds."""
+    return {name: tuple(value.shape) if name.startswith("layers.") else () for name, value in state.adapters.items()}
+
+
+def _goes_on_alike(settings: RunSettings) -> bool:
+    """Whether the run begins from the end of one with the same [method], so that nothing of its state is made anew."""
+    start = settings.adapter.start
+    return bool(start and is_run(start)) and read_config(str(start)).get("method") == settings.method.model_dump()
 
 
 def settled(state: State, method: Method) -> State:
@@ -66,6 +97,8 @@ def calibrated(federation: Federation, state: State, number: int) -> State:
     """The state with what the method fits on text, where a fit is due before round `number`; else the same state."""
     calibration, settings = federation.method.calibration, federation.settings
     if calibration is None or not (number == 1 or (calibration.every and (number - 1) % calibration.every == 0)):
+        return state
+    if number == 1 and _goes_on_alike(settings):
         return state
     model = federation.model
     texts = written_by_base(model, federation.tokenizer, settings, calibration.tokens)

@@ -9,6 +9,7 @@
     adapter.safetensors  the final adapter
     summary.json         the final figures
     releases.jsonl       of a private run: every attempt at a round, every model that went out
+    records/             train.jsonl and test.jsonl of a run whose records were given in Python
     .lock                held by the process that writes here
 
 `RunFolder` is for the one process that runs; `read_run` looks at a folder without touching it.
@@ -17,7 +18,7 @@
 import errno
 import hashlib
 import json
-import re
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,33 +28,36 @@ from ubsmoe.storage import checkpoints, disk, json_text, tensors
 from ubsmoe.storage.checkpoints import Checkpoint
 from ubsmoe.storage.disk import atomic_write as atomic_write
 from ubsmoe.storage.events import EventLog, read_events
+from ubsmoe.storage.layout import (
+    ADAPTER,
+    CHECKPOINTS,
+    CONFIG,
+    COSTS,
+    DATA,
+    LOCK,
+    RELEASES,
+    RUN_FILES,
+    SUMMARY,
+    VERSIONS,
+    read_json,
+    read_versions,
+)
+from ubsmoe.storage.layout import EVENTS as EVENTS
 from ubsmoe.storage.record import RunRecord
 from ubsmoe.storage.releases import Releases
 from ubsmoe.storage.same_run import (
     ORIGIN,
-    RESUMABLE_CHANGE,
+    changed_settings,
     differing_settings,
-    fixed_settings,
-    refusal,
+    refuse_change,
     refuse_other_run,
+    settings_of_origin,
 )
 from ubsmoe.storage.same_run import RunFolderError as RunFolderError
 from ubsmoe.storage.versions import current_versions
-from ubsmoe.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-CONFIG, VERSIONS, EVENTS, CHECKPOINTS = "config.json", "versions.json", "events.jsonl", "checkpoints"
-ADAPTER, SUMMARY, DATA, COSTS = "adapter.safetensors", "summary.json", "data.json", "costs.json"
-RELEASES, LOCK = "releases.jsonl", ".lock"
-MEND = "move it away and start the run again with the same --out: checkpoints are intact, and it is written anew"
-OLDEST = (0, 2)
-"""The oldest version of ubsmoe whose run folders are read."""
-RUN_FILES = {
-    *(CONFIG, DATA, COSTS, VERSIONS, EVENTS, CHECKPOINTS, ADAPTER, SUMMARY, RELEASES, LOCK),
-    *(f".{CONFIG}.draft", f".{VERSIONS}.draft"),
-}
 
 
 class RunFolder:
@@ -65,7 +69,7 @@ class RunFolder:
         self.path = path
         self.events = EventLog(path / EVENTS)
         self._lock = lock
-        self._origin: dict[str, Any] = {"settings": fixed_settings(config_json)}
+        self._origin: dict[str, Any] = settings_of_origin(config_json)
         self._versions_changed = versions_changed
 
     @classmethod
@@ -131,7 +135,11 @@ class RunFolder:
         self.events.truncate_after(checkpoint.round if checkpoint else -1)
         if checkpoint:
             self.events.append(
-                "resumed", checkpoint.round, skipped=list(checkpoint.skipped), versions_changed=self._versions_changed
+                "resumed",
+                checkpoint.round,
+                skipped=list(checkpoint.skipped),
+                versions_changed=self._versions_changed,
+                settings_changed=changed_settings(checkpoint, self._origin),
             )
         return checkpoint
 
@@ -180,8 +188,11 @@ def is_run(path: str | Path) -> bool:
 
 
 def has_ended(path: Path) -> bool:
-    """Whether a run has written its final figures."""
-    return (path / SUMMARY).exists()
+    """Whether a run has written its final figures. Those of fewer rounds than it is to have now are not final."""
+    if not (path / SUMMARY).exists():
+        return False
+    rounds = read_json(path / CONFIG).get("train", {}).get("rounds") if (path / CONFIG).exists() else None
+    return rounds == read_json(path / SUMMARY).get("rounds", rounds)
 
 
 def read_run(path: str | Path) -> RunRecord:
@@ -191,11 +202,18 @@ def read_run(path: str | Path) -> RunRecord:
         RunFolderError: if there is no run, an older ubsmoe wrote it, or a file of it is damaged.
         EventError: if the event file is damaged.
     """
-    path, versions = Path(path), _read_versions(Path(path))
-    summary = _read_json(path / SUMMARY) if has_ended(path) else None
+    path, versions = Path(path), read_versions(Path(path))
+    summary = read_json(path / SUMMARY) if has_ended(path) else None
     events = read_events(path / EVENTS) if (path / EVENTS).exists() else []
-    costs = _read_json(path / COSTS, list) if (path / COSTS).exists() else None
-    return RunRecord(path, _read_json(path / CONFIG), versions, events, summary, costs)
+    costs = read_json(path / COSTS, list) if (path / COSTS).exists() else None
+    return RunRecord(path, read_json(path / CONFIG), versions, events, summary, costs)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The settings of a run folder. Raises RunFolderError if there is no run, or an older ubsmoe wrote it."""
+    read_versions(Path(path))
+    config: dict[str, Any] = read_json(Path(path) / CONFIG)
+    return config
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
@@ -207,8 +225,8 @@ def read_adapter(path: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]
     file, summary = Path(path) / ADAPTER, Path(path) / SUMMARY
     if not summary.exists():
         raise RunFolderError(f"{path} has no {SUMMARY}: the run has not ended; start it with the same --out to go on")
-    _read_versions(Path(path))
-    expected = _read_json(summary).get("adapter_sha256")
+    read_versions(Path(path))
+    expected = read_json(summary).get("adapter_sha256")
     try:
         data = file.read_bytes()
         if expected not in (None, hashlib.sha256(data).hexdigest()):
@@ -225,7 +243,7 @@ def read_states(path: str | Path) -> Iterator[Checkpoint]:
         RunFolderError: if it has none, or an older ubsmoe wrote them.
         CheckpointError: on the way, if one is damaged.
     """
-    _read_versions(Path(path))
+    read_versions(Path(path))
     found = checkpoints.saved_checkpoints(Path(path) / CHECKPOINTS)
     if not found:
         raise RunFolderError(f"{path} has no checkpoint yet; let it run on")
@@ -252,7 +270,7 @@ def _refuse_foreign(path: Path) -> None:
 def _begin(path: Path, config_json: str, versions: dict[str, str]) -> dict[str, str]:
     """config.json comes last: from then on the folder is a run. One that was lost comes back for the same settings only."""
     if checkpoint := checkpoints.load_newest(path / CHECKPOINTS):
-        refuse_other_run(path, checkpoint, {"settings": fixed_settings(config_json)})
+        refuse_other_run(path, checkpoint, settings_of_origin(config_json))
     disk.make_folder(path / CHECKPOINTS)
     atomic_write(path / VERSIONS, json_text.encode_json(versions, indent=2))
     atomic_write(path / CONFIG, config_json.encode())
@@ -264,37 +282,19 @@ def _go_on(path: Path, config_json: str, versions: dict[str, str]) -> dict[str, 
 
     A start that was refused or killed with nothing saved begins again, with whatever settings.
     """
-    before = _read_versions(path)
-    differing = differing_settings(_read_json(path / CONFIG), json.loads(config_json))
-    if differing and checkpoints.newest_round(path / CHECKPOINTS) is None:
+    before, theirs, ours = read_versions(path), read_json(path / CONFIG), json.loads(config_json)
+    if theirs == ours:
+        return before
+    if checkpoints.newest_round(path / CHECKPOINTS) is None:
         return _begin(path, config_json, versions)
-    if differing.keys() == {RESUMABLE_CHANGE}:
-        atomic_write(path / CONFIG, config_json.encode())
-    elif differing:
-        raise RunFolderError(refusal(path, differing))
+    refuse_change(path, theirs, ours)
+    _refuse_past(path, ours)
+    atomic_write(path / CONFIG, config_json.encode())
     return before
 
 
-def _read_versions(path: Path) -> dict[str, str]:
-    """versions.json of a run folder. Raises RunFolderError if an older ubsmoe wrote it than is read."""
-    versions: dict[str, str] = _read_json(path / VERSIONS)
-    wrote = re.match(r"(\d+)\.(\d+)", str(versions.get("ubsmoe")))
-    if wrote and (int(wrote[1]), int(wrote[2])) < OLDEST:
-        this = ".".join(__version__.split(".")[:2])
-        raise RunFolderError(
-            f"{path} was written by ubsmoe {versions['ubsmoe']}; ubsmoe {this} does not read it: "
-            f"use {versions['ubsmoe']} or run it again"
-        )
-    return versions
-
-
-def _read_json(path: Path, kind: type = dict) -> Any:
-    try:
-        value = json_text.decode_json(path.read_bytes())
-    except OSError as error:
-        raise RunFolderError(f"{path} cannot be read: {error}; is {path.parent} a run folder?") from error
-    except (ValueError, RecursionError) as error:
-        raise RunFolderError(f"{path} is damaged: {error}; {MEND}") from None
-    if not isinstance(value, kind):
-        raise RunFolderError(f"{path} is damaged: expected a JSON {'object' if kind is dict else 'list'}; {MEND}")
-    return value
+def _refuse_past(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise RunFolderError if the run has done more rounds than it is to have."""
+    done, rounds = saved_round(path) or 0, config.get("train", {}).get("rounds", math.inf)
+    if done > rounds:
+        raise RunFolderError(f"{path} has done {done} rounds, train.rounds is {rounds}; set {done} or more")

@@ -9,8 +9,15 @@ from ubsmoe.errors import UserError
 from ubsmoe.storage.checkpoints import Checkpoint
 
 ORIGIN = "origin"  # the fact of a checkpoint that says of which run it is
-RESUMABLE_CHANGE = "rounds.quorum"
-"""The one setting that may be another when a run goes on: where dropping out is seeded, the same round would stop it again."""
+MAY_CHANGE = {
+    *("train.rounds", "clients.count", "label", "keep_checkpoints"),
+    *("rounds.quorum", "rounds.deadline_seconds", "rounds.give_up_seconds"),
+    *("model.base", "data.train", "data.test"),
+}
+"""Settings beside [evaluate] that may be others when a run goes on. Where base and data lie is one: hashes say what they are."""
+CLIENT_DATA, QUESTIONS = "client data", "test questions"
+FOLLOWS_FROM = {CLIENT_DATA: "clients.count", QUESTIONS: "evaluate."}
+"""What a run is made of that follows from settings which may change, and is not compared where they have."""
 
 
 class RunFolderError(UserError):
@@ -37,22 +44,59 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def fixed_settings(config_json: str) -> dict[str, Any]:
-    """The settings that a run keeps, by dotted key."""
-    return {key: value for key, value in flatten(json.loads(config_json)).items() if key != RESUMABLE_CHANGE}
+def may_change(key: str) -> bool:
+    """Whether a run may go on with another value of this setting."""
+    return key in MAY_CHANGE or key.startswith("evaluate.")
+
+
+def settings_of_origin(config_json: str) -> dict[str, Any]:
+    """What a checkpoint says of its run's settings, by dotted key: those that stay, and those that may change."""
+    flat = flatten(json.loads(config_json))
+    return {
+        "settings": {key: value for key, value in flat.items() if not may_change(key)},
+        "changeable": {key: value for key, value in flat.items() if may_change(key)},
+    }
+
+
+def refuse_change(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise RunFolderError if a run with `theirs` cannot go on with `ours`, both nested or by dotted key."""
+    differing = differing_settings(theirs, ours)
+    if other := {key: pair for key, pair in differing.items() if not may_change(key)}:
+        raise RunFolderError(refusal(path, other))
+    before, after = differing.get("clients.count", [0, 0])
+    private = any(key.startswith("privacy.") and value is not None for key, value in flatten(ours).items())
+    if before and (after < before or private):
+        reason = "epsilon was reckoned with these" if private else "it can only grow"
+        raise RunFolderError(f"{path} holds a run with clients.count = {before}, asked {after}: {reason}")
+    for key in ("data.train", "data.test"):
+        if None in differing.get(key, []):
+            raise RunFolderError(refusal(path, {key: differing[key]}))  # a part was held out of train, or now would be
+
+
+def changed_settings(checkpoint: Checkpoint, origin: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The settings that are no longer those of the checkpoint: [then, now]."""
+    then = checkpoint.facts.get(ORIGIN, {}).get("changeable", origin["changeable"])
+    return differing_settings(then, origin["changeable"])
 
 
 def refuse_other_run(path: Path, checkpoint: Checkpoint, origin: Mapping[str, Any]) -> None:
     """Raise RunFolderError if the checkpoint says of itself that it is another run's."""
     theirs = checkpoint.facts.get(ORIGIN, {})
-    settings, ours = theirs.get("settings", origin["settings"]), origin["settings"]
-    if differing := differing_settings(settings, ours):
-        raise RunFolderError(refusal(path, differing))
-    if changed := [name for name in origin if name != "settings" and theirs.get(name, origin[name]) != origin[name]]:
+    stays = {key: value for key, value in theirs.get("settings", origin["settings"]).items() if not may_change(key)}
+    refuse_change(path, {**theirs.get("changeable", {}), **stays}, {**origin["settings"], **_known(origin, theirs)})
+    moved = changed_settings(checkpoint, origin)
+    skipped = {"settings", "changeable"}
+    skipped |= {name for name, cause in FOLLOWS_FROM.items() if any(key.startswith(cause) for key in moved)}
+    if changed := [name for name in origin if name not in skipped and theirs.get(name, origin[name]) != origin[name]]:
         raise RunFolderError(
             f"{path} holds a run whose {', '.join(changed)} changed since its checkpoint of round {checkpoint.round}; put back "
             "what was there to go on, or choose another --out"
         )
+
+
+def _known(origin: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that may change and of which the checkpoint says what they were."""
+    return {key: value for key, value in origin["changeable"].items() if key in theirs.get("changeable", {})}
 
 
 def refusal(path: Path, differing: Mapping[str, list[Any]]) -> str:

@@ -99,7 +99,7 @@ def run_cell(settings: RunSettings, folder: Path, track: Sequence[str] = ()) -> 
     from ubsmoe.engines.local import LocalEngine
     from ubsmoe.engines.simulated import as_simulated
     from ubsmoe.server.federation import build_federation
-    from ubsmoe.server.rounds import run
+    from ubsmoe.server.run import run
 
     # bitwise equal whatever runs beside it, and two processes do not fight for the cores
     torch.set_num_threads(settings.threads or 1)

@@ -21,7 +21,7 @@ from ubsmoe.errors import RoundError
 from ubsmoe.messages import Task, Update
 from ubsmoe.methods.chosen import chosen_method, shape_of_model, tier_profiles
 from ubsmoe.server.federation import Federation, build_federation
-from ubsmoe.server.rounds import run
+from ubsmoe.server.run import run
 from ubsmoe.storage.runfolder import RunFolder
 
 

@@ -19,7 +19,7 @@ from ubsmoe.errors import RoundError
 from ubsmoe.messages import Dropped, Profile, Task, Update
 from ubsmoe.plan.forecast import forecast
 from ubsmoe.server.federation import build_federation
-from ubsmoe.server.rounds import run
+from ubsmoe.server.run import run
 from ubsmoe.storage.runfolder import RunFolder
 
 SECONDS = {"client-0": 4.0, "client-1": 1.0, "client-2": 9.0, "client-3": 2.0}

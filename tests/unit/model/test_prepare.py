@@ -26,7 +26,7 @@ from ubsmoe.model.opened import open_model
 from ubsmoe.model.presets import quieten
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.server.federation import build_federation
-from ubsmoe.server.rounds import run
+from ubsmoe.server.run import run
 from ubsmoe.storage import bases, disk
 from ubsmoe.storage.runfolder import RunFolder
 from unit.model.families import FAMILIES, tiny, words

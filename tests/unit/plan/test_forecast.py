@@ -22,7 +22,8 @@ from ubsmoe.plan.tiers import plan_tiers
 from ubsmoe.plan.work import assumed_work, batch_shape
 from ubsmoe.report.plan import plan_lines
 from ubsmoe.server.federation import build_federation
-from ubsmoe.server.rounds import evaluate_tier, one_round, run
+from ubsmoe.server.rounds import evaluate_tier, one_round
+from ubsmoe.server.run import run
 from ubsmoe.server.start import start_state
 from ubsmoe.storage.events import read_events
 from ubsmoe.storage.runfolder import RunFolder

@@ -13,7 +13,7 @@ from ubsmoe.config import parse_run, to_json, with_overrides
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.server.federation import build_federation
 from ubsmoe.server.origin import origin
-from ubsmoe.server.rounds import run
+from ubsmoe.server.run import run
 from ubsmoe.storage.runfolder import RunFolder, RunFolderError
 
 

@@ -19,7 +19,7 @@ from ubsmoe.methods.sums import delta_of, private_vector
 from ubsmoe.plan.tiers import run_costs
 from ubsmoe.server.federation import build_federation
 from ubsmoe.server.privacy import noisy_mean, spent
-from ubsmoe.server.rounds import run
+from ubsmoe.server.run import run
 from ubsmoe.server.start import sample_clients, start_state
 from ubsmoe.storage.runfolder import RunFolder, read_adapter
 from ubsmoe.wire.form import UpdateSpec, spec_of

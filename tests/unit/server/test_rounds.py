@@ -18,7 +18,8 @@ from ubsmoe.methods.modulation import ModulationState
 from ubsmoe.methods.state import pack, unpack
 from ubsmoe.server.federation import Federation, build_federation
 from ubsmoe.server.metrics import RoundMetrics
-from ubsmoe.server.rounds import one_round, run
+from ubsmoe.server.rounds import one_round
+from ubsmoe.server.run import run
 from ubsmoe.server.start import sample_clients, start_state
 from ubsmoe.storage.runfolder import RunFolder
 

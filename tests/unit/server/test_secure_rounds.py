@@ -27,7 +27,8 @@ from ubsmoe.plan.tiers import run_costs
 from ubsmoe.secagg.messages import Start
 from ubsmoe.secagg.vector import step_of
 from ubsmoe.server.federation import Federation, build_federation
-from ubsmoe.server.rounds import one_round, run
+from ubsmoe.server.rounds import one_round
+from ubsmoe.server.run import run
 from ubsmoe.server.start import noise_key, start_state
 from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.codec import decode_task, decode_update, encode_task, encode_update

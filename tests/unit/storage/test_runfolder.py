@@ -104,8 +104,10 @@ def test_other_settings_are_named_by_dotted_key_and_the_folder_stays_as_it_is(tm
     begun(tmp_path, CONFIG)
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(RunFolderError) as caught:
-        RunFolder.open_or_create(tmp_path, other(train={"rounds": 9, "learning_rate": 0.002}, seed=1), VERSIONS)
-    assert "seed (there 0, asked 1), train.rounds (there 5, asked 9); choose another --out" in str(caught.value)
+        RunFolder.open_or_create(tmp_path, other(train={"rounds": 9, "learning_rate": 0.003}, seed=1), VERSIONS)
+    assert "seed (there 0, asked 1), train.learning_rate (there 0.002, asked 0.003); choose another --out" in str(
+        caught.value
+    )
     assert (tmp_path / "config.json").read_bytes() == before
 
 

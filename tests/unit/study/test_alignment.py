@@ -10,7 +10,7 @@ from ubsmoe.client.train import language_loss
 from ubsmoe.config import ConfigError, parse_run, to_json, with_overrides
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.server.federation import Federation, build_federation
-from ubsmoe.server.rounds import run
+from ubsmoe.server.run import run
 from ubsmoe.server.start import start_state
 from ubsmoe.storage.runfolder import RunFolder, RunFolderError
 from ubsmoe.study import alignment

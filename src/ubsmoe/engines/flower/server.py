@@ -1,4 +1,4 @@
-"""The server: `rounds.run` with clients that a Flower Grid reaches.
+"""The server: `server.run.run` with clients that a Flower Grid reaches.
 
 Nodes announce their clients before they are sent a task. An announced name is checked against the name that the node's key was
 registered with at the SuperLink. The sender of an answer is known from Flower's message, not from what the answer says.
@@ -25,7 +25,7 @@ from ubsmoe.engines.flower.secure import carried
 from ubsmoe.errors import printable
 from ubsmoe.messages import Dropped, Profile, Reply, Task, Update
 from ubsmoe.server.federation import Federation, build_server
-from ubsmoe.server.rounds import run
+from ubsmoe.server.run import run
 from ubsmoe.storage.record import loss_text
 from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.codec import decode_announcements, decode_update, encode_task
@@ -259,7 +259,7 @@ def _error_text(message: Message) -> str:
 
 
 def server_app(run_file: Path) -> ServerApp:
-    """The app that runs beside the SuperLink: `rounds.run`, with its clients on the nodes."""
+    """The app that runs beside the SuperLink: `server.run.run`, with its clients on the nodes."""
     app = ServerApp()
 
     def main(grid: Grid, context: Context) -> None:
