@@ -20,9 +20,11 @@ from ubsmoe.plan.tiers import run_costs
 from ubsmoe.report.comparison import Balance, Row
 from ubsmoe.report.plain import average, csv_row
 from ubsmoe.report.tracking import Tracking, check_trackers
+from ubsmoe.storage.checkpoints import newest_round
+from ubsmoe.storage.layout import CHECKPOINTS, CONFIG, read_json
 from ubsmoe.storage.record import RunRecord, Scores
 from ubsmoe.storage.runfolder import RunFolder, atomic_write, read_run
-from ubsmoe.storage.same_run import differing_settings
+from ubsmoe.storage.same_run import differing_settings, refuse_change
 from ubsmoe.study.variants import Variant
 
 
@@ -51,7 +53,7 @@ def compare(
 
     Raises:
         UserError: for a method, setting or tracker that does not exist, before anything runs.
-        RunFolderError: if a folder of the grid holds a run of other settings.
+        RunFolderError: if a folder of the grid holds a run of other settings, before anything runs.
     """
     if not settings.evaluate.after:
         raise ConfigError("a comparison is one of scores after training; set evaluate.after = true")
@@ -60,6 +62,9 @@ def compare(
     for variant in variants:
         run_costs(grid[variant.label, seeds[0]])  # builds the method: a misspelt setting fails here, not in an hour
     folders = {key: out / "runs" / f"{_file_name(key[0])}-seed{key[1]}" for key in grid}
+    for key, folder in folders.items():
+        if newest_round(folder / CHECKPOINTS) is not None:
+            refuse_change(folder, read_json(folder / CONFIG), grid[key].model_dump(mode="json"))
     with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=end_with_parent) as pool:
         futures = {pool.submit(run_cell, cell, folders[key], track): key for key, cell in grid.items()}
         try:

@@ -115,7 +115,9 @@ def test_a_misspelt_method_or_setting_fails_before_anything_runs(tiny_run: dict[
     assert not (tmp_path / "out").exists()
 
 
-def test_every_run_of_the_grid_draws_its_curves(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+def test_every_run_of_the_grid_draws_its_curves_and_holds_its_settings(
+    tiny_run: dict[str, Any], tmp_path: Path
+) -> None:
     pytest.importorskip("tensorboard")
     settings = parse_run(with_overrides(tiny_run, {"train.rounds": 1, "train.local_steps": 1}))
     with pytest.raises(UserError, match="--track 'paper': expected one of tensorboard"):
@@ -123,6 +125,10 @@ def test_every_run_of_the_grid_draws_its_curves(tiny_run: dict[str, Any], tmp_pa
     assert not (tmp_path / "out").exists()
     compare(settings, choose_variants("fedavg", None), [0, 1], tmp_path / "out", track=["tensorboard"])
     assert len(list((tmp_path / "out" / "runs").glob("fedavg-seed*/tensorboard/events.*"))) == 2
+    other = settings.model_copy(update={"train": settings.train.model_copy(update={"learning_rate": 0.5})})
+    with pytest.raises(UserError, match="learning_rate"):
+        compare(other, choose_variants("fedavg,ubsmoe", None), [0], tmp_path / "out")
+    assert not list((tmp_path / "out" / "runs").glob("ubsmoe*"))  # refused before anything runs
 
 
 def record(name: str, config: dict[str, Any], base: str = "x") -> RunRecord:
