@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import jaxtyping
 import pytest
 import torch
 
@@ -20,6 +21,17 @@ for number, handler in DEFAULTS.items():
 # a busy machine is no failure of a property
 hypothesis.settings.register_profile("ours", deadline=None, max_examples=40)
 hypothesis.settings.load_profile("ours")
+
+
+SHAPES_CHECKED = {"methods", "properties", "maths", "model", "client", "src"}
+"""Folders whose tests meet each tensor directly; whole runs take nearly twice as long with every shape checked."""
+
+
+@pytest.fixture(autouse=True)
+def check_shapes(request: pytest.FixtureRequest) -> None:
+    """Check the shapes in annotations, where that shows more than the same lines have shown elsewhere."""
+    wanted = not SHAPES_CHECKED.isdisjoint(request.path.relative_to(request.config.rootpath).parts)
+    jaxtyping.config.update("jaxtyping_disable", not wanted)
 
 
 @pytest.fixture(scope="session")
@@ -60,9 +72,9 @@ def tiny_run(random_base: Path) -> dict[str, Any]:
         "adapter": {"rank": 3, "alpha": 6.0},
         "tiers": {"ranks": [1, 2, 3, 4]},
         "clients": {"count": 4},
-        "data": {"synthetic": {"train_examples": 40, "test_examples": 16, "entities": 8}},
+        "data": {"synthetic": {"train_examples": 40, "test_examples": 3, "entities": 8}},
         "train": {"rounds": 2, "local_steps": 2, "batch_size": 4},
-        "evaluate": {"max_new_tokens": 6},
+        "evaluate": {"max_new_tokens": 4},
     }
 
 

@@ -176,9 +176,9 @@ def _write_run_file(path: Path, base: Path) -> None:
         adapter = {{rank = 3, alpha = 6}}
         tiers.ranks = [1, 2, 3, 4]
         clients.count = 4
-        data.synthetic = {{train_examples = 40, test_examples = 16, entities = 8}}
+        data.synthetic = {{train_examples = 40, test_examples = 2, entities = 8}}
         train = {{rounds = 2, local_steps = 2, batch_size = 4}}
-        evaluate = {{max_new_tokens = 4, max_examples = 1}}
+        evaluate = {{max_new_tokens = 2}}
         """
     )
 
