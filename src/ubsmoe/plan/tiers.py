@@ -11,12 +11,12 @@ from ubsmoe.costs.shape import ModelShape, Trained, budget_top_k
 from ubsmoe.costs.tiers import Tier, TierCost, tier_costs
 from ubsmoe.costs.traffic import Traffic
 from ubsmoe.costs.workload import Batch, Workload
-from ubsmoe.model.presets import check_length, checked_k_max, dtype_of, experts_of, is_preset, model_shape
+from ubsmoe.model.presets import check_length, checked_k_max, dtype_of, is_preset, model_shape, tier_formats
 
 
 @dataclass(frozen=True)
 class TierPlan:
-    """The base's sizes, what a client does in a step (at the rank of its tier), what that costs each tier, and secure rounds."""
+    """The base's sizes, what a client does in a step (but for what is its tier's own), what that costs, and secure rounds."""
 
     shape: ModelShape
     workload: Workload
@@ -27,7 +27,11 @@ class TierPlan:
         """What a client of one tier does in a step."""
         train = train_of_tier(settings.train, settings.tiers, cost.tier)
         several = (train.micro_batch or train.batch_size) < train.batch_size or train.gradient_accumulation > 1
-        return replace(self.workload, rank=cost.rank, accumulating=several, recomputing=train.gradient_checkpointing)
+        return replace(self.of(cost), accumulating=several, recomputing=train.gradient_checkpointing)
+
+    def of(self, cost: TierCost) -> Workload:
+        """The workload at the rank of a tier, on its experts."""
+        return replace(self.workload, rank=cost.rank, experts=cost.experts)
 
 
 def check_base(settings: RunSettings) -> None:
@@ -114,14 +118,15 @@ def run_workload(settings: RunSettings) -> Workload:
         accumulating=train.gradient_accumulation > 1,
         recomputing=train.gradient_checkpointing,
         wire_dtype=settings.wire.dtype,
-        experts=experts_of(settings.model),
     )
 
 
 def _tiers(settings: RunSettings, shape: ModelShape, ranks: Sequence[int] | None = None) -> list[Tier]:
     """Every tier at the K that its budget affords and the run's rank; or at K_max and its own of these ranks."""
     k_max = checked_k_max(settings.tiers.k_max, shape.k_max, settings.model.base)
-    budgets = settings.tiers.budgets
+    budgets, formats = settings.tiers.budgets, tier_formats(settings)
     if ranks is None:
-        return [Tier(budget, budget_top_k(k_max, budget), settings.adapter.rank) for budget in budgets]
-    return [Tier(budget, k_max, rank) for budget, rank in zip(budgets, ranks, strict=True)]
+        own = [(budget_top_k(k_max, budget), settings.adapter.rank) for budget in budgets]
+    else:
+        own = [(k_max, rank) for rank in ranks]
+    return [Tier(budget, *each, experts) for budget, each, experts in zip(budgets, own, formats, strict=True)]
