@@ -182,6 +182,7 @@ from ubsmoe.finished.run import export_run, open_run
 found = {{}}
 with private_peak(found):
     run = open_run(Path({str(run)!r})) if {format!r} == "weights" else None
+    model = run and run.install(run.tier(None))
     export_run(Path({str(run)!r}), Path({str(scratch / "out")!r}), "peft" if run else {format!r})
 print(json.dumps(found))
 """

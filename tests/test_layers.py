@@ -12,7 +12,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
     "seeds": set(),
-    "messages": set(),
+    "messages": {"costs"},
     # tensors in, tensors out; arithmetic from a model's shape
     "maths": set(),
     "costs": set(),

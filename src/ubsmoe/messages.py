@@ -9,6 +9,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from ubsmoe.costs.workload import ExpertFormat, NamedFormat
+
 Tensors = Mapping[str, Tensor]
 CLIENT_NAME = r"^[A-Za-z0-9_]([A-Za-z0-9_.-]{0,62}[A-Za-z0-9_])?$"
 """What a client may be called: letters, digits and _ . - between them, at most 64; a name stands in logs, files and tables."""
@@ -28,19 +30,22 @@ def in_order(tensors: Tensors) -> dict[str, Tensor]:
 class Announcement:
     """A client that a machine offers: how much data it holds and which fraction of K_max it can afford.
 
-    Without a `budget` it is one of the run file's own clients, which belongs to the tier that the file gives it.
+    Without a `budget` it is one of the run file's own clients, which belongs to the tier that the file gives it. `experts` says
+    what its frozen experts are, where that is not its tier's matter.
     """
 
     client: str
     num_examples: int
     budget: float | None = None
+    experts: NamedFormat | None = None
 
 
 @dataclass(frozen=True)
 class Profile:
     """What one client can afford: `top_k` experts per token and LoRA rank `rank`.
 
-    `budget` is the fraction of K_max it declared, `tier` the index of that budget, `num_examples` the size of its data.
+    `budget` is the fraction of K_max it declared, `tier` the index of that budget, `num_examples` the size of its data. `experts`
+    is what its frozen experts are quantised to.
     """
 
     client: str
@@ -49,6 +54,7 @@ class Profile:
     top_k: int
     rank: int
     num_examples: int = 0
+    experts: ExpertFormat | None = None
 
 
 @dataclass(frozen=True)

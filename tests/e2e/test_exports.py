@@ -52,10 +52,10 @@ def finished(
 def test_every_kind_of_method_exports_what_its_tier_runs(method: str, finished: Any, tmp_path: Path) -> None:
     place = finished(method)
     run = open_run(place)
-    run.install(run.tier(2))
-    want, base = logits(run.model.model), None
-    run.model.clear()
-    base = logits(run.model.model)
+    model = run.install(run.tier(2))
+    want = logits(model.model)
+    model.clear()
+    base = logits(model.model)
     assert (want - base).abs().max() > 1e-4
     for format in ("native", "peft", "merged"):
         sidecar = export_run(place, tmp_path / format, format, tier=2)
@@ -72,13 +72,12 @@ def test_an_adapter_is_exported_without_the_weights_of_its_base(
     place = finished(method)
     for format in ("native", "peft"):
         run = open_run(place)
-        run.install(run.tier(2))
-        origin = exports.Origin(run.settings.model, run.base_sha256, run.method.name, 2)
+        model, origin = run.install(run.tier(2)), run.origin(run.tier(2))
         loaded = tmp_path / f"loaded-{format}"
-        exports.write(run.model, run.tokenizer, read_installed(run.model), origin, format, loaded)
+        exports.write(model, run.tokenizer, read_installed(model), origin, format, loaded)
         with monkeypatch.context() as patch:
             patch.setattr("ubsmoe.finished.run.DIRECT_BYTES", 0)  # as if this base were a big one
-            patch.setattr("ubsmoe.finished.run.load_base", None)  # whoever loads weights fails
+            patch.setattr("ubsmoe.finished.run.Bases", None)  # whoever loads weights fails
             export_run(place, tmp_path / format, format, 2)
         for file in loaded.iterdir():
             assert (tmp_path / format / file.name).read_bytes() == file.read_bytes(), file

@@ -6,20 +6,21 @@ The configuration of a node (`client.node_config`) says which clients it is and 
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
-from ubsmoe.client.node_config import SECURE_STEPS, UNSIGNED, NodeConfig
+from ubsmoe.client.node_config import EXPERTS, SECURE_STEPS, UNSIGNED, NodeConfig
 from ubsmoe.client.node_config import TRAIN as SECURE_TRAIN
 from ubsmoe.client.train import ClientFailure, Trainer, make_trainer, train
 from ubsmoe.config import ConfigError, RunSettings
+from ubsmoe.costs.workload import ExpertFormat, NamedFormat
 from ubsmoe.data.partition import client_names, partition_clients
 from ubsmoe.data.sources import load_examples, load_training
 from ubsmoe.data.tokens import Tokens, tokenize
 from ubsmoe.messages import Announcement, Task, Update
 from ubsmoe.methods.chosen import chosen_method, shape_of_model
-from ubsmoe.model.load import check_sha256, load_base, load_tokenizer
+from ubsmoe.model.load import Bases, check_sha256, load_tokenizer
 from ubsmoe.wire.codec import decode_task, encode_announcements, encode_update
 from ubsmoe.wire.packed import MAX_MESSAGE_BYTES, Packed, disclose, enclose
 
@@ -37,6 +38,8 @@ class Machine:
     def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
         self._nodes: dict[frozenset[tuple[str, object]], Node] = {}
+        self._bases = Bases(settings.model, settings.tiers.rescale, settings.tiers.k_max)
+        self._trainers: dict[ExpertFormat | None, Trainer] = {}
         if settings.threads:
             torch.set_num_threads(settings.threads)
 
@@ -44,14 +47,14 @@ class Machine:
         """The node with this identity; it keeps its data from one message to the next."""
         return self._nodes.setdefault(frozenset(identity.items()), Node(self, identity))
 
-    @cached_property
-    def trainer(self) -> Trainer:
-        """The base and the method; loaded by the first task, since announcing needs neither."""
-        settings = self.settings
-        model, tokenizer = load_base(settings.model, settings.tiers.rescale, settings.tiers.k_max)
-        check_sha256(settings.model, model.sha256)
-        method = chosen_method(settings, shape_of_model(settings, model))
-        return make_trainer(settings, model, method, tokenizer, model.sha256)
+    def trainer(self, experts: ExpertFormat | None) -> Trainer:
+        """The base with such experts and the method; loaded by the first task that asks so, since announcing needs neither."""
+        if experts not in self._trainers:
+            settings, model = self.settings, self._bases(experts)
+            check_sha256(settings.model, model.sha256)
+            method = chosen_method(settings, shape_of_model(settings, model))
+            self._trainers[experts] = make_trainer(settings, model, method, self._bases.tokenizer, model.sha256)
+        return self._trainers[experts]
 
 
 class Node:
@@ -100,7 +103,7 @@ class Node:
             start = Start.read(inner.header)
             member.expect(start)
             task = task_in(start, inner)
-            answer = member.masked(start, task, self.train(task), self._machine.trainer.method)
+            answer = member.masked(start, task, self.train(task), self._machine.trainer(task.profile.experts).method)
         else:
             answer = member.answer(kind, inner)
         return enclose(answer, memory=member.memory)
@@ -114,7 +117,8 @@ class Node:
         budget = None
         if "client" in self._identity:
             budget = _number(self._identity, "budget") if "budget" in self._identity else 1.0
-        return [Announcement(name, len(examples), budget) for name, examples in self._examples.items()]
+        experts = cast("NamedFormat | None", self._identity.get(EXPERTS))
+        return [Announcement(name, len(examples), budget, experts) for name, examples in self._examples.items()]
 
     def train(self, task: Task) -> Update:
         """One client's work in one round.
@@ -127,7 +131,7 @@ class Node:
         if client not in self._examples:
             raise ConfigError(f"client {client!r} is not on this machine, which has {', '.join(self._examples)}")
         try:
-            return train(self._machine.trainer, task, self._examples[client])
+            return train(self._machine.trainer(task.profile.experts), task, self._examples[client])
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ClientFailure(str(error) or "out of memory") from error
 

@@ -7,6 +7,11 @@ A machine is told which clients it is in one of two ways:
     client, budget                 one client of that name that affords that budget (1 when left out); all of
                                    data.train on this machine is its own, and no other machine sees it
 
+It may say what its frozen experts are, of which the server is told and which every round's events record, since it trains on
+another function then:
+
+    model.experts                  "plain", "int8" or "nf4", which goes before what [tiers] says
+
 For [secure_aggregation] it names the keys, which no server sends (docs/robustness.md):
 
     signing-key, peer-keys         this machine's registered private key; a folder with everybody's public ones
@@ -17,14 +22,15 @@ train.gradient_checkpointing), which then goes before what [tiers] says. What wo
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from ubsmoe.config import ConfigError, RunSettings, parse_run, with_overrides
+from ubsmoe.costs.workload import NamedFormat
 
 NodeConfig = Mapping[str, str | int | float | bool]
 
-UNSIGNED = "unsigned"
-IDENTITY_KEYS = ("partition-id", "num-partitions", "client", "budget", "signing-key", "peer-keys", UNSIGNED)
+UNSIGNED, EXPERTS = "unsigned", "model.experts"
+IDENTITY_KEYS = ("partition-id", "num-partitions", "client", "budget", EXPERTS, "signing-key", "peer-keys", UNSIGNED)
 LOCATION_KEYS = ("model.base", "model.device", "data.train", "threads")
 WORK_KEYS = ("train.micro_batch", "train.gradient_checkpointing")  # the same work in less memory; [tiers] has them too
 
@@ -46,6 +52,10 @@ def on_this_machine(settings: RunSettings, config: NodeConfig) -> tuple[RunSetti
         fault = "would change this client's work" if _is_setting(settings, unknown[0]) else "is unknown"
         raise ConfigError(
             f"node configuration: {unknown[0]!r} {fault}; a node may say {', '.join(known)}, resident-seconds"
+        )
+    if (experts := config.get(EXPERTS)) not in (None, *get_args(NamedFormat)):
+        raise ConfigError(
+            f"node configuration: {EXPERTS} is {experts!r}, expected {', '.join(map(repr, get_args(NamedFormat)))}"
         )
     places: dict[str, Any] = {key: value for key, value in config.items() if key in LOCATION_KEYS + WORK_KEYS}
     places |= {key.replace("train.", "tiers."): None for key in config if key in WORK_KEYS}

@@ -16,6 +16,7 @@ from ubsmoe.data.tokens import IGNORED, Tokens, collate, pad_id
 from ubsmoe.errors import UserError
 from ubsmoe.messages import Task, Tensors, Update, in_order
 from ubsmoe.methods.method import Hooks, Method
+from ubsmoe.model.load import Bases
 from ubsmoe.model.recompute import recomputing
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
@@ -23,7 +24,10 @@ from ubsmoe.seeds import generator_for
 
 @dataclass(frozen=True)
 class Trainer:
-    """All that clients share: the base (one per process), the method, how to train, how updates travel, and the whole run file."""
+    """All that clients share: the base (one per process), the method, how to train, how updates travel, and the whole run file.
+
+    `bases` is the base in other formats of its experts, where clients have them.
+    """
 
     model: SparseModel
     method: Method
@@ -35,10 +39,16 @@ class Trainer:
     base_sha256: str = ""
     wire_dtype: WireDtype = "float32"
     run: RunSettings | None = None
+    bases: Bases | None = None
 
 
 def make_trainer(
-    settings: RunSettings, model: SparseModel, method: Method, tokenizer: Any, base_sha256: str
+    settings: RunSettings,
+    model: SparseModel,
+    method: Method,
+    tokenizer: Any,
+    base_sha256: str,
+    bases: Bases | None = None,
 ) -> Trainer:
     """What clients of one process share."""
     return Trainer(
@@ -52,6 +62,7 @@ def make_trainer(
         base_sha256,
         settings.wire.dtype,
         settings,
+        bases,
     )
 
 
@@ -74,8 +85,9 @@ def train(
         ClientFailure: if the loss stops being finite.
     """
     started = time.perf_counter()
-    client, model = task.profile.client, trainer.model
-    trainer = replace(trainer, settings=train_of_tier(trainer.settings, trainer.tiers, task.profile.tier))
+    client, tier = task.profile.client, task.profile.tier
+    model = trainer.bases(task.profile.experts) if trainer.bases else trainer.model
+    trainer = replace(trainer, model=model, settings=train_of_tier(trainer.settings, trainer.tiers, tier))
     key = (trainer.seed, client, task.round)
     try:
         hooks = trainer.method.install(model, task.payload, task.profile, generator_for(*key, "install"))
@@ -92,7 +104,7 @@ def train(
                 loss=loss,
                 seconds=time.perf_counter() - started,
                 extras=_copies(hooks.extras()),
-                tier=task.profile.tier,
+                tier=tier,
                 run=task.run,
                 base=trainer.base_sha256,
             )

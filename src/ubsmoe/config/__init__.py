@@ -27,7 +27,7 @@ from ubsmoe.config.settings import (
     WireSettings,
     train_of_tier,
 )
-from ubsmoe.costs.workload import WireDtype
+from ubsmoe.costs.workload import ExpertFormat, NamedFormat, WireDtype, format_named
 
 __all__ = [
     "AdapterSettings",
@@ -35,8 +35,10 @@ __all__ = [
     "ConfigError",
     "DataSettings",
     "EvaluateSettings",
+    "ExpertFormat",
     "MethodSettings",
     "ModelSettings",
+    "NamedFormat",
     "PartitionSettings",
     "PrivacySettings",
     "RobustSettings",
@@ -50,6 +52,7 @@ __all__ = [
     "TrainSettings",
     "WireDtype",
     "WireSettings",
+    "format_named",
     "load_run",
     "parse_run",
     "parse_value",

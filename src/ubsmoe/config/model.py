@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ubsmoe.config.section import Budget, Rank, Settings, Share
-from ubsmoe.costs.workload import ExpertFormat
+from ubsmoe.costs.workload import ExpertFormat, NamedFormat
 
 
 class ModelSettings(Settings):
@@ -65,6 +65,9 @@ class TierSettings(Settings):
     # off, since it is not the paper's; what it gains and costs: docs/results.md, Screening and Confirmation, rows elastic_share
     elastic_share: Share = Field(0.0, description="share of local steps run at a smaller K: elastic budgets")
     elastic_draw: Literal["one", "uniform"] = Field("one", description="the smaller K: always 1, or uniform on 1..K_c")
+    experts: tuple[NamedFormat, ...] | None = Field(
+        None, description='model.experts of each tier, "plain" for none; the base\'s own for all when left out'
+    )
     micro_batch: tuple[PositiveInt, ...] | None = Field(
         None, description="train.micro_batch of each tier; train's own for all when left out"
     )
@@ -74,7 +77,7 @@ class TierSettings(Settings):
 
     @model_validator(mode="after")
     def _one_per_tier(self) -> "TierSettings":
-        for key in ("micro_batch", "gradient_checkpointing"):
+        for key in ("experts", "micro_batch", "gradient_checkpointing"):
             values = getattr(self, key)
             if values is not None and len(values) != len(self.budgets):
                 raise ValueError(

@@ -3,21 +3,22 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ubsmoe.costs.flops import backward_flops_per_token, forward_flops_per_token, pseudo_gradient_flops_per_token
 from ubsmoe.costs.memory import mapped_memory_bytes, peak_memory_bytes
 from ubsmoe.costs.shape import ModelShape
 from ubsmoe.costs.traffic import Traffic, adapter_traffic, count_bytes
-from ubsmoe.costs.workload import Workload
+from ubsmoe.costs.workload import ExpertFormat, Workload
 
 
 class Tier(NamedTuple):
-    """A class of client: its budget beta, the K and the LoRA rank that a method gives it for that."""
+    """A class of client: its budget beta, the K and the LoRA rank that a method gives it for that, and what its experts are."""
 
     budget: float
     top_k: int
     rank: int
+    experts: ExpertFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class TierCost:
     budget: float
     top_k: int
     rank: int
+    experts: ExpertFormat | None
     forward_flops_per_token: int
     backward_flops_per_token: int
     train_flops_per_token: int
@@ -41,7 +43,7 @@ class TierCost:
     peak_memory_bytes: int
     mapped_memory_bytes: int
 
-    def as_dict(self) -> dict[str, int | float]:
+    def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return asdict(self)
 
@@ -63,7 +65,7 @@ def tier_costs(
     Args:
         shape: the model.
         tiers: at least one.
-        workload: of every tier, but for the rank.
+        workload: of every tier, but for the rank and the experts' format.
         traffic: bytes of a client's tensors, from the shape and the client's rank; those of the adapter, both ways, when left
             out. Counts are added to the upload.
 
@@ -71,7 +73,9 @@ def tier_costs(
     """
     traffic = traffic or partial(adapter_traffic, trained=workload.trained, wire_dtype=workload.wire_dtype)
     costs = [
-        _tier_cost(shape, number, tier, replace(workload, rank=tier.rank), traffic(shape, tier.rank))
+        _tier_cost(
+            shape, number, tier, replace(workload, rank=tier.rank, experts=tier.experts), traffic(shape, tier.rank)
+        )
         for number, tier in enumerate(tiers)
     ]
     top = max(costs, key=lambda cost: cost.budget).train_flops_per_token

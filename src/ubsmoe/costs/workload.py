@@ -12,6 +12,14 @@ WireDtype = Literal["float32", "bfloat16", "int8"]
 ExpertFormat = Literal["int8", "nf4"]
 """What the frozen experts can be quantised to."""
 
+NamedFormat = Literal["plain", "int8", "nf4"]
+"""The same where "as in the checkpoint" needs a name, since one of several clients has its experts so."""
+
+
+def format_named(name: NamedFormat) -> ExpertFormat | None:
+    """What that name says: None for plain experts."""
+    return None if name == "plain" else name
+
 
 @dataclass(frozen=True)
 class Batch:

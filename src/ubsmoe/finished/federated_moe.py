@@ -154,9 +154,8 @@ class FederatedMoE:
     def _from_run(cls, folder: Path, tier: int | None, device: str) -> Self:
         run = open_run(folder, device)
         profile = run.tier(tier)
-        run.install(profile)
-        origin = exports.Origin(run.settings.model, run.base_sha256, run.method.name, profile.tier + 1)
-        return cls(run.model, run.tokenizer, origin)
+        model = run.install(profile)
+        return cls(model, run.tokenizer, run.origin(profile))
 
     @classmethod
     def _from_export(cls, folder: Path, base: str | None, device: str) -> Self:

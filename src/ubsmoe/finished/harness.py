@@ -54,13 +54,13 @@ def harness_scores(
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
     run = open_run(path)
-    model = huggingface.HFLM(pretrained=run.model.model, tokenizer=run.tokenizer, batch_size=batch_size, **READ)
     results = []
     for profile in run.tiers if tier is None else [run.tier(tier)]:
-        run.install(profile)
-        with own_generation(run.model.model, run.tokenizer):
+        sparse = run.install(profile)
+        model = huggingface.HFLM(pretrained=sparse.model, tokenizer=run.tokenizer, batch_size=batch_size, **READ)
+        with own_generation(sparse.model, run.tokenizer):
             found = evaluator.evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
-        run.model.clear()
+        sparse.clear()
         scores = {
             name: {key: value for key, value in row.items() if key != "alias"} for name, row in found["results"].items()
         }

@@ -15,7 +15,7 @@ from ubsmoe.methods.chosen import chosen_method, shape_of_model, tier_profiles
 from ubsmoe.methods.compensation import CompensationState
 from ubsmoe.methods.method import Method, State
 from ubsmoe.methods.state import unpack
-from ubsmoe.model.load import base_bytes, load_base, load_skeleton
+from ubsmoe.model.load import Bases, base_bytes, load_skeleton
 from ubsmoe.model.opened import DIRECT_BYTES
 from ubsmoe.model.presets import dtype_of, experts_of
 from ubsmoe.model.surgery import SparseModel
@@ -29,11 +29,13 @@ Weights = Literal["trained", "plain", "none"]
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that has ended, its base loaded. `tiers` is one profile per tier."""
+    """A run that has ended. `tiers` is one profile per tier; `bases` are loaded when they are asked for, None for no weights."""
 
+    path: Path
     settings: RunSettings
-    model: SparseModel
-    tokenizer: Any
+    skeleton: SparseModel
+    bases: Bases | None
+    weights: Weights
     method: Method
     tiers: list[Profile]
     state: State
@@ -45,12 +47,35 @@ class FinishedRun:
             return max(self.tiers, key=lambda profile: profile.budget)
         return _numbered(self.tiers, number)
 
-    def install(self, profile: Profile) -> None:
-        """Put on the base what a client of this profile gets."""
-        payload = self.method.dispatch(self.state, profile)
-        self.method.install(self.model, payload, profile, generator_for(self.settings.seed, "evaluation"))
+    @property
+    def tokenizer(self) -> Any:
+        """The base's, where a base is loaded."""
+        return self.bases and self.bases.tokenizer
+
+    def origin(self, profile: Profile) -> exports.Origin:
+        """What an export of this profile says of itself."""
+        model = self.settings.model.model_copy(update={"experts": profile.experts})
+        return exports.Origin(model, self.base_sha256, self.method.name, profile.tier + 1)
+
+    def install(self, profile: Profile) -> SparseModel:
+        """Put on the base what a client of this profile gets, and give it.
+
+        Raises:
+            UserError: if the base cannot be had, or is another than it was trained on.
+        """
+        model, payload = self._base_for(profile), self.method.dispatch(self.state, profile)
+        self.method.install(model, payload, profile, generator_for(self.settings.seed, "evaluation"))
         if CompensationState in self.method.keeps:  # of every K, so that it serves at any
-            self.model.set_compensation(self.state.of(CompensationState).by_name())
+            model.set_compensation(self.state.of(CompensationState).by_name())
+        return model
+
+    def _base_for(self, profile: Profile) -> SparseModel:
+        if self.bases is None:
+            return self.skeleton
+        stored = experts_of(self.settings.model.model_copy(update={"experts": None}))
+        model = self.bases(profile.experts if self.weights == "trained" else stored)
+        _require_base(self.path, self.base_sha256, model.sha256, self.settings)
+        return model
 
 
 def open_run(
@@ -67,7 +92,7 @@ def open_run(
 
     Raises:
         RunFolderError: if the folder holds no finished run.
-        ConfigError: if its base cannot be had, or is another than it was trained on.
+        ConfigError: if its base cannot be had.
     """
     tensors, facts = read_adapter(path)
     settings = settings_of_run(path, {"model.device": device} if device else {})
@@ -77,18 +102,13 @@ def open_run(
         "base": base or settings.model.base,
     }
     settings = settings.model_copy(update={"model": settings.model.model_copy(update=found)})
-    used = settings.model.model_copy(update={"experts": None}) if weights == "plain" else settings.model
-    place = used, settings.tiers.rescale, settings.tiers.k_max
-    if weights == "none":
-        model, tokenizer = load_skeleton(*place), None
-        model.device = torch.device("cpu")
-    else:
-        model, tokenizer = load_base(*place)
-        _require_base(path, facts, model.sha256, settings)
-    shape = shape_of_model(settings, model)
+    place = settings.model, settings.tiers.rescale, settings.tiers.k_max
+    skeleton, bases = load_skeleton(*place), None if weights == "none" else Bases(*place)
+    skeleton.device = torch.device("cpu")
+    shape = shape_of_model(settings, skeleton)
     method = chosen_method(settings, shape)
-    tiers = tier_profiles(settings, method, shape)
-    return FinishedRun(settings, model, tokenizer, method, tiers, unpack(tensors, method.keeps), facts["base_sha256"])
+    tiers, state = tier_profiles(settings, method, shape), unpack(tensors, method.keeps)
+    return FinishedRun(path, settings, skeleton, bases, weights, method, tiers, state, facts["base_sha256"])
 
 
 def export_run(path: Path, out: Path, format: Format, tier: int | None = None, base: str | None = None) -> Sidecar:
@@ -108,11 +128,10 @@ def export_run(path: Path, out: Path, format: Format, tier: int | None = None, b
     whole = format == "merged" or (format == "peft" and base_bytes(settings_of_run(path, {}).model) < DIRECT_BYTES)
     run = open_run(path, weights="plain" if whole else "none", base=base)
     profile = run.tier(tier)
-    run.install(profile)
-    installed = read_installed(run.model)
-    run.model.clear()
-    origin = exports.Origin(run.settings.model, run.base_sha256, run.method.name, profile.tier + 1)
-    return exports.write(run.model, run.tokenizer, installed, origin, format, out)
+    model = run.install(profile)
+    installed = read_installed(model)
+    model.clear()
+    return exports.write(model, run.tokenizer, installed, run.origin(profile), format, out)
 
 
 def evaluate_run(
@@ -137,7 +156,7 @@ def evaluate_run(
         raise ConfigError(f"--set {wrong[0]}: scoring a run can change evaluate.*, data.* and model.device only")
     tensors, facts = read_adapter(path)
     federation = build_server(settings_of_run(path, overrides), weights=True)
-    _require_base(path, facts, federation.base_sha256, federation.settings)
+    _require_base(path, facts["base_sha256"], federation.base_sha256, federation.settings)
     state = unpack(tensors, federation.method.keeps)
     chosen = federation.tiers if tier is None else [_numbered(federation.tiers, tier)]
     if top_k is not None:
@@ -170,6 +189,6 @@ def _numbered(tiers: list[Profile], number: int) -> Profile:
     return tiers[number - 1]
 
 
-def _require_base(path: Path, facts: dict[str, Any], base_sha256: str, settings: RunSettings) -> None:
-    if facts["base_sha256"] != base_sha256:
+def _require_base(path: Path, trained_on: str, base_sha256: str, settings: RunSettings) -> None:
+    if trained_on != base_sha256:
         raise ConfigError(f"model.base: {path} was trained on another base than {settings.model.base}")

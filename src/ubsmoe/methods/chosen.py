@@ -1,5 +1,6 @@
 """The method that a run file chooses, built in one place for everybody who asks: server, clients, plan."""
 
+from dataclasses import replace
 from typing import Literal
 
 from ubsmoe.config import ConfigError, RobustSettings, RunSettings, TierSettings
@@ -10,7 +11,7 @@ from ubsmoe.messages import Profile
 from ubsmoe.methods import build
 from ubsmoe.methods.averaging import mean_of
 from ubsmoe.methods.method import Method, RunShape, by_examples, refuse
-from ubsmoe.model.presets import checked_k_max
+from ubsmoe.model.presets import checked_k_max, tier_formats
 from ubsmoe.model.surgery import SparseModel
 
 
@@ -125,14 +126,16 @@ def most_clients(settings: RunSettings) -> int:
 
 def tier_profiles(settings: RunSettings, method: Method, shape: RunShape) -> list[Profile]:
     """One profile per tier, which is what evaluation dispatches to."""
-    tiers = range(len(settings.tiers.budgets))
-    return [client_profile(settings, method, shape, f"tier-{tier}", tier) for tier in tiers]
+    return [
+        replace(client_profile(settings, method, shape, f"tier-{tier}", tier), experts=experts)
+        for tier, experts in enumerate(tier_formats(settings))
+    ]
 
 
 def client_profile(
     settings: RunSettings, method: Method, shape: RunShape, name: str, tier: int, num_examples: int = 0
 ) -> Profile:
-    """One client of a tier."""
+    """One client of a tier, with plain experts."""
     rank = tier_ranks(settings, method)[tier]
     return method.profile(shape, name, tier, settings.tiers.budgets[tier], rank, num_examples)
 

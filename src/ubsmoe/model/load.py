@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ubsmoe.config import ConfigError, ModelSettings
+from ubsmoe.costs.workload import ExpertFormat
 from ubsmoe.data.tokens import check_tokenizer
 from ubsmoe.model.checkpoint import READ, check_rope, one_sentence
 from ubsmoe.model.conventions import UnsupportedModel
@@ -25,6 +26,7 @@ from ubsmoe.model.presets import (
     prepared_format,
     quieten,
 )
+from ubsmoe.model.quantised import format_of
 from ubsmoe.model.routing import Rescale
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.storage.bases import write_base
@@ -56,6 +58,35 @@ def load_base(settings: ModelSettings, rescale: Rescale = "none", k_max: int | N
     sparse = _operated(model, settings, rescale, k_max)
     sparse.sha256 = sha256
     return sparse, tokenizer
+
+
+class Bases:
+    """A base in each format of its experts that is asked for, loaded once.
+
+    What is mapped costs no memory until it is used, so that clients of several formats share a process at little cost.
+
+    Args:
+        settings: [model]; of its experts each call says what they are.
+        rescale, k_max: as for `load_base`.
+    """
+
+    def __init__(self, settings: ModelSettings, rescale: Rescale = "none", k_max: int | None = None) -> None:
+        self._place = settings, rescale, k_max
+        self._loaded: dict[ExpertFormat | None, SparseModel] = {}
+        self.tokenizer: Any = None
+
+    def __call__(self, experts: ExpertFormat | None) -> SparseModel:
+        """The base with such experts. Raises UserError as `load_base`, and for a prepared base that has others."""
+        if experts not in self._loaded:
+            settings, rescale, k_max = self._place
+            loaded, self.tokenizer = load_base(settings.model_copy(update={"experts": experts}), rescale, k_max)
+            if (found := format_of(loaded.layers[0].experts)) != experts:
+                raise ConfigError(
+                    f"model.base: {settings.base} was prepared as {found}, and plain experts are asked for; name the base it "
+                    f'was made from, or ask for "{found}": in tiers.experts, or a node as model.experts'
+                )
+            self._loaded[experts] = loaded
+        return self._loaded[experts]
 
 
 def load_skeleton(settings: ModelSettings, rescale: Rescale = "none", k_max: int | None = None) -> SparseModel:

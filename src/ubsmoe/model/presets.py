@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from ubsmoe.config import ConfigError, ModelSettings
+from ubsmoe.config import ConfigError, ModelSettings, RunSettings
 from ubsmoe.costs.shape import LatentAttention, ModelShape
-from ubsmoe.costs.workload import ExpertFormat
+from ubsmoe.costs.workload import ExpertFormat, format_named
 from ubsmoe.data.hub import go_offline_without_network
 from ubsmoe.errors import UserError
 
@@ -142,6 +142,14 @@ def dtype_of(settings: ModelSettings) -> Literal["float32", "bfloat16"]:
 def experts_of(settings: ModelSettings) -> ExpertFormat | None:
     """What the experts are quantised to: what model.experts says, or a prepared base. Raises UserError if there is no such base."""
     return settings.experts or prepared_format(_config(settings.base))
+
+
+def tier_formats(settings: RunSettings) -> list[ExpertFormat | None]:
+    """The same of each tier."""
+    tiers = settings.tiers
+    if tiers.experts is None:
+        return [experts_of(settings.model)] * len(tiers.budgets)
+    return [format_named(name) for name in tiers.experts]
 
 
 def prepared_format(config: Config) -> Any:

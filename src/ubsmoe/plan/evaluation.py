@@ -75,7 +75,7 @@ def evaluation_costs(
 def _flops(settings: RunSettings, plan: TierPlan, cost: TierCost, one: Asked) -> float:
     written = one.candidates * one.completion + _beams(settings) * settings.evaluate.max_new_tokens
     batch = Batch.full(1, one.prompt + max(one.completion, settings.evaluate.max_new_tokens))
-    per_token = forward_flops_per_token(plan.shape, cost.top_k, replace(plan.workload, rank=cost.rank, batch=batch))
+    per_token = forward_flops_per_token(plan.shape, cost.top_k, replace(plan.of(cost), batch=batch))
     body = per_token.total - per_token.head
     return body * (2 * one.prompt + written) + per_token.head * (2 + written)
 
@@ -85,7 +85,7 @@ def _memory(settings: RunSettings, plan: TierPlan, cost: TierCost, questions: Se
     prompt, completion = (max(getattr(one, part) for one in questions) for part in ("prompt", "completion"))
     candidates = max(one.candidates for one in questions)
     length = prompt + max(completion, evaluate.max_new_tokens)
-    workload = replace(plan.workload, rank=cost.rank, batch=Batch.full(count, length))
+    workload = replace(plan.of(cost), batch=Batch.full(count, length))
     rows, labelled = count * max(candidates, _beams(settings)), count * candidates * completion
     return evaluation_memory_bytes(plan.shape, cost.top_k, workload, rows, labelled)
 

@@ -10,12 +10,12 @@ from ubsmoe.costs.shape import ModelShape, Trained, budget_top_k
 from ubsmoe.costs.tiers import Tier, TierCost, tier_costs
 from ubsmoe.costs.traffic import Traffic
 from ubsmoe.costs.workload import Batch, Workload
-from ubsmoe.model.presets import check_length, checked_k_max, dtype_of, experts_of, is_preset, model_shape
+from ubsmoe.model.presets import check_length, checked_k_max, dtype_of, is_preset, model_shape, tier_formats
 
 
 @dataclass(frozen=True)
 class TierPlan:
-    """The base's sizes, what a client does in a step (at the rank of its tier), what that costs each tier, and secure rounds."""
+    """The base's sizes, what a client does in a step (but for what is its tier's own), what that costs, and secure rounds."""
 
     shape: ModelShape
     workload: Workload
@@ -26,7 +26,11 @@ class TierPlan:
         """What a client of one tier does in a step."""
         train = train_of_tier(settings.train, settings.tiers, cost.tier)
         several = (train.micro_batch or train.batch_size) < train.batch_size or train.gradient_accumulation > 1
-        return replace(self.workload, rank=cost.rank, accumulating=several, recomputing=train.gradient_checkpointing)
+        return replace(self.of(cost), accumulating=several, recomputing=train.gradient_checkpointing)
+
+    def of(self, cost: TierCost) -> Workload:
+        """The workload at the rank of a tier, on its experts."""
+        return replace(self.workload, rank=cost.rank, experts=cost.experts)
 
 
 def check_base(settings: RunSettings) -> None:
@@ -68,7 +72,8 @@ def plan_tiers(settings: RunSettings) -> TierPlan:
     def traffic(shape: ModelShape, rank: int) -> Traffic:
         return method.traffic(shape, rank, workload.trained, workload.wire_dtype)
 
-    tiers = [Tier(one.budget, one.top_k, one.rank) for one in tier_profiles(settings, method, run)]
+    own = zip(tier_profiles(settings, method, run), tier_formats(settings), strict=True)
+    tiers = [Tier(one.budget, one.top_k, one.rank, experts) for one, experts in own]
     costs = tier_costs(shape, tiers, workload, traffic)
     if settings.secure_aggregation is None:
         return TierPlan(shape, workload, costs)
@@ -84,7 +89,8 @@ def plan_base(settings: RunSettings) -> TierPlan:
     """The same for plain federated averaging at the K of each budget, whatever the method: counted from the sizes alone."""
     shape, workload = model_shape(settings.model.base), run_workload(settings)
     k_max = checked_k_max(settings.tiers.k_max, shape.k_max, settings.model.base)
-    tiers = [Tier(budget, budget_top_k(k_max, budget), settings.adapter.rank) for budget in settings.tiers.budgets]
+    own = zip(settings.tiers.budgets, tier_formats(settings), strict=True)
+    tiers = [Tier(budget, budget_top_k(k_max, budget), settings.adapter.rank, experts) for budget, experts in own]
     return TierPlan(shape, workload, tier_costs(shape, tiers, workload))
 
 
@@ -116,5 +122,4 @@ def run_workload(settings: RunSettings) -> Workload:
         accumulating=train.gradient_accumulation > 1,
         recomputing=train.gradient_checkpointing,
         wire_dtype=settings.wire.dtype,
-        experts=experts_of(settings.model),
     )

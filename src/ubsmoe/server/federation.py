@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from ubsmoe.client.train import Trainer, make_trainer
-from ubsmoe.config import ConfigError, RunSettings, to_json
+from ubsmoe.config import ConfigError, RunSettings, format_named, to_json
 from ubsmoe.data.card import data_card
 from ubsmoe.data.partition import PartitionReport, partition_clients, partition_report, tier_of_client
 from ubsmoe.data.sources import load_examples, load_test
@@ -16,7 +16,7 @@ from ubsmoe.data.tokens import Tokens, tokenize
 from ubsmoe.messages import Announcement, Profile
 from ubsmoe.methods.chosen import chosen_method, client_profile, shape_of_model, tier_profiles
 from ubsmoe.methods.method import Method, RunShape
-from ubsmoe.model.load import check_sha256, load_base, load_skeleton
+from ubsmoe.model.load import Bases, check_sha256, load_skeleton
 from ubsmoe.model.presets import check_length
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.server.evaluate import Question, prepare
@@ -29,7 +29,8 @@ class Federation:
 
     `clients` is one profile per client, `examples` its tokenised data; `tiers` is one profile per tier, which is what
     evaluation dispatches to. `shape` is what the method knows about the run. `skeleton` is the base without weights, on which
-    the server looks at names and shapes; `model` is the same object where the server has no use for weights.
+    the server looks at names and shapes; `model` is the same object where the server has no use for weights. `bases` is the base
+    in every format that clients have, `model` the largest budget's.
     """
 
     settings: RunSettings
@@ -45,6 +46,7 @@ class Federation:
     partition: PartitionReport | None
     base_sha256: str
     data_card: dict[str, Any] | None
+    bases: Bases | None = None
 
     @property
     def run_id(self) -> str:
@@ -54,7 +56,11 @@ class Federation:
     @property
     def trainer(self) -> Trainer:
         """What the clients share."""
-        return make_trainer(self.settings, self.model, self.method, self.tokenizer, self.base_sha256)
+        return make_trainer(self.settings, self.model, self.method, self.tokenizer, self.base_sha256, self.bases)
+
+    def model_of(self, profile: Profile) -> SparseModel:
+        """The base as clients of this profile have it."""
+        return self.bases(profile.experts) if self.bases else self.model
 
     @cached_property
     def specs(self) -> UpdateSpecs:
@@ -69,6 +75,8 @@ def build_federation(settings: RunSettings) -> Federation:
         UserError: for any setting that cannot be met; nothing has been written by then.
     """
     server = build_server(settings, weights=True)
+    for tier in server.tiers:
+        server.model_of(tier)  # loaded here, so that worker processes share it
     splits = load_examples(settings.data, server.tokenizer, settings.seed)
     train = splits.train
     parts = partition_clients(settings, train)
@@ -94,15 +102,17 @@ def build_server(settings: RunSettings, weights: bool | None = None) -> Federati
         UserError: as `build_federation`; and without weights if the run file does not say which base the clients must have.
     """
     place = settings.model, settings.tiers.rescale, settings.tiers.k_max
+    bases: Bases | None = None
     skeleton = load_skeleton(*place)
     check_length(skeleton.model.config, settings.data.max_length, settings.model.base)
     shape = shape_of_model(settings, skeleton)
     method = chosen_method(settings, shape)  # refused, if it is, before any weights are loaded
-    evaluate = settings.evaluate
+    evaluate, tiers = settings.evaluate, tier_profiles(settings, method, shape)
     needed = evaluate.before or evaluate.after or evaluate.every or method.calibration
     if weights or (weights is None and needed):
-        model, tokenizer = load_base(*place)
-        sha256 = model.sha256
+        bases = Bases(*place)
+        model = bases(max(tiers, key=lambda profile: profile.budget).experts)
+        sha256, tokenizer = model.sha256, bases.tokenizer
         check_sha256(settings.model, sha256)
         questions = prepare(load_test(settings.data, tokenizer, settings.seed), tokenizer, settings.data, evaluate)
     else:
@@ -120,12 +130,13 @@ def build_server(settings: RunSettings, weights: bool | None = None) -> Federati
         method=method,
         shape=shape,
         clients=[],
-        tiers=tier_profiles(settings, method, shape),
+        tiers=tiers,
         examples={},
         questions=questions,
         partition=None,
         base_sha256=sha256,
         data_card=None,
+        bases=bases,
     )
 
 
@@ -148,7 +159,11 @@ def assign_tier(federation: Federation, announced: Announcement) -> Profile:
         tier = own[announced.client]
     else:
         raise ConfigError(f"{announced.client} is not in the run file and announced no budget")
-    return client_profile(settings, federation.method, federation.shape, announced.client, tier, announced.num_examples)
+    profile = client_profile(
+        settings, federation.method, federation.shape, announced.client, tier, announced.num_examples
+    )
+    named = announced.experts
+    return replace(profile, experts=format_named(named) if named else federation.tiers[tier].experts)
 
 
 def _report(examples: Sequence[Example], parts: list[list[int]], field: str) -> PartitionReport | None:

@@ -128,6 +128,7 @@ def _client_fields(update: Update, task: Task, settings: RunSettings) -> dict[st
         "tier": profile.tier,
         "top_k": profile.top_k,
         "rank": profile.rank,
+        "experts": profile.experts,
         "examples": update.num_examples,
         "seconds": update.seconds,
         "download_bytes": task.num_bytes,
@@ -176,7 +177,7 @@ def evaluate_tier(federation: Federation, state: State, profile: Profile) -> dic
 
 def score(federation: Federation, task: Task) -> dict[str, Score]:
     """The scores of a task's payload at its profile's budget. The base is left as it was found."""
-    model, settings = federation.model, federation.settings
+    model, settings = federation.model_of(task.profile), federation.settings
     try:
         federation.method.install(model, task.payload, task.profile, generator_for(settings.seed, "evaluation"))
         return evaluate(model, federation.tokenizer, federation.questions, settings.evaluate)

@@ -24,13 +24,14 @@ Scores = dict[str, TaskScore]
 
 
 class ClientEvent(TypedDict):
-    """An update that counted. A private run tells neither tokens nor loss."""
+    """An update that counted. A private run tells neither tokens nor loss; `experts` is what the client's were quantised to."""
 
     round: int
     client: str
     tier: int
     top_k: int
     rank: int
+    experts: NotRequired[str | None]
     examples: int
     seconds: float
     download_bytes: int
@@ -90,6 +91,7 @@ class TierFacts(TypedDict):
     budget: float
     top_k: int
     rank: int
+    experts: NotRequired[str | None]
 
 
 class TierCosts(TierFacts):

@@ -77,7 +77,7 @@ def probe_run(path: Path) -> Iterator[Rows]:
 
 
 def _probe_tier(federation: Federation, payload: dict[str, Tensor], profile: Profile, number: int) -> Rows:
-    model, seed = federation.model, federation.settings.seed
+    model, seed = federation.model_of(profile), federation.settings.seed
     batch = fixed_batch(federation)
     try:
         federation.method.install(model, payload, profile, generator_for(seed, "alignment"))

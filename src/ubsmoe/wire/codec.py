@@ -22,7 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from ubsmoe.config import WireDtype
+from ubsmoe.config import ExpertFormat, NamedFormat, WireDtype
 from ubsmoe.errors import printable
 from ubsmoe.messages import CLIENT_NAME, Announcement, Profile, Task, Tensors, Update
 from ubsmoe.wire.change import ChangeError, pack_change, unpack_change
@@ -55,6 +55,7 @@ class _Profile(_Part):
     top_k: Count
     rank: Count
     num_examples: Count
+    experts: ExpertFormat | None
 
 
 class _TaskHeader(_Header):
@@ -83,6 +84,7 @@ class _Announcement(_Part):
     client: ClientName
     num_examples: Annotated[int, Field(ge=1, lt=2**53)]
     budget: Annotated[float, Field(gt=0, le=1)] | None
+    experts: NamedFormat | None
 
 
 _ANNOUNCEMENTS = TypeAdapter(Annotated[list[_Announcement], Field(max_length=MAX_ANNOUNCED), FailFast()])

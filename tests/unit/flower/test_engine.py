@@ -19,6 +19,7 @@ from ubsmoe.engines.flower.server import FlowerEngine, _tell
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.messages import Dropped, Reply, Task, Update
 from ubsmoe.methods.state import pack
+from ubsmoe.model.load import prepare_base
 from ubsmoe.server.federation import Federation, build_federation, build_server
 from ubsmoe.server.rounds import one_round
 from ubsmoe.server.start import noise_key, start_state
@@ -76,6 +77,7 @@ PROTECTED = {
     "all that acts": ACTING_HERE,
     "all that acts, bfloat16": ACTING_HERE | {"model__dtype": "bfloat16"},
     "all that acts, robust": ACTING_HERE | {"robust__rule": "multi_krum", "robust__attackers": 1, "robust__clip_norm": 0.01},
+    "unequal formats": {"tiers__experts": '["nf4", "plain", "int8", "nf4"]'},
     "trimmed mean": {"robust__rule": "trimmed_mean", "robust__attackers": 1, "robust__utilization_cap": 1.1},
     "multi-Krum, clipped": {"robust__rule": "multi_krum", "robust__attackers": 1, "robust__clip_norm": 0.05},
     "private": {"privacy__noise_multiplier": 0.5, "privacy__clip_norm": 0.1, "privacy__seed": 7},
@@ -111,6 +113,27 @@ def test_two_rounds_give_the_bits_of_the_local_engine(site: Callable[..., Site],
     assert dropped["flower"] == dropped["local"]
     assert len(dropped["local"]) == (2 if changes.get("robust__rule") == "multi_krum" else 0)
     assert "client-1 is node 69: 8 examples, tier 2" in here.said
+
+
+def test_a_nodes_own_format_is_that_of_a_tier_and_is_said(site: Callable[..., Site], tmp_path: Path) -> None:
+    places = {70 - i: {"partition-id": i, "num-partitions": 2} for i in range(2)}
+    saying = site({node: {**place, "model.experts": "nf4"} for node, place in places.items()})
+    run_file = site(tiers__experts='["nf4", "nf4", "nf4", "nf4"]')
+    replies = []
+    for here in (saying, run_file):
+        here.engine.join(10)
+        assert {profile.experts for profile in here.engine.clients()} == {"nf4"}
+        replies.append(here.replies())
+    for one, other in zip(*replies, strict=True):
+        assert isinstance(one, Update) and isinstance(other, Update)
+        assert all(torch.equal(value, other.adapters[name]) for name, value in one.adapters.items())
+    assert "client-1 is node 69: 10 examples, tier 2, nf4 experts" in saying.said
+    settings = saying.server.settings.model.model_copy(update={"experts": "nf4"})
+    folder = str(prepare_base(settings, tmp_path / "nf4"))
+    silent = site({node: {**place, "model.base": folder} for node, place in places.items()})
+    silent.engine.join(10)
+    reasons = {reply.reason for reply in silent.replies() if isinstance(reply, Dropped)}
+    assert len(reasons) == 1 and "was prepared as nf4, and plain experts are asked for" in reasons.pop()
 
 
 def test_nodes_are_asked_who_they_are_before_anything_is_sent(site: Callable[..., Site]) -> None:

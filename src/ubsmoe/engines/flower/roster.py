@@ -106,7 +106,8 @@ class Roster:
         if holder is None and len(self._nodes) >= self._count:
             self._make_room()
         if self._profiles.get(one.client) != profile or holder != node:
-            self._log(f"{one.client} is node {node}: {one.num_examples} examples, tier {profile.tier + 1}")
+            own = f", {one.experts} experts" if one.experts else ""
+            self._log(f"{one.client} is node {node}: {one.num_examples} examples, tier {profile.tier + 1}{own}")
         self._profiles[one.client], self._nodes[one.client] = profile, node
 
     def _held(self, node: int) -> list[str]:
