@@ -1,4 +1,4 @@
-"""Verbs that use a finished run: export, generate, serve."""
+"""Verbs that use a finished run: export, check, generate, serve."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ubsmoe.cli.app import app
+from ubsmoe.cli.app import AsJson, app, print_json
 from ubsmoe.errors import require
 
 
@@ -45,6 +45,36 @@ def export_command(
 
     sidecar = export_run(run_folder, out, format.value, tier, base)
     typer.echo(f"{out}: {sidecar.format} export of tier {sidecar.tier}, K={sidecar.top_k}, rank {sidecar.rank}")
+    if still := sum(map(len, (sidecar.untouched or {}).values())):
+        typer.echo(f"untouched by training: {still} expert matrices, named in ubsmoe.json")
+
+
+@app.command("check")
+def check_command(
+    adapter: Annotated[Path, typer.Argument(help="an export, or anybody's PEFT adapter", show_default=False)],
+    base: Annotated[str, typer.Argument(help="the base it is for, as model.base takes it", show_default=False)],
+    json_: AsJson = False,
+) -> None:
+    """Try an adapter on its base: does it arrive, and do the same merged and in PEFT?
+
+    Prints what it found, then one sentence per failure; exit code 2 if there is one.
+    """
+    from dataclasses import asdict
+
+    from ubsmoe.export.check import check
+
+    found = check(adapter, base)
+    if json_:
+        print_json(asdict(found))
+    else:
+        for fact in found.facts:
+            typer.echo(fact)
+        for failure in found.failures:
+            typer.echo(f"ubsmoe: {failure}", err=True)
+        if not found.failures:
+            typer.echo(f"{adapter}: sound")
+    if found.failures:
+        raise typer.Exit(2)
 
 
 @app.command("generate")

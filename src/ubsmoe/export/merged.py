@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ubsmoe.export.effect import Untouched, adds
 from ubsmoe.export.installed import Installed
 from ubsmoe.model.checkpoint import INDEX
 from ubsmoe.model.conventions import top_k_name
@@ -105,6 +106,37 @@ def _of_layer(
     if (difference := adapter.get(f"{prefix}.router")) is not None:
         found[layer.router, layer.convention.weight] = partial(_added, delta=difference)
     return found
+
+
+@dataclass(frozen=True)
+class Survival:
+    """What of an adapter's change outlives rounding to the base's precision: as a share of it, and the experts that lost all."""
+
+    share: float
+    lost: Untouched
+
+
+@torch.no_grad()
+def survival(sparse: SparseModel, installed: Installed) -> Survival:
+    """How much of the adapter would be left in merged expert weights W', in which a change below W's rounding vanishes.
+
+    share = sum <W' - W, D> / sum |D|^2    over experts and layers, D = alpha / r B A: 1 for all of it, 0 for none
+    """
+    kept, wanted, lost = 0.0, 0.0, Untouched()
+    for layer in sparse.layers:
+        for matrix, stored in (("up", up_name(layer.experts)), ("down", "down_proj")):
+            name, weight = f"layers.{layer.index}.{matrix}", getattr(layer.experts, stored)
+            turned = bool(layer.experts.is_transposed)
+            a, b = installed.adapter[f"{name}.A"], installed.adapter[f"{name}.B"]
+            for expert in adds(a, b).nonzero().flatten().tolist():
+                own, scale = weight[expert, None], installed.alpha / installed.rank
+                added = partial(_with_lora, a=a[expert, None], b=b[expert, None], scale=scale, turned=turned)
+                change = added(torch.zeros_like(own, dtype=torch.float32))
+                left = added(own).float() - own.float()
+                kept, wanted = kept + float((left * change).sum()), wanted + float(change.square().sum())
+                if not left.any():
+                    lost.setdefault(name, []).append(expert)
+    return Survival(kept / wanted if wanted else 1.0, lost)
 
 
 def _with_lora(weight: Tensor, a: Tensor, b: Tensor, scale: float, turned: bool = False, times: float = 1.0) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ubsmoe.errors import UserError
+from ubsmoe.errors import UserError, printable
 from ubsmoe.model.adapter import layer_of_experts
 from ubsmoe.model.conventions import router_matrix
 from ubsmoe.model.expert_weights import up_name
@@ -26,6 +26,8 @@ from ubsmoe.model.layer import SparseLayer
 from ubsmoe.model.surgery import SparseModel
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PACKING = {"lora_A": "expert-major [M r, in]", "lora_B": "rank-major [out, r M]"}
+"""How the experts are packed into two dimensions, as the header of the weights says it: shapes alone would fit the other order."""
 
 
 class AdapterMismatch(UserError):
@@ -122,6 +124,15 @@ def from_peft(
             "attention of layers with experts, and on routers can be used here"
         )
     return adapter, alpha
+
+
+def check_packing(said: Mapping[str, str], where: str) -> None:
+    """Raise AdapterMismatch for weights whose header states another order than PEFT's; most adapters state none."""
+    for factor, order in PACKING.items():
+        if said.get(factor, order) != order:
+            raise AdapterMismatch(
+                f"{where} states that {factor} is {printable(said[factor])!r}; PEFT reads {order!r}, so pack it like that"
+            )
 
 
 def _targets(projections: set[str], paths: Iterable[str]) -> list[str]:

@@ -14,12 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from ubsmoe.config import ConfigError, ModelSettings
-from ubsmoe.export.against_stock import check_merged, check_peft
+from ubsmoe.export.against_stock import check_attached, check_merged, check_peft, check_saved, rounded_away
 from ubsmoe.export.card import export_card
+from ubsmoe.export.effect import joined, require_effect, untouched
 from ubsmoe.export.installed import Installed
-from ubsmoe.export.merged import merge, write_merged
-from ubsmoe.export.peft import CONFIG, WEIGHTS, AdapterMismatch, from_peft, to_peft
+from ubsmoe.export.merged import merge, survival, write_merged
+from ubsmoe.export.peft import CONFIG, PACKING, WEIGHTS, AdapterMismatch, check_packing, from_peft, to_peft
 from ubsmoe.export.sidecar import Format, Sidecar, beyond_stock, parse_sidecar
+from ubsmoe.model.adapter_fit import check_fit
 from ubsmoe.model.conventions import top_k_name
 from ubsmoe.model.quantised import format_of
 from ubsmoe.model.surgery import SparseModel
@@ -71,6 +73,9 @@ def write(
         raise ConfigError(
             f"this tier runs no expert, which stock software cannot; export {format} from another --tier, or this one as native"
         )
+    still = untouched(installed.adapter)
+    require_effect(installed.adapter, still, f"nothing is written to {out}")
+    left = survival(sparse, installed) if format == "merged" else None
     merging = merge(sparse, installed)
     k_name = top_k_name(sparse.model.config)
     stock_top_k = getattr(sparse.model.config, k_name)
@@ -86,9 +91,14 @@ def write(
             "tier": origin.tier,
             "rank": installed.rank,
             "alpha": installed.alpha,
+            "untouched": joined(still, left.lost) if left else still,
             **(merging.routing if format == "merged" else installed.routing),
         }
     )
+
+    missing = beyond_stock(sidecar, stock_top_k)
+    if left:
+        missing += rounded_away(left, sidecar.dtype)
 
     def fill(folder: Path) -> None:
         if format == "merged":
@@ -97,14 +107,16 @@ def write(
             check_merged(folder, sparse, installed, sidecar)
         elif format == "peft":
             tensors, config = to_peft(sparse, installed.adapter, installed.alpha, origin.model.base)
-            exportfolder.write_tensors(folder / WEIGHTS, tensors)
+            exportfolder.write_tensors(folder / WEIGHTS, tensors, **PACKING)
             exportfolder.put_text(folder / CONFIG, encode_json(config, indent=2).decode())
+            check_saved(exportfolder.read_export_tensors(folder / WEIGHTS), tensors)
             check_peft(folder, sparse, installed, tensors)
         else:
             exportfolder.write_tensors(folder / NATIVE, installed.adapter)
+            check_saved(exportfolder.read_export_tensors(folder / NATIVE), installed.adapter)
         if sidecar.compensated:
             exportfolder.write_tensors(folder / COMPENSATION, installed.compensation)
-        card = export_card(sidecar.model_dump(), beyond_stock(sidecar, stock_top_k))
+        card = export_card(sidecar.model_dump(), missing)
         exportfolder.put_text(folder / "README.md", card.replace("num_experts_per_tok", k_name))
 
     exportfolder.write_export(out, sidecar.model_dump(), fill)
@@ -118,11 +130,7 @@ def read(folder: Path) -> Sidecar:
 
 def read_tensors(folder: Path, sidecar: Sidecar, sparse: SparseModel) -> dict[str, Tensor]:
     """The adapter of an export by our names; empty for a merged one. Raises UserError if it does not fit the base."""
-    if sidecar.format == "merged":
-        return {}
-    if sidecar.format == "native":
-        return exportfolder.read_export_tensors(folder / NATIVE)
-    return from_peft(sparse, *_peft_files(folder))[0]
+    return {} if sidecar.format == "merged" else _sound(folder, sidecar, sparse)[0]
 
 
 def read_compensation(folder: Path, sidecar: Sidecar) -> dict[str, Tensor]:
@@ -148,15 +156,38 @@ def read_peft(folder: Path, sparse: SparseModel, sha256: str) -> tuple[dict[str,
     Raises:
         UserError: if files are missing, damaged, or the adapter belongs on another base.
     """
+    sidecar = None
     if exportfolder.is_export(folder):
         sidecar = read(folder)
         if sidecar.format != "peft":
             raise ConfigError(f"{folder} is a {sidecar.format} export; expected a PEFT adapter")
         check_base(sidecar, sparse, sha256, folder)
-    return from_peft(sparse, *_peft_files(folder))
+    return _sound(folder, sidecar, sparse)
+
+
+def adapter_of(folder: Path, sidecar: Sidecar | None, sparse: SparseModel) -> tuple[dict[str, Tensor], float]:
+    """The adapter in an export, or of PEFT's own where there is no sidecar, and its alpha, whatever it does to the base.
+
+    Raises:
+        UserError: if files are missing or damaged, or it does not fit the base.
+    """
+    if sidecar is None or sidecar.format == "peft":
+        return from_peft(sparse, *_peft_files(folder))
+    adapter = exportfolder.read_export_tensors(folder / NATIVE)
+    check_fit(sparse.layers, adapter, {})
+    return adapter, sidecar.alpha
+
+
+def _sound(folder: Path, sidecar: Sidecar | None, sparse: SparseModel) -> tuple[dict[str, Tensor], float]:
+    """As `adapter_of`. Raises UserError, too, for an adapter that has no effect where it should."""
+    adapter, alpha = adapter_of(folder, sidecar, sparse)
+    require_effect(adapter, sidecar.untouched if sidecar else None, str(folder))
+    check_attached(sparse, adapter, alpha)
+    return adapter, alpha
 
 
 def _peft_files(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not (folder / CONFIG).is_file():
         raise AdapterMismatch(f"{folder} is no PEFT adapter: it has no {CONFIG}")
+    check_packing(exportfolder.read_export_header(folder / WEIGHTS), str(folder / WEIGHTS))
     return exportfolder.read_export_tensors(folder / WEIGHTS), exportfolder.read_export_json(folder / CONFIG)

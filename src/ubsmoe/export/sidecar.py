@@ -36,6 +36,9 @@ class Sidecar(Settings):
     selection_bias: list[list[float]] | None = Field(None, description="[L, M], added to scores for the choice alone")
     output_scale: list[float] | None = Field(None, description="[L], times the sum over experts")
     compensated: bool = Field(False, description="compensation.safetensors holds what stands for skipped experts")
+    untouched: dict[str, list[int]] | None = Field(
+        None, description="by matrix, the experts to which the adapter adds nothing; None before 0.3, which named none"
+    )
 
 
 def parse_sidecar(facts: dict[str, Any]) -> Sidecar:

@@ -66,9 +66,9 @@ def check_free(path: str | Path) -> None:
         raise ExportError(f"{path} exists already; choose another --out or remove it")
 
 
-def write_tensors(path: Path, named: Mapping[str, "Tensor"]) -> None:
-    """A safetensors file of an export, with the header that PyTorch programs look for."""
-    disk.write_new_file(path, tensors.tensor_parts(named, format="pt"))
+def write_tensors(path: Path, named: Mapping[str, "Tensor"], **said: str) -> None:
+    """A safetensors file of an export, with the header that PyTorch programs look for, and what else it is to say."""
+    disk.write_new_file(path, tensors.tensor_parts(named, None, format="pt", **said))
 
 
 def put_text(path: Path, text: str) -> None:
@@ -106,6 +106,14 @@ def read_export_tensors(path: str | Path) -> dict[str, "Tensor"]:
     try:
         return tensors.read_tensors(Path(path).read_bytes())
     except (OSError, ValueError) as error:
+        raise ExportError(f"{path} cannot be read: {error}") from None
+
+
+def read_export_header(path: str | Path) -> dict[str, str]:
+    """What the header of such a file says beside its tensors. Raises ExportError if it cannot be read."""
+    try:
+        return tensors.read_said(Path(path).read_bytes())
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ExportError(f"{path} cannot be read: {error}") from None
 
 

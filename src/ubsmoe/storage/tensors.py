@@ -84,10 +84,14 @@ def read_tensors(data: bytes) -> dict[str, "Tensor"]:
 
 
 def read_facts(data: bytes) -> dict[str, Any]:
-    """The facts in the header of a file that `tensor_bytes` made; none if it was made otherwise.
+    """The facts in the header of a file that `tensor_bytes` made; none if it was made otherwise."""
+    return dict(json.loads(read_said(data).get("ubsmoe", "{}")))
+
+
+def read_said(data: bytes) -> dict[str, str]:
+    """The entries of a safetensors file's header beside its tensors.
 
     The header is JSON: its length in the first eight bytes, then itself.
     """
     length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    return dict(json.loads(header.get("__metadata__", {}).get("ubsmoe", "{}")))
+    return dict(json.loads(data[8 : 8 + length]).get(METADATA, {}))
