@@ -12,9 +12,10 @@ from pathlib import Path
 
 from ubsmoe.costs.shape import budget_top_k
 from ubsmoe.finished.run import evaluate_run
+from ubsmoe.report.comparison import METRICS
 from ubsmoe.storage.disk import atomic_write
 from ubsmoe.storage.runfolder import read_run
-from ubsmoe.study.compare import METRICS, to_csv
+from ubsmoe.study.compare import to_csv
 
 METHODS = ("hetlora", "flexlora", "flora", "florist")
 
@@ -39,7 +40,7 @@ def main() -> None:
             (found,) = evaluate_run(folder, {}, tier, top_k)
             score = found["scores"]["macro"]
             place = {"method": method, "seed": settings["seed"], "tier": tier, "top_k": top_k, "rank": found["rank"]}
-            rows.append(place | {metric: score[metric] for metric in METRICS})
+            rows.append(place | {metric.name: score[metric.name] for metric in METRICS})
             print(*rows[-1].values(), flush=True)
     atomic_write(options.out, to_csv(rows).encode())
 

@@ -11,6 +11,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from generate import write_pages  # noqa: E402
+from tables import tables  # noqa: E402
 
 from ubsmoe import __version__  # noqa: E402
 
@@ -18,8 +19,9 @@ project = "ubsmoe"
 release = __version__
 copyright = "the ubsmoe contributors"
 extensions = ["myst_parser"]
-exclude_patterns = ["Thumbs.db"]
+exclude_patterns = ["Thumbs.db", "generated/tables"]  # tables.md includes these
 highlight_language = "text"
+myst_enable_extensions = ["deflist"]  # the glossary
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = "ubsmoe"
@@ -35,7 +37,7 @@ LOADED = re.compile(
 
 def setup(app: Sphinx) -> None:
     """Generate pages before the build; look for anything from elsewhere after it."""
-    write_pages(HERE / "generated")
+    write_pages(HERE / "generated", tables())
     app.connect("build-finished", _check_offline)
 
 

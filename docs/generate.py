@@ -43,11 +43,12 @@ PROSE_INDEX = re.compile(
 TEXT_SIGNS = (("<->", "↔"), ("<-", "←"), ("->", "→"), (">=", "≥"), ("<=", "≤"), ("!=", "≠"))
 
 
-def write_pages(folder: Path) -> None:
-    """Write every generated page below `folder`; pages of methods and parts that are gone are removed."""
+def write_pages(folder: Path, tables: Mapping[str, str]) -> None:
+    """Write every generated page below `folder`, and the tables of results; pages and tables that are gone are removed."""
     pages = {"run-file.md": run_file_page(), "command-line.md": command_line_page(), "methods.md": methods_page()}
     pages |= {f"methods/{name}.md": method_page(name) for name in METHODS}
     pages |= {f"parts/{part}.md": part_page(part) for part in PARTS}
+    pages |= {f"tables/{name}.md": text for name, text in tables.items()}
     for path in folder.rglob("*.md"):
         if str(path.relative_to(folder)) not in pages:
             path.unlink()

@@ -99,6 +99,6 @@ def test_the_command_line_page_has_every_verb_and_the_exit_codes(generate: Modul
 def test_pages_of_methods_that_are_gone_are_removed(generate: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods" / "gone.md").write_text("old")
-    generate.write_pages(tmp_path)
+    generate.write_pages(tmp_path, {})
     assert {path.stem for path in (tmp_path / "methods").iterdir()} == set(METHODS)
     assert {path.stem for path in (tmp_path / "parts").iterdir()} == set(PARTS)

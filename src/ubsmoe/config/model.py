@@ -30,7 +30,7 @@ class AdapterSettings(Settings):
 
     rank: Rank = Field(8, description="LoRA rank on every expert matrix")
     alpha: PositiveFloat = Field(16.0, description="the update is alpha / rank * B A (PEFT: lora_alpha)")
-    # measured, like router: docs/results.md, Screening, the rows of their names
+    # measured, like router: docs/tables.md, Screening, the rows of their names
     shared_a: bool = Field(True, description="start all experts of a layer from one A (pseudo-gradients need it)")
     router: Literal["frozen", "trained"] = Field("frozen", description="whether the routers' weights are trained too")
     attention: Literal["frozen", "trained"] = Field(
@@ -62,7 +62,7 @@ class TierSettings(Settings):
         "mass",  # measured: docs/decisions/0002-output-scale.md
         description="layer output at K < K_max: as it is, with the routing mass of K_max, or with the gate weights of K_max",
     )
-    # off, since it is not the paper's; what it gains and costs: docs/results.md, Screening and Confirmation, rows elastic_share
+    # off, since it is not the paper's; what it gains and costs: docs/tables.md, Screening and Confirmation, rows elastic_share
     elastic_share: Share = Field(0.0, description="share of local steps run at a smaller K: elastic budgets")
     elastic_draw: Literal["one", "uniform"] = Field("one", description="the smaller K: always 1, or uniform on 1..K_c")
     experts: tuple[NamedFormat, ...] | None = Field(

@@ -59,7 +59,7 @@ class TrainSettings(Settings):
         description="keep only the input of each layer and run it again in the backward pass: less memory, more time",
     )
     group_by_length: bool = Field(False, description="batches of like lengths: less padding, another order of examples")
-    # measured: docs/results.md, Screening, rows optimizer=sgd
+    # measured: docs/tables.md, Screening, rows optimizer=sgd
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="local optimiser; its state is reset every round")
     learning_rate: PositiveFloat = Field(2e-3, description="peak step size")
     momentum: Share = Field(0.9, description="for sgd")

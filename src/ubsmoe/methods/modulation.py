@@ -7,7 +7,7 @@ u_i = sum_c p_c a_{c,i} / tokens_c is the utilization of expert i. phi travels w
 With `phi = "trained"` clients train phi as well, kept in [phi_min, phi_max] by a penalty, and the server moves the mean of theirs.
 
 The paper states the shift, the tanh target, the momentum and the trained variant. Ours: the defaults N_p = 2 K_max and zeta = 0.9,
-and which side zeta weighs. Each default has its row in docs/results.md, Screening (momentum, num_candidates, phi).
+and which side zeta weighs. Each default has its row in docs/tables.md, Screening (momentum, num_candidates, phi).
 
 Source: UB-SMoE (arXiv 2605.16690), DMR, steps 1-8; the formulas are in maths/routing.py.
 """

@@ -7,7 +7,7 @@ the backward pass. What each mode computes stands in maths/pseudo_gradient.py.
 
 The paper says that a signal is rebuilt from the router's probabilities and the active experts' gradients, scaled by the
 sparsity. Its formula is not public: every mode, its strength and its scope are a reconstruction. Each default has its row in
-docs/results.md, Screening (pg_mode, pg_strength, pg_scope).
+docs/tables.md, Screening (pg_mode, pg_strength, pg_scope).
 
 Source: UB-SMoE (arXiv 2605.16690), PG.
 """

@@ -10,7 +10,7 @@ A round, as in Figure 1 of the paper:
         phi <- zeta phi + (1 - zeta) tanh(u* / (u_i + eps) - 1),  u* = mean_i u_i
 
 The paper states steps 1-5, the tanh target and momentum, and that phi may also be trained with a range penalty. What it leaves open
-and what we chose stands on top of each part's file. Nothing beat the defaults beyond the noise (docs/results.md, Screening).
+and what we chose stands on top of each part's file. Nothing beat the defaults beyond the noise (docs/tables.md, Screening).
 `dmr = false` or `pg = false` switch a part off, and any method can have either part.
 
 Source: UB-SMoE (arXiv 2605.16690).

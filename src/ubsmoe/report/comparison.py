@@ -105,23 +105,23 @@ def comparison_markdown(rows: Sequence[Row], reference: str) -> str:
         by_seed = {(row["method"], row["tier"], row["seed"]): _of(row, metric.name) for row in macro}
         before = {(row["method"], row["tier"], row["seed"]): _of(row, f"{metric.name}_before") for row in macro}
         body = [
-            [f"before training, K = {ks}", *(_cell(metric, [before[m, t, s] for s in seeds]) for t in tiers)]
+            [f"before training, K = {ks}", *(score_cell(metric, [before[m, t, s] for s in seeds]) for t in tiers)]
             for ks, m in _first_of_each_k(macro).items()
             if any(value is not None for value in before.values())
         ]
-        body += [[m, *(_cell(metric, [by_seed[m, t, s] for s in seeds]) for t in tiers)] for m in methods]
-        lines += ["", f"### {metric.heading}", "", *_table(head, body)]
+        body += [[m, *(score_cell(metric, [by_seed[m, t, s] for s in seeds]) for t in tiers)] for m in methods]
+        lines += ["", f"### {metric.heading}", "", *markdown_table(head, body)]
         differences = [
-            [m, *(_cell(metric, _paired(by_seed, m, reference, t, seeds), signed=True) for t in tiers)]
+            [m, *(score_cell(metric, _paired(by_seed, m, reference, t, seeds), signed=True) for t in tiers)]
             for m in methods
             if m != reference
         ]
         if differences:
-            lines += ["", f"Difference to {reference}, paired by seed:", "", *_table(head, differences)]
+            lines += ["", f"Difference to {reference}, paired by seed:", "", *markdown_table(head, differences)]
     lines += _balance(macro, methods)
     costs = [[m, *(_cost(macro, m, t) for t in tiers)] for m in methods]
     heading = "### Cost per tier: K, LoRA rank / training MFLOPs per token / MB up, MB down / client seconds per round"
-    lines += ["", heading, "", *_table(head, costs)]
+    lines += ["", heading, "", *markdown_table(head, costs)]
     return "\n".join(lines) + "\n"
 
 
@@ -139,9 +139,11 @@ def _balance(macro: Sequence[Row], methods: Sequence[str]) -> list[str]:
     body = []
     for method in methods:
         runs = {row["seed"]: row for row in macro if row["method"] == method}.values()  # alike in every tier
-        body.append([method, *(_cell(metric, [_of(run, metric.name) for run in runs]) for metric in BALANCE)])
+        body.append([method, *(score_cell(metric, [_of(run, metric.name) for run in runs]) for metric in BALANCE)])
+    if all(set(cells) == {"–"} for _, *cells in body):
+        return []
     heading = "### Use of experts in the last round, mean over layers; dead: experts without a token, in all layers"
-    return ["", heading, "", *_table(["method", *(metric.heading for metric in BALANCE)], body)]
+    return ["", heading, "", *markdown_table(["method", *(metric.heading for metric in BALANCE)], body)]
 
 
 def _paired(
@@ -151,7 +153,8 @@ def _paired(
     return [None if own is None or other is None else own - other for own, other in pairs]
 
 
-def _cell(metric: Metric, values: Sequence[float | None], signed: bool = False) -> str:
+def score_cell(metric: Metric, values: Sequence[float | None], signed: bool = False) -> str:
+    """Mean ± half-width of the 95 % interval, as a cell; a dash where a value is missing, the mean alone of a single one."""
     known = [value * metric.scale for value in values if value is not None]
     if len(known) < len(values):
         return "–"
@@ -174,7 +177,8 @@ def _percent(macro: Sequence[Row], name: str) -> str:
     return f"{average(values):.1f}" if values else "–"
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table; texts in the body are shown as they are."""
     return [
         "| " + " | ".join(head) + " |",
         "|---" * len(head) + "|",
