@@ -24,7 +24,8 @@ from ubsmoe.config import ModelSettings, parse_run
 from ubsmoe.errors import UserError
 from ubsmoe.model.load import load_base, load_skeleton, load_tokenizer, shipped_path
 from ubsmoe.model.presets import model_shape
-from ubsmoe.server.evaluate import candidate_logs, evaluate
+from ubsmoe.server.answers import read
+from ubsmoe.server.evaluate import evaluate
 from ubsmoe.server.federation import build_federation
 
 WEIGHTS = "model.safetensors"
@@ -236,9 +237,9 @@ def test_hybrid_mixtures_are_scored_as_by_full_forward_passes(family: str, tmp_p
     federation = build_federation(parse_run(table))
     model, questions = federation.model, [q for group in federation.questions.values() for q in group]
     model.set_top_k(2)
-    for question, logs in zip(questions, candidate_logs(model, {}, questions), strict=True):
+    for question, spelt in zip(questions, read(model, questions).candidates, strict=True):
         prompt = question.tokens.input_ids[: question.tokens.prompt_length]
-        for candidate, found in zip(question.candidates, logs.tolist(), strict=True):
+        for candidate, (found, _) in zip(question.candidates, spelt, strict=True):
             with torch.no_grad():
                 stock = model.model(input_ids=torch.tensor([[*prompt, *candidate]]), use_cache=False).logits[0]
             each = stock[len(prompt) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(candidate).unsqueeze(1))

@@ -9,7 +9,7 @@ from ubsmoe.config import ConfigError
 from ubsmoe.errors import require
 from ubsmoe.finished.run import open_run
 from ubsmoe.model.checkpoint import READ
-from ubsmoe.server.evaluate import own_generation
+from ubsmoe.server.generation import own_generation
 
 
 def harness_scores(

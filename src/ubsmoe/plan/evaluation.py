@@ -1,6 +1,7 @@
 """What answering the test questions takes, per tier: FLOPs and memory, at most.
 
-A prompt is read twice, once to rank its candidates and once to write an answer, which is taken to be as long as it may be.
+A prompt is read once, to rank its candidates and to write an answer, which is taken to be as long as it may be; a beam search
+reads it once more.
 """
 
 from collections.abc import Mapping, Sequence
@@ -77,7 +78,8 @@ def _flops(settings: RunSettings, plan: TierPlan, cost: TierCost, one: Asked) ->
     batch = Batch.full(1, one.prompt + max(one.completion, settings.evaluate.max_new_tokens))
     per_token = forward_flops_per_token(plan.shape, cost.top_k, replace(plan.of(cost), batch=batch))
     body = per_token.total - per_token.head
-    return body * (2 * one.prompt + written) + per_token.head * (2 + written)
+    reads = 1 if settings.evaluate.decoding == "greedy" else 2
+    return body * (reads * one.prompt + written) + per_token.head * (reads + written)
 
 
 def _memory(settings: RunSettings, plan: TierPlan, cost: TierCost, questions: Sequence[Asked]) -> int:

@@ -9,18 +9,16 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from ubsmoe.config import DataSettings, EvaluateSettings
 from ubsmoe.data.tasks import TASKS, Example, extract_answer
-from ubsmoe.data.tokens import Tokens, collate_prompts, pad_id, tokenize
+from ubsmoe.data.tokens import tokenize
 from ubsmoe.model.surgery import SparseModel
+from ubsmoe.server.answers import Question, answers
 
 
 @dataclass(frozen=True)
@@ -39,16 +37,6 @@ class Score:
     mc_accuracy: float | None
     chance: float | None
     majority: float | None
-
-
-@dataclass(frozen=True)
-class Question:
-    """An example made ready: the tokens of its prompt and right answer, and those of every candidate (`gold` is the right one)."""
-
-    example: Example
-    tokens: Tokens
-    candidates: list[tuple[int, ...]]
-    gold: int
 
 
 def prepare(
@@ -93,13 +81,11 @@ def _question(example: Example, tokenizer: Any, data: DataSettings, settings: Ev
 def _score_task(model: SparseModel, tokenizer: Any, questions: Sequence[Question], settings: EvaluateSettings) -> Score:
     loss, tokens, ranked, right, unparsed = 0.0, 0, 0, 0, 0
     for batch in _by_length(questions, settings.batch_size):
-        inputs = collate_prompts([question.tokens for question in batch], pad_id(tokenizer))
-        inputs = {name: value.to(model.model.device) for name, value in inputs.items()}
-        for question, logs in zip(batch, candidate_logs(model, inputs, batch), strict=True):
-            loss -= float(logs[question.gold])
+        found = answers(model, tokenizer, batch, settings)
+        for question, (logs, text) in zip(batch, found, strict=True):
+            loss -= logs[question.gold]
             tokens += len(question.candidates[question.gold])
-            ranked += int(logs.argmax()) == question.gold
-        for question, text in zip(batch, _generate(model, tokenizer, inputs, batch, settings), strict=True):
+            ranked += logs.index(max(logs)) == question.gold
             said = _answer(question.example, text)
             unparsed += said is None
             right += said is not None and said in _right_answers(question.example)
@@ -123,104 +109,6 @@ def _by_length(questions: Sequence[Question], batch_size: int) -> Iterator[list[
     ordered = sorted(questions, key=lambda question: question.tokens.prompt_length)
     for start in range(0, len(ordered), batch_size):
         yield ordered[start : start + batch_size]
-
-
-def candidate_logs(model: SparseModel, inputs: dict[str, Tensor], batch: Sequence[Question]) -> list[Tensor]:
-    """Per question, the log-probability of each candidate. The prompt is read once, its cache shared by the candidates."""
-    cache = DynamicCache(config=model.model.config)
-    # the state of convolutions and state spaces is not repeated, even by a layer that repeats its attention's
-    if any(hasattr(layer, "conv_states") or not hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
-        return _logs_without_cache(model, batch)
-    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-    last = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
-    last[:, -1] = True
-    with model.reading(last):
-        first = model.model(**inputs, position_ids=positions, past_key_values=cache).logits[0]
-    width = max(len(question.candidates) for question in batch)
-    cache.batch_repeat_interleave(width)
-    rows = [tokens for question in batch for tokens in (question.candidates * width)[:width]]
-    length = max(map(len, rows))
-    ids = torch.tensor([[*tokens] + [0] * (length - len(tokens)) for tokens in rows], device=first.device)
-    real = torch.tensor([[1] * len(tokens) + [0] * (length - len(tokens)) for tokens in rows], device=first.device)
-    logs = torch.zeros(real.shape, device=first.device)
-    logs[:, 0] = first.float().log_softmax(-1).repeat_interleave(width, 0).gather(-1, ids[:, :1]).squeeze(-1)
-    if length > 1:
-        start = positions[:, -1:].repeat_interleave(width, 0)
-        after = real[:, 1:].bool()
-        with model.reading(after):
-            later = model.model(
-                input_ids=ids[:, :-1],
-                attention_mask=torch.cat([inputs["attention_mask"].repeat_interleave(width, 0), real[:, :-1]], dim=1),
-                position_ids=start + torch.arange(1, length, device=ids.device),
-                past_key_values=cache,
-            ).logits[0]
-        logs[:, 1:][after] = later.float().log_softmax(-1).gather(-1, ids[:, 1:][after].unsqueeze(-1)).squeeze(-1)
-    totals = logs.sum(-1).view(len(batch), width).cpu()
-    return [total[: len(question.candidates)] for total, question in zip(totals, batch, strict=True)]
-
-
-def _logs_without_cache(model: SparseModel, batch: Sequence[Question]) -> list[Tensor]:
-    """The same for hybrid mixtures: the state of a linear attention or a state space cannot be shared by several tokens.
-
-    Prompt and candidate are read as one text, padded on the right, where padding reaches nothing before it.
-    """
-    rows = [
-        (question.tokens.prompt_length, question.tokens.input_ids, one)
-        for question in batch
-        for one in question.candidates
-    ]
-    texts = [(*ids[:start], *candidate) for start, ids, candidate in rows]
-    length, device = max(map(len, texts)), model.model.device
-    ids = torch.tensor([[*text] + [0] * (length - len(text)) for text in texts], device=device)
-    real = torch.tensor([[1] * len(text) + [0] * (length - len(text)) for text in texts], device=device)
-    places = torch.arange(length - 1, device=device)
-    starts = torch.tensor([start for start, _, _ in rows], device=device).unsqueeze(1)
-    said = (places >= starts - 1) & real[:, 1:].bool()  # positions whose next token is the candidate's
-    found = model.logits_at(ids, real, said).float().log_softmax(-1)
-    logs = torch.zeros(said.shape, device=device)
-    logs[said] = found.gather(-1, ids[:, 1:][said].unsqueeze(-1)).squeeze(-1)
-    return list(logs.sum(-1).cpu().split([len(question.candidates) for question in batch]))
-
-
-@contextmanager
-def own_generation(model: Any, tokenizer: Any) -> Iterator[None]:
-    """Inside, generation follows what is asked for and nothing that the base's generation_config.json says."""
-    stock = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=pad_id(tokenizer))
-    try:
-        yield
-    finally:
-        model.generation_config = stock
-
-
-class _StopAtLabel(StoppingCriteria):
-    """Ends a row as soon as its label is readable: later tokens cannot change the first match."""
-
-    def __init__(self, tokenizer: Any, tasks: list[str], prompt_length: int) -> None:
-        self.tokenizer, self.tasks, self.prompt_length = tokenizer, tasks, prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
-        done = [
-            task in TASKS and extract_answer(task, text) is not None
-            for task, text in zip(self.tasks, texts, strict=True)
-        ]
-        return torch.tensor(done, device=input_ids.device)
-
-
-def _generate(
-    model: SparseModel, tokenizer: Any, inputs: dict[str, Tensor], batch: Sequence[Question], settings: EvaluateSettings
-) -> list[str]:
-    """Decode an answer to each prompt: greedy with an early stop, or the paper's beam search, which cannot be cut short."""
-    length = inputs["input_ids"].shape[1]
-    how: dict[str, Any] = {"num_beams": settings.num_beams}
-    if settings.decoding == "greedy":
-        stop = _StopAtLabel(tokenizer, [question.example.task for question in batch], length)
-        how = {"stopping_criteria": StoppingCriteriaList([stop])}
-    with own_generation(model.model, tokenizer):
-        out = model.model.generate(**inputs, **how, do_sample=False, max_new_tokens=settings.max_new_tokens)
-    texts: list[str] = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-    return texts
 
 
 def _answer(example: Example, text: str) -> str | None:

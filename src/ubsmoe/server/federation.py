@@ -19,7 +19,8 @@ from ubsmoe.methods.method import Method, RunShape
 from ubsmoe.model.load import Bases, check_sha256, load_skeleton
 from ubsmoe.model.presets import check_length
 from ubsmoe.model.surgery import SparseModel
-from ubsmoe.server.evaluate import Question, prepare
+from ubsmoe.server.answers import Question
+from ubsmoe.server.evaluate import prepare
 from ubsmoe.server.validator import UpdateSpecs
 
 

@@ -9,10 +9,13 @@ import torch
 from ubsmoe.config import EvaluateSettings, parse_run
 from ubsmoe.data.tasks import Example
 from ubsmoe.methods.method import install_adapter
+from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
-from ubsmoe.server.evaluate import Question, _answer, _macro, _right_answers, evaluate, prepare
+from ubsmoe.server.answers import Question, answers
 from ubsmoe.server.evaluate import Score as S
+from ubsmoe.server.evaluate import _answer, _macro, _right_answers, evaluate, prepare
 from ubsmoe.server.federation import Federation, build_federation
+from unit.model.families import tiny
 
 
 @pytest.fixture(scope="module")
@@ -62,30 +65,88 @@ def test_loss_and_ranking_are_those_of_full_forward_passes(federation: Federatio
 
 def test_majority_is_the_share_of_the_most_frequent_answer(federation: Federation, model: Any) -> None:
     question = federation.questions["boolq"][0]
-    answers = ["true", "false", "false", "true", "false"]
-    asked = [replace(question, example=replace(question.example, answer=answer)) for answer in answers]
+    labels = ["true", "false", "false", "true", "false"]
+    asked = [replace(question, example=replace(question.example, answer=label)) for label in labels]
     scores = evaluate(model, federation.tokenizer, {"boolq": asked}, EvaluateSettings(max_new_tokens=1))
     assert scores["boolq"].majority == 0.6
 
 
-def test_generation_is_greedy_decoding_without_padding(federation: Federation, model: Any) -> None:
-    from ubsmoe.data.tokens import collate_prompts
-    from ubsmoe.server.evaluate import _generate
+@torch.no_grad()
+def direct_greedy(model: Any, prompt: tuple[int, ...], most: int, eos: int) -> list[int]:
+    ids = list(prompt)
+    while len(ids) < len(prompt) + most and eos not in ids[len(prompt) :]:
+        ids.append(int(model.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
 
-    free = [
-        replace(question, example=replace(question.example, task="free")) for question in federation.questions["piqa"]
-    ]
-    settings = EvaluateSettings(max_new_tokens=5)
-    texts = _generate(model, federation.tokenizer, collate_prompts([q.tokens for q in free], pad_id=0), free, settings)
-    for question, text in zip(free, texts, strict=True):
-        ids = list(prompt_of(question))
-        for _ in range(5):
-            with torch.no_grad():
-                ids.append(int(model.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-            if ids[-1] == federation.tokenizer.eos_token_id:
-                break
-        said = federation.tokenizer.decode(ids[question.tokens.prompt_length :], skip_special_tokens=True)
-        assert text == said
+
+def leaving(said: list[int], eos: int, *, whole: bool) -> list[tuple[int, ...]]:
+    """Candidates that greedy decoding leaves at once, after two and after three tokens, or says to its end."""
+    other = [eos + 1 if token == eos else token ^ 1 for token in said]
+    ways = [(*said[:n], other[n], other[0], eos) for n in (0, 2, 3)]
+    return [*ways, tuple(said)] if whole else ways
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("most", [2, 5])
+@pytest.mark.parametrize("kind", ["own", "gold alone", "leaving", "said", "common"])
+def test_generation_is_greedy_decoding_without_padding(
+    federation: Federation, model: Any, kind: str, most: int
+) -> None:
+    tokenizer, questions = federation.tokenizer, federation.questions["piqa"] + federation.questions["boolq"]
+    eos, asked, expected = tokenizer.eos_token_id, [], []
+    for question in questions:
+        said = direct_greedy(model, prompt_of(question), 5, eos)
+        candidates = {
+            "own": question.candidates,
+            "gold alone": question.candidates[:1],
+            "leaving": leaving(said, eos, whole=False),
+            "said": leaving(said, eos, whole=True),
+            "common": leaving(said, eos, whole=False)[-1:],
+        }[kind]
+        free = replace(question.example, task="free")
+        asked.append(replace(question, example=free, candidates=candidates, gold=0))
+        expected.append(tokenizer.decode(said[:most], skip_special_tokens=True))
+    found = list(answers(model, tokenizer, asked, EvaluateSettings(max_new_tokens=most)))
+    assert [text for _, text in found] == expected
+    for question, (logs, _) in zip(asked, found, strict=True):
+        for candidate, log in zip(question.candidates, logs, strict=True):
+            assert log == pytest.approx(direct_log(model, prompt_of(question), candidate), rel=1e-5)
+
+
+@torch.no_grad()
+def test_no_token_is_computed_twice(federation: Federation, model: Any) -> None:
+    """Prompts and what candidates share once, each candidate's own tokens but the last once, then one at a time."""
+    tokenizer, (question, *_) = federation.tokenizer, federation.questions["hellaswag"]
+    eos, prompt = tokenizer.eos_token_id, prompt_of(question)
+    said = direct_greedy(model, prompt, 5, eos)
+    assert eos not in said
+    candidates = [(*said[:2], 7, 8, eos), (*said[:3], 9, eos)]
+    assert said[2] != 7 and said[3] != 9
+    asked = replace(question, candidates=candidates, example=replace(question.example, task="free"))
+    read: list[int] = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    list(answers(model, tokenizer, [asked], EvaluateSettings(max_new_tokens=5)))
+    hook.remove()
+    # behind the shared two: (7, 8) and (said[2], 9) are read; said[3] was found there and is the one token read alone
+    assert read == [len(prompt) + 2, 2 * 2, 1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [128, 16])
+def test_layers_with_a_sliding_window_answer_alike(federation: Federation, window: int) -> None:
+    """A window that holds the whole text is read on from; a shorter one has forgotten, and decoding begins anew."""
+    vocab = len(federation.tokenizer)
+    model = SparseModel(tiny("gpt_oss", vocab_size=vocab, sliding_window=window, max_position_embeddings=256))
+    tokenizer, questions = federation.tokenizer, federation.questions["boolq"]
+    free = [replace(question, example=replace(question.example, task="free")) for question in questions]
+    found = answers(model, tokenizer, free, EvaluateSettings(max_new_tokens=4))
+    for question, (logs, text) in zip(free, found, strict=True):
+        said = direct_greedy(model, prompt_of(question), 4, tokenizer.eos_token_id)
+        assert text == tokenizer.decode(said, skip_special_tokens=True)
+        for candidate, log in zip(question.candidates, logs, strict=True):
+            assert log == pytest.approx(direct_log(model, prompt_of(question), candidate), rel=1e-4)
 
 
 @pytest.mark.parametrize("decoding", ["greedy", "beam"])
