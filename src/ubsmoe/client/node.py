@@ -171,7 +171,7 @@ def _signing(identity: NodeConfig) -> "tuple[Sign, Check]":
     if not identity.get(UNSIGNED):
         raise ConfigError(
             "node configuration: [secure_aggregation] needs signing-key (this machine's private key) and peer-keys (a folder with "
-            "everybody's public keys); or unsigned=true for a trial, in which a lying server can read updates"
+            "everybody's public keys); or unsigned=true for a trial, in which a malicious server can read updates"
         )
     return (lambda one: one), (lambda one: None)
 
