@@ -49,8 +49,8 @@ class FinishedRun:
         """Put on the base what a client of this profile gets."""
         payload = self.method.dispatch(self.state, profile)
         self.method.install(self.model, payload, profile, generator_for(self.settings.seed, "evaluation"))
-        if CompensationState in self.method.keeps:  # of every K, so that it serves at any
-            self.model.set_compensation(self.state.of(CompensationState).by_name())
+        if CompensationState in self.method.keeps and (own := self.state.of(CompensationState).by_name()):
+            self.model.set_compensation(own)  # of every K, so that it serves at any
 
 
 def open_run(
