@@ -50,6 +50,7 @@ COMPOSITIONS: list[Recipe] = [
     ("lossfree", {"averaging": {"rule": "exact"}, "pg": False}),
     ("ubsmoe", {"averaging": {"rule": "svd"}}),
     ("fedavg", {"compensation": {"rank": 5}}),
+    ("ubsmoe", {"compensation": {"rank": 3, "fit": "clients", "every": 1}}),
     ("ffa_lora", {"compensation": {"rank": 3}, "dmr": True}),
     ("fed_sb", {"compensation": {"form": "constant"}, "dmr": True}),
     ("fedsvd", {"compensation": {"rank": 4, "slices": 2}}),

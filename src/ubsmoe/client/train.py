@@ -91,6 +91,8 @@ def train(
     key = (trainer.seed, client, task.round)
     try:
         hooks = trainer.method.install(model, task.payload, task.profile, generator_for(*key, "install"))
+        for look in hooks.before_training:
+            look(_in_order(trainer, examples))
         with model.counting(), recomputing(model) if trainer.settings.gradient_checkpointing else nullcontext():
             loss, tokens, assignments = _steps(trainer, task, examples, hooks, on_step)
             return Update(
@@ -163,6 +165,13 @@ def _steps(
         if on_step:
             on_step(step + 1, num_steps, loss)
     return sum(losses) / len(losses), tokens, assignments
+
+
+def _in_order(trainer: Trainer, examples: Sequence[Tokens]) -> Iterator[dict[str, Tensor]]:
+    """The client's examples as they lie, in batches."""
+    size = trainer.settings.micro_batch or trainer.settings.batch_size
+    for first in range(0, len(examples), size):
+        yield collate(examples[first : first + size], trainer.pad_id)
 
 
 def _micro_batches(

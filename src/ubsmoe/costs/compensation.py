@@ -7,17 +7,16 @@ from ubsmoe.costs.shape import ModelShape
 
 @dataclass(frozen=True)
 class Skipped:
-    """What stands for the skipped experts at K < `k_max`: the form, its rank r, and n slices to an expert."""
+    """What stands for the skipped experts at K < `k_max`: the form, its rank r, and n slices to an expert.
+
+    `least_top_k` is the smallest K that a budget may buy: 0 where something stands for all experts from the first round on.
+    """
 
     form: str
     rank: int
     slices: int
     k_max: int
-
-    @property
-    def least_top_k(self) -> int:
-        """The smallest K that a budget may buy: none where something stands for the experts."""
-        return int(self.form == "none")
+    least_top_k: int = 0
 
     def multiply_adds(self, shape: ModelShape, top_k: int) -> int:
         """Per token and layer, forward, as they are computed: of a map r (2 h + M), of what is kept per expert all M of it.

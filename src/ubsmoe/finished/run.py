@@ -65,8 +65,8 @@ class FinishedRun:
         """
         model, payload = self._base_for(profile), self.method.dispatch(self.state, profile)
         self.method.install(model, payload, profile, generator_for(self.settings.seed, "evaluation"))
-        if CompensationState in self.method.keeps:  # of every K, so that it serves at any
-            model.set_compensation(self.state.of(CompensationState).by_name())
+        if CompensationState in self.method.keeps and (own := self.state.of(CompensationState).by_name()):
+            model.set_compensation(own)  # of every K, so that it serves at any
         return model
 
     def _base_for(self, profile: Profile) -> SparseModel:

@@ -12,11 +12,14 @@ sums add up over clients, so a fit from sums is the fit on the pooled tokens, wh
 Source: ours, as an answer to skipped experts; the regression is the cited one.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+
+FIXED_POINT = 2.0**24
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,25 @@ class Sums:
         z, y = z.double(), y.double()
         count = torch.tensor(float(len(z)), dtype=torch.float64)
         return cls(count, z.sum(0), y.sum(0), z.T @ z, z.T @ y, y.square().sum())
+
+    @classmethod
+    def zero(cls, d: int, h: int) -> "Sums":
+        """The sums over no tokens."""
+        return cls.of(torch.zeros(0, d), torch.zeros(0, h))
+
+    @staticmethod
+    def elements(d: int, h: int) -> int:
+        """How many numbers they are: d^2 + d h + d + h + 2."""
+        return d * d + d * h + d + h + 2
+
+    def fixed(self) -> dict[str, Int[Tensor, "..."]]:
+        """By name, as whole numbers of 2^-24: they add up without rounding, in any order."""
+        return {name: (value * FIXED_POINT).round().to(torch.int64).cpu() for name, value in vars(self).items()}
+
+    @classmethod
+    def of_fixed(cls, fixed: Mapping[str, Int[Tensor, "..."]]) -> "Sums":
+        """The reverse."""
+        return cls(**{name: value.double() / FIXED_POINT for name, value in fixed.items()})
 
     def __add__(self, other: "Sums") -> "Sums":
         """The sums over both."""

@@ -4,8 +4,9 @@ r"""Compensation for skipped experts, a part: a client at K < K_max answers almo
 
 T(x) are the K_max experts that the base runs, A(x) the K of largest gate weight, w_i the gate weights at K_max. The forms of C
 stand in model/compensation.py. The server fits them before round 1, and every so many rounds, on text that the base writes
-itself (server/calibration.py): no data of a client is needed. They travel with the adapter and hold in training, evaluation and
-generation. At K_max nothing changes, to the bit.
+itself (server/calibration.py), so that no data of a client is needed; or the clients of the largest tier do, by sums
+(compensation_sums.py). They travel with the adapter and hold in training, evaluation and generation. At K_max nothing changes, to
+the bit.
 
 At K = 1 what is lost is a function and no gradient, which neither DMR nor a pseudo-gradient gives back (docs/results.md).
 
@@ -26,6 +27,7 @@ from ubsmoe.costs.shape import ModelShape, Trained
 from ubsmoe.costs.traffic import FLOAT32, Traffic
 from ubsmoe.costs.workload import WireDtype
 from ubsmoe.messages import Profile, Tensors
+from ubsmoe.methods.compensation_sums import with_clients_sums
 from ubsmoe.methods.method import Calibration, Hooks, Method, RunShape, State, refuse
 from ubsmoe.model.compensation import PREFIX
 from ubsmoe.model.compensation_fit import Batches, FormSettings, fit_compensation
@@ -58,8 +60,9 @@ def with_compensation(method: Method, shape: RunShape, settings: FormSettings) -
     refuse(method, "compensation")
     if not method.varies_top_k(shape):
         return method  # every client runs K_max experts: nothing is skipped
-    skipped = Skipped(settings.form, settings.rank, settings.slices, shape.k_max)
-    small = sorted({max(k, skipped.least_top_k) for k in shape.top_ks if k < shape.k_max})
+    least = int(settings.form == "none" or settings.fit == "clients")
+    skipped = Skipped(settings.form, settings.rank, settings.slices, shape.k_max, least)
+    small = sorted({max(k, least) for k in shape.top_ks if k < shape.k_max})
 
     def start(adapter: dict[str, Tensor]) -> State:
         return method.start(adapter).having(CompensationState({}, torch.zeros(len(small), shape.num_layers)))
@@ -74,7 +77,9 @@ def with_compensation(method: Method, shape: RunShape, settings: FormSettings) -
         return payload | {PREFIX + name: value for name, value in own.items() if name.split(".")[1] in wanted}
 
     def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
-        model.set_compensation({name: value for name, value in payload.items() if name.startswith(PREFIX)})
+        own = {name: value for name, value in payload.items() if name.startswith(PREFIX)}
+        if own or settings.fit == "server":  # before the clients' first sums there is nothing to put in place
+            model.set_compensation(own)
         return method.install(model, payload, profile, generator)
 
     def fit(state: State, model: SparseModel, text: Batches, profile: Profile, generator: torch.Generator) -> State:
@@ -84,7 +89,10 @@ def with_compensation(method: Method, shape: RunShape, settings: FormSettings) -
         finally:
             model.clear()
         tensors = {name.removeprefix(PREFIX): value for name, value in found.tensors.items()}
-        return state.having(CompensationState(tensors, torch.tensor([found.explained[top_k] for top_k in small])))
+        return keep(state, tensors, torch.tensor([found.explained[top_k] for top_k in small]))
+
+    def keep(state: State, tensors: dict[str, Tensor], explained: Tensor) -> State:
+        return state.having(CompensationState(tensors, explained))
 
     def event(state: State) -> dict[str, object]:
         shares = state.of(CompensationState).explained.tolist()
@@ -95,7 +103,7 @@ def with_compensation(method: Method, shape: RunShape, settings: FormSettings) -
         down = times * FLOAT32 * skipped.numbers(base) + 8 * skipped.channels(base)
         return method.traffic(base, rank, trained, wire_dtype) + Traffic(down, 0)
 
-    return replace(
+    compensated = replace(
         method,
         start=start,
         dispatch=dispatch,
@@ -107,3 +115,6 @@ def with_compensation(method: Method, shape: RunShape, settings: FormSettings) -
         skipped=skipped,
         calibration=Calibration(fit, settings.tokens, settings.every) if small and settings.form != "none" else None,
     )
+    if settings.fit == "clients" and small:
+        return with_clients_sums(compensated, shape, settings, small, keep)
+    return compensated

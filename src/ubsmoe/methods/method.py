@@ -159,11 +159,13 @@ class Calibration:
 class Hooks:
     """What a method does inside a client's step.
 
-    `penalties` are added to the loss of every micro-batch; `before_step` runs between backward and the optimiser's step;
+    `before_training` sees the client's examples in batches before the first step. `penalties` are added to the loss of every
+    micro-batch; `before_step` runs between backward and the optimiser's step;
     `parameters` are trained beside the adapter; `extras` is read when training ends and travels in Update.extras. On a model
     without numbers (the meta device) installing must work too: that is how a server learns what an update looks like.
     """
 
+    before_training: list[Callable[[Iterator[Mapping[str, Tensor]]], None]] = field(default_factory=list)
     penalties: list[Callable[[], Tensor]] = field(default_factory=list)
     before_step: list[Callable[[], None]] = field(default_factory=list)
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
@@ -172,6 +174,7 @@ class Hooks:
     def and_then(self, other: "Hooks") -> "Hooks":
         """The hooks of both, in order."""
         return Hooks(
+            [*self.before_training, *other.before_training],
             [*self.penalties, *other.penalties],
             [*self.before_step, *other.before_step],
             [*self.parameters, *other.parameters],

@@ -44,6 +44,8 @@ class FormSettings:
     """lambda, as a share of the features' mean variance."""
     tokens: Annotated[int, Field(ge=64)] = 4096
     """Tokens of text to fit on, which the base writes itself."""
+    fit: Literal["server", "clients"] = "server"
+    """Who fits: the server, on that text, or the clients of the largest tier, by sums over so many tokens of their own."""
     every: Annotated[int, Field(ge=0)] = 0
     """Rounds from one fit to the next; 0 fits once, before round 1."""
 
@@ -85,15 +87,15 @@ def fit_compensation(model: SparseModel, batches: Batches, top_ks: Iterable[int]
     return Fitted({name: value.cpu() for name, value in tensors.items()}, explained)
 
 
-def missing_sum(layer: SparseLayer, seen: Passing) -> Float[Tensor, "T h"]:
+def missingexperts_sum(layer: SparseLayer, seen: Passing) -> Float[Tensor, "T h"]:
     """sum over T(x) of w_i E_i(x), minus what is run of it."""
-    whole = _sum(seen.hidden, seen.considered, seen.gates, *layer.whole_weights(seen.hidden))
-    return (whole - _sum(seen.hidden, seen.run, seen.run_gates, *layer.run_weights(seen.hidden))).float()
+    whole = experts_sum(seen.hidden, seen.considered, seen.gates, *layer.whole_weights(seen.hidden))
+    return (whole - experts_sum(seen.hidden, seen.run, seen.run_gates, *layer.run_weights(seen.hidden))).float()
 
 
 def _fit(layer: SparseLayer, seen: Passing, settings: FormSettings) -> tuple[Compensation, float]:
     """The form of one layer, and the share of the missing sum that it explains."""
-    missing = missing_sum(layer, seen)
+    missing = missingexperts_sum(layer, seen)
     found = _FORMS[settings.form](layer, seen, missing, settings)
     left = missing - found(seen.hidden.to(missing.dtype), seen.skipped)
     return found, 1 - float(left.square().sum() / missing.square().sum().clamp_min(1e-30))
@@ -208,13 +210,14 @@ def _probing(layer: SparseLayer, probe: Probe) -> Iterator[None]:
         layer.routing = replace(layer.routing, probe=None)
 
 
-def _sum(
+def experts_sum(
     hidden: Float[Tensor, "T h"],
     index: Int[Tensor, "T K"],
     gates: Float[Tensor, "T K"],
     base: ExpertWeights,
     lora: Lora,
 ) -> Float[Tensor, "T h"]:
+    """At each token, the sum of its `gates` times the outputs of its experts `index`."""
     token = torch.arange(len(hidden), device=hidden.device).repeat_interleave(index.shape[1])
     return run_assignments(hidden, token, index.reshape(-1), gates.reshape(-1), base, lora)
 
@@ -223,7 +226,7 @@ def _expert_output(layer: SparseLayer, seen: Passing, expert: int) -> tuple[Floa
     """x and E_i(x) of the tokens that have this expert in T(x)."""
     x = seen.hidden[(seen.considered == expert).any(-1)]
     index, gates = torch.full((len(x), 1), expert, device=x.device), torch.ones(len(x), 1, device=x.device)
-    return x, _sum(x, index, gates, *layer.whole_weights(x))
+    return x, experts_sum(x, index, gates, *layer.whole_weights(x))
 
 
 def _covariance(x: Float[Tensor, "T h"], ridge: float) -> Float[Tensor, "h h"]:

@@ -1,0 +1,156 @@
+r"""The fit by the clients' sums: exact federated least squares, so that no text moves and the server needs none.
+
+    client of the largest tier    G_c = sum z z^T,  H_c = sum z y^T, ...    over its own examples, once, before it trains
+    server                        G = sum_c G_c, ...   then the closed form of maths/compensation.py
+
+Sums are whole numbers of 2^-24 (`Sums.fixed`): they add up without rounding, so the fit is the same to the bit in any order of
+clients, and that on the pooled examples but for those roundings. They are asked for in round 1, every `every` rounds, and as
+long as no client of the largest tier has answered; the round after has the map, and until then clients run as without one.
+
+Source: ours.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ubsmoe.costs.shape import ModelShape, Trained
+from ubsmoe.costs.traffic import Traffic
+from ubsmoe.costs.workload import WireDtype
+from ubsmoe.maths.compensation import Sums, fit_low_rank
+from ubsmoe.messages import Profile, Tensors
+from ubsmoe.methods.method import Contribution, Hooks, Method, RunShape, State, observing
+from ubsmoe.methods.refusals import Refusable
+from ubsmoe.model.compensation_fit import FormSettings
+from ubsmoe.model.compensation_sums import no_sums, passed_sums
+from ubsmoe.model.surgery import SparseModel
+
+SUMS, WANTED = "sums", "fit.top_ks"
+INT64 = 8
+LARGEST = 2.0**56  # of a client's sum: those of a hundred clients still fit an int64
+REFUSES: Mapping[Refusable, str] = {
+    "robust": "no rule bounds what one client's outer products do to the sum; fit on the server, or leave [robust] out",
+    "privacy": "noise on the mean of updates does not cover outer products of hidden states; fit on the server",
+    "secure_aggregation": "words of secure sums have bounds that outer products of hidden states do not keep; fit on the server",
+}
+
+
+@dataclass(frozen=True)
+class FitState:
+    """How many rounds have been aggregated, and whether any of them brought a fit."""
+
+    rounds: Tensor
+    fitted: Tensor
+
+
+Keep = Callable[[State, dict[str, Tensor], Tensor], State]
+"""A state, the maps' tensors `{layer}.{K}.{u|v|c}`, the share explained [K in use, L] -> the state that has them."""
+
+
+def with_clients_sums(method: Method, shape: RunShape, settings: FormSettings, small: list[int], keep: Keep) -> Method:
+    """The method, its maps fitted from the sums of the largest tier's clients.
+
+    Args:
+        method: with a compensation.
+        shape: sizes of the run.
+        settings: [method.compensation].
+        small: the K below K_max in use.
+        keep: puts what was fitted into a state.
+
+    Raises:
+        ValueError: for a form that is more than one map.
+    """
+    if settings.form != "map" or settings.slices > 1:
+        raise ValueError(
+            f"compensation.fit 'clients' sums what one whole map needs, got form {settings.form!r} with slices "
+            f"{settings.slices}; set form = 'map' and slices = 1, or fit = 'server'"
+        )
+    wanted = torch.tensor(small)
+
+    def start(adapter: dict[str, Tensor]) -> State:
+        return method.start(adapter).having(FitState(torch.tensor(0), torch.tensor(False)))
+
+    def is_due(state: State) -> bool:
+        own = state.of(FitState)
+        return not own.fitted or bool(settings.every and int(own.rounds) % settings.every == 0)
+
+    def dispatch(state: State, profile: Profile) -> dict[str, Tensor]:
+        payload = method.dispatch(state, profile)
+        return payload | {WANTED: wanted} if profile.top_k == shape.k_max and is_due(state) else payload
+
+    def install(model: SparseModel, payload: Tensors, profile: Profile, generator: torch.Generator) -> Hooks:
+        hooks = method.install(model, payload, profile, generator)
+        if WANTED not in payload:
+            return hooks
+        found = no_sums(model, small)
+
+        def look(batches: Iterable[Mapping[str, Tensor]]) -> None:
+            found.update(passed_sums(model, batches, small, settings.tokens))
+
+        return hooks.and_then(Hooks(before_training=[look], extras=lambda: _named(found)))
+
+    def aggregate(state: State, contributions: Iterable[Contribution]) -> State:
+        totals: dict[str, Tensor] = {}
+
+        def see(one: Contribution) -> None:
+            own = {name: value for name, value in one.extras.items() if name.startswith(f"{SUMS}.")}
+            totals.update({name: totals[name] + value if totals else value for name, value in own.items()})
+
+        after = method.aggregate(state, observing(contributions, see))
+        own = after.of(FitState)
+        found = _fit(totals, shape.num_layers, small, settings) if totals else None
+        after = after.having(FitState(own.rounds + 1, own.fitted | (found is not None)))
+        return keep(after, *found) if found else after
+
+    def traffic(base: ModelShape, rank: int, trained: Trained, wire_dtype: WireDtype) -> Traffic:
+        per_place = Sums.elements(base.hidden + base.num_experts, base.hidden)
+        up = INT64 * base.num_moe_layers * len(small) * per_place
+        return method.traffic(base, rank, trained, wire_dtype) + Traffic(INT64 * len(small), up)
+
+    return replace(
+        method,
+        start=start,
+        dispatch=dispatch,
+        install=install,
+        aggregate=aggregate,
+        traffic=traffic,
+        keeps=(*method.keeps, FitState),
+        refuses={**method.refuses, **REFUSES},
+        ranges={**method.ranges, SUMS: (-LARGEST, LARGEST)},
+        exempt={
+            **method.exempt,
+            "predicted_bytes": "clients of the largest tier alone send sums, in the rounds of a fit",
+        },
+        calibration=None,
+    )
+
+
+def _named(found: Mapping[tuple[int, int], Sums]) -> dict[str, Tensor]:
+    return {
+        f"{SUMS}.{layer}.{top_k}.{name}": value
+        for (layer, top_k), sums in found.items()
+        for name, value in sums.fixed().items()
+    }
+
+
+def _fit(
+    totals: Mapping[str, Tensor], layers: int, small: list[int], settings: FormSettings
+) -> tuple[dict[str, Tensor], Tensor] | None:
+    """The maps and what they explain; None if sums are such that no regression makes anything of them."""
+    tensors: dict[str, Tensor] = {}
+    explained = torch.zeros(len(small), layers)
+    for row, top_k in enumerate(small):
+        for layer in range(layers):
+            prefix = f"{SUMS}.{layer}.{top_k}."
+            sums = Sums.of_fixed(
+                {name.removeprefix(prefix): v for name, v in totals.items() if name.startswith(prefix)}
+            )
+            try:
+                own = fit_low_rank(sums, settings.rank, settings.ridge)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                return None
+            tensors |= {f"{layer}.{top_k}.{name}": getattr(own, name).float() for name in ("u", "v", "c")}
+            explained[row, layer] = own.explained
+    return (tensors, explained) if all(value.isfinite().all() for value in tensors.values()) else None

@@ -1,0 +1,124 @@
+"""The fit by clients' sums: pooled least squares, in any order of clients, asked for when due, refused where it cannot be."""
+
+from itertools import permutations
+
+import pytest
+import torch
+
+from methods.laboratory import Lab, aggregated
+from ubsmoe.client.train import Trainer, train
+from ubsmoe.config import TierSettings, TrainSettings
+from ubsmoe.data.tokens import Tokens, collate
+from ubsmoe.errors import UserError
+from ubsmoe.messages import Task
+from ubsmoe.methods import build
+from ubsmoe.methods.compensation import CompensationState
+from ubsmoe.methods.compensation_sums import FitState
+from ubsmoe.methods.method import Method, State
+from ubsmoe.model.compensation import PREFIX
+from ubsmoe.model.compensation_fit import FormSettings, fit_compensation
+from ubsmoe.wire.codec import decode_update, encode_update
+
+EXAMPLES = [Tokens(tuple(2 + (7 * i + i * j * j) % 30 for j in range(4 + i % 5)), prompt_length=2) for i in range(24)]
+OWN = {"compensation": {"rank": 5, "fit": "clients"}}
+CLIENTS = (EXAMPLES[:3], EXAMPLES[3:14], EXAMPLES[14:])
+
+
+@pytest.fixture
+def method(lab: Lab) -> Method:
+    return build("fedavg", lab.shape, OWN)
+
+
+def updates(lab: Lab, method: Method, state: State, shares=CLIENTS, tier: int = 3) -> list:
+    settings = TrainSettings(local_steps=1, batch_size=4, learning_rate=1e-2)
+    trainer = Trainer(lab.model, method, settings, TierSettings(), seed=0, pad_id=0)
+    found = []
+    for number, examples in enumerate(shares):
+        profile = lab.profile(method, tier, f"client-{number}")
+        task = Task(1, profile, method.dispatch(state, profile))
+        found.append(train(trainer, task, examples))
+    return found
+
+
+def maps(state: State) -> dict[str, torch.Tensor]:
+    return dict(state.of(CompensationState).compensation)
+
+
+def test_any_order_of_clients_gives_the_same_bits_and_the_pooled_examples_the_same_map(
+    lab: Lab, method: Method
+) -> None:
+    state = lab.start(method)
+    parts = updates(lab, method, state)
+    first, *others = (maps(aggregated(method, state, order)) for order in permutations(parts))
+    assert len(first) == 2 * 2 * 3  # layers, K = 1 and 2, U V c
+    for other in others:
+        assert all(torch.equal(value, other[name]) for name, value in first.items())
+    pooled = maps(aggregated(method, state, updates(lab, method, state, [EXAMPLES])))
+    for layer, top_k in ((0, 1), (0, 2), (1, 1), (1, 2)):
+        one, other = (found[f"{layer}.{top_k}.v"] @ found[f"{layer}.{top_k}.u"] for found in (first, pooled))
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_the_lowest_layers_map_is_the_servers_own_on_the_same_text(lab: Lab, method: Method) -> None:
+    """Nothing lies below it that a small budget could change, so one pass at K_max and the sequential fit meet the same inputs."""
+    state = lab.start(method)
+    found = maps(aggregated(method, state, updates(lab, method, state)))
+    profile = lab.profile(method, 3)
+    method.install(lab.model, method.dispatch(state, profile), profile, torch.Generator())
+    text = [{n: v for n, v in collate(EXAMPLES, 0).items() if n != "labels"}]
+    server = fit_compensation(lab.model, text, [1, 2], FormSettings(rank=5)).tensors
+    lab.model.clear()
+    for top_k in (1, 2):
+        prefix = f"{PREFIX}0.{top_k}"
+        product = server[f"{prefix}.v"] @ server[f"{prefix}.u"]
+        torch.testing.assert_close(found[f"0.{top_k}.v"] @ found[f"0.{top_k}.u"], product, rtol=1e-2, atol=1e-5)
+
+
+def test_the_largest_tier_is_asked_until_it_has_answered_and_again_when_it_is_due(lab: Lab) -> None:
+    method = build("fedavg", lab.shape, {"compensation": {**OWN["compensation"], "every": 2}})
+    state, asked, sent = lab.start(method), [], []
+    for number in range(4):
+        tiers = [0] if number == 0 else [0, 3]  # nobody of the largest tier takes part in the first round
+        asked.append("fit.top_ks" in method.dispatch(state, lab.profile(method, 3)))
+        sent.append(any(name.startswith(PREFIX) for name in method.dispatch(state, lab.profile(method, 0))))
+        assert "fit.top_ks" not in method.dispatch(state, lab.profile(method, 0))
+        found = [one for tier in tiers for one in updates(lab, method, state, [EXAMPLES], tier)]
+        state = aggregated(method, state, found)
+    assert asked == [True, True, True, False] and sent == [False, False, True, True]
+    assert int(state.of(FitState).rounds) == 4
+
+
+def test_sums_cross_the_wire_to_the_bit(lab: Lab, method: Method) -> None:
+    state = lab.start(method)
+    (update,) = updates(lab, method, state, [EXAMPLES])
+    before = method.dispatch(state, lab.profile(method, 3))
+    back = decode_update(encode_update(update, before, "int8"), 2**30, before)
+    assert all(torch.equal(value, back.extras[name]) for name, value in update.extras.items())
+    assert update.extras["sums.1.2.gram"].any()
+
+
+@pytest.mark.parametrize("value", [0, 2**55, -(2**55)])
+def test_sums_that_nobody_can_have_change_no_map(lab: Lab, method: Method, value: int) -> None:
+    state = lab.start(method)
+    good = aggregated(method, state, updates(lab, method, state))
+    (update,) = updates(lab, method, state, [EXAMPLES])
+    update.extras.update({name: torch.full_like(one, value) for name, one in update.extras.items()})  # type: ignore[attr-defined]
+    after = aggregated(method, good, [update])
+    assert all(torch.equal(one, maps(after)[name]) for name, one in maps(good).items()) or all(
+        one.isfinite().all() for one in maps(after).values()
+    )
+
+
+def test_a_client_whose_sums_overflow_is_dropped(lab: Lab, method: Method) -> None:
+    (update,) = updates(lab, method, lab.start(method), [EXAMPLES])
+    assert method.fault(update) is None
+    update.extras["sums.0.1.gram"] = torch.full_like(update.extras["sums.0.1.gram"], 2**62)  # type: ignore[index]
+    assert str(method.fault(update)).startswith("sums.0.1.gram reaches from")
+
+
+def test_what_sums_cannot_do_is_refused_with_the_reason(lab: Lab, method: Method) -> None:
+    assert {"robust", "privacy", "secure_aggregation"} <= set(method.refuses)
+    for more in ({"slices": 2}, {"form": "stand_ins"}):
+        with pytest.raises(UserError, match=r"compensation\.fit 'clients' .* or fit = 'server'"):
+            build("fedavg", lab.shape, {"compensation": {**OWN["compensation"], **more}})
+    assert method.calibration is None  # the server needs no text, nor weights
