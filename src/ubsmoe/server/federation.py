@@ -20,6 +20,7 @@ from ubsmoe.model.load import Bases, check_sha256, load_skeleton
 from ubsmoe.model.presets import check_length
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.server.answers import Question
+from ubsmoe.server.calibration import written_by_base
 from ubsmoe.server.evaluate import prepare
 from ubsmoe.server.validator import UpdateSpecs
 
@@ -67,6 +68,12 @@ class Federation:
     def specs(self) -> UpdateSpecs:
         """What an update to a task looks like."""
         return UpdateSpecs(self.skeleton, self.method)
+
+    @cached_property
+    def calibration_text(self) -> list[Tokens]:
+        """What the base writes to fit a method's compensation on: the same before every round, so it is written once."""
+        assert self.method.calibration, "only a method with a compensation is fitted"
+        return written_by_base(self.model, self.tokenizer, self.settings, self.method.calibration.tokens)
 
 
 def build_federation(settings: RunSettings) -> Federation:
