@@ -11,7 +11,9 @@ from ubsmoe.storage.runfolder import RunFolder
 LAYERS, EXPERTS, ROUNDS, KS = 4, 32, 3, (2, 4, 6, 8)  # the shipped base's sizes: the costs are counted from it
 
 
-def write_run(folder: Path, method: str = "ubsmoe", seed: int = 0, phi: bool = True, finished: bool = True) -> Path:
+def write_run(
+    folder: Path, method: str = "ubsmoe", seed: int = 0, phi: bool = True, finished: bool = True, after: float = 0.7
+) -> Path:
     settings = parse_run(
         {"seed": seed, "clients": {"count": 4}, "train": {"rounds": ROUNDS}, "method": {"name": method}}
     )
@@ -40,9 +42,9 @@ def write_run(folder: Path, method: str = "ubsmoe", seed: int = 0, phi: bool = T
                 "round", number, seconds=2.0, loss=1 / number, entropy=balance.normalised_entropy(used).tolist(),
                 gini=balance.gini(used).tolist(), dead_experts=0, utilization=used.tolist(), **extras,
             )  # fmt: skip
-        after = _evaluate(run, ROUNDS, 0.7)
+        last = _evaluate(run, ROUNDS, after)
         if finished:
-            run.write_summary({"seconds": 6.0, "adapter_sha256": "ab" * 32, "before": before, "after": after})
+            run.write_summary({"seconds": 6.0, "adapter_sha256": "ab" * 32, "before": before, "after": last})
     return folder
 
 
@@ -52,5 +54,13 @@ def _evaluate(run: RunFolder, number: int, accuracy: float) -> list[dict[str, di
         score = {"examples": 50, "loss": 1.0 - 0.1 * tier, "accuracy": accuracy + 0.05 * tier, "unparsed": 0.02}
         score |= {"mc_accuracy": accuracy, "chance": 0.25, "majority": 0.3}
         results.append({"task": score, "macro": score})
+        said = {
+            "task": "task",
+            "prompt": "Is <it>?",
+            "truth": "yes",
+            "said": "yes" if number else "no",
+            "right": number > 0,
+        }
+        run.events.append("answers", number, tier=tier, answers=[said])
         run.events.append("evaluated", number, tier=tier, top_k=top_k, rank=8, scores=results[-1])
     return results

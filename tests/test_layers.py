@@ -63,7 +63,6 @@ ONLY_IN: dict[str, set[str]] = {
     "cryptography": {"engines/flower", "secagg"},
     "typer": {"cli"},
     "matplotlib": {"report", "study"},
-    "plotly": {"report"},
     "wandb": {"report"},
     "mlflow": {"report"},
     "pickle": set(),

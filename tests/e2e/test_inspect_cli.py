@@ -81,8 +81,8 @@ def test_a_folder_without_a_run_is_one_sentence_and_exit_code_2(
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
     monkeypatch.setattr("ubsmoe.errors.find_spec", lambda name: None)
-    assert ubsmoe(monkeypatch, "report", tmp_path) == 2
-    assert 'this needs plotly: pip install "ubsmoe[report]"' in capsys.readouterr().err
+    assert ubsmoe(monkeypatch, "study", "figures", tmp_path) == 2
+    assert 'this needs matplotlib: pip install "ubsmoe[report]"' in capsys.readouterr().err
 
 
 def test_the_probe_writes_and_prints_cosines_of_every_kept_round(

@@ -74,6 +74,28 @@ def test_no_id_is_given_twice(opened: Any) -> None:
     assert [name for name in opened.execute_script(twice) if not name.startswith("clip")] == []
 
 
+IN_VIEW = """
+return [...document.querySelectorAll(arguments[0])].map(node => node.getBoundingClientRect()).every(
+  box => box.width > 0 && box.left >= 0 && box.right <= innerWidth && box.top >= 0 && box.bottom <= innerHeight);
+"""
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+def test_the_first_screen_holds_the_headline_and_every_tiers_accuracy(opened: Any, width: int, height: int) -> None:
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    opened.refresh()
+    assert "% accuracy" in opened.find_element("css selector", "h1").text
+    for what in ("h1", ".lead .accuracy", ".lead thead"):
+        assert opened.execute_script(IN_VIEW, what), what
+    assert [one.text for one in opened.find_elements("css selector", ".lead .accuracy")] == 2 * [
+        "70.0",
+        "75.0",
+        "80.0",
+        "85.0",
+    ]
+
+
 def charts_drawn(browser: Any) -> int:
     return browser.execute_script("return document.querySelectorAll('.chart .main-svg .cartesianlayer').length")
 
@@ -111,9 +133,9 @@ def test_phi_is_shown_only_for_a_run_that_has_it(opened: Any) -> None:
 
 
 def test_tables_sort_by_number_both_ways(opened: Any) -> None:
-    table = opened.find_element("css selector", "#results table")
-    heading = next(b for b in table.find_elements("css selector", "thead button") if b.text.startswith("accuracy"))
-    column = "return [...arguments[0].tBodies[0].rows].map(row => Number(row.cells[4].dataset.value))"
+    table = opened.find_element("css selector", "#clients table")
+    heading = next(b for b in table.find_elements("css selector", "thead button") if b.text.startswith("seconds"))
+    column = "return [...arguments[0].tBodies[0].rows].map(row => Number(row.cells[10].dataset.value))"
     before = opened.execute_script(column, table)
     assert before != sorted(before)
     for ascending in (True, False):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ubsmoe.cli.app import AsJson, Runs, Set, app, overrides, print_json, read_settings
-from ubsmoe.errors import UserError, require
+from ubsmoe.errors import UserError
 
 if TYPE_CHECKING:
     from ubsmoe.plan.devices import Machine
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def report_command(
     runs: Runs,
     out: Annotated[Path, typer.Option(help="the file to write")] = Path("out/report.html"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file if it is there")] = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="follow one run in the terminal until it ends instead")
     ] = False,
@@ -24,12 +25,11 @@ def report_command(
     """Write one HTML file about runs; it opens without a network."""
     if watch:
         return _watch(runs)
-    require("plotly", "report")
     from ubsmoe.report.page import write_report
     from ubsmoe.report.series import read_series
 
     found = read_series(runs)
-    write_report(found, [_costs(run.record) for run in found], out)
+    write_report(found, [_costs(run.record) for run in found], out, overwrite)
     typer.echo(str(out))
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ubsmoe.report.comparison import interval
 from ubsmoe.report.plain import average
-from ubsmoe.report.series import COLOURS, ENTROPY, GINI, PHI, Array, Series, mean, over_rounds
+from ubsmoe.report.series import COLOURS, ENTROPY, GINI, PHI, Array, Series, by_label, mean, over_rounds
 from ubsmoe.storage.record import Scores, TierCosts
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "x", "star", "pentagon", "hexagon")
@@ -33,8 +34,13 @@ class Chart:
     layout: dict[str, Any]
 
 
+def informs(chart: Chart) -> bool:
+    """Whether a chart says more than a number would: some line has two different places, or there are bars to compare."""
+    return any(trace["type"] == "bar" or len(set(trace["x"])) > 1 for trace in chart.data)
+
+
 def loss_over_rounds(runs: Sequence[Series]) -> Chart:
-    """Training loss over rounds: per tier of a single run, else per run, mean over its tiers."""
+    """Training loss over rounds: per tier of a single run, else per method, mean over its tiers."""
     # a private run tells no client's loss
     points = [(run, [(c["round"], c["tier"], c["loss"]) for c in run.record.clients if "loss" in c]) for run in runs]
     caption = f"Mean loss of the clients{_each(runs)} while they trained, nats per token."
@@ -42,7 +48,7 @@ def loss_over_rounds(runs: Sequence[Series]) -> Chart:
 
 
 def accuracy_over_rounds(runs: Sequence[Series]) -> Chart:
-    """Test accuracy at the rounds that were evaluated: per tier of a single run, else per run, mean over its tiers."""
+    """Test accuracy at the rounds that were evaluated: per tier of a single run, else per method, mean over its tiers."""
     points = [
         (run, [(e["round"], e["tier"], 100 * e["scores"]["macro"]["accuracy"]) for e in run.record.evaluated])
         for run in runs
@@ -52,33 +58,46 @@ def accuracy_over_rounds(runs: Sequence[Series]) -> Chart:
 
 
 def _each(runs: Sequence[Series]) -> str:
-    return ", each tier at its own budget" if len(runs) == 1 else " of each run, mean over tiers"
+    if len(runs) == 1:
+        return ", each tier at its own budget"
+    return " of each method, mean over tiers and seeds, with 95 % intervals over seeds"
 
 
 def _learning(points: Sequence[tuple[Series, list[tuple[int, int, float]]]]) -> list[dict[str, Any]]:
-    """Lines through the means of (round, tier, value)."""
-    lines: dict[str, dict[int, list[float]]] = {}
+    """Lines through the means of (round, tier, value): over a tier's clients, or over tiers and then over a method's seeds."""
+    lines: dict[str, dict[int, dict[int, list[float]]]] = {}
     for run, own in points:
         for number, tier, value in own:
-            name = f"tier {tier + 1}" if len(points) == 1 else run.name
-            lines.setdefault(name, {}).setdefault(number, []).append(value)
-    return [
-        _line(name, list(means), [sum(values) / len(values) for values in means.values()], index)
-        for index, (name, means) in enumerate(lines.items())
-    ]
+            name = f"tier {tier + 1}" if len(points) == 1 else run.label
+            lines.setdefault(name, {}).setdefault(number, {}).setdefault(run.seed, []).append(value)
+    traces = []
+    for index, (name, rounds) in enumerate(lines.items()):
+        means = [[average(values) for values in seeds.values()] for seeds in rounds.values()]
+        traces.append(_with_bars(_line(name, list(rounds), [average(one) for one in means], index), means))
+    return traces
+
+
+def _with_bars(trace: dict[str, Any], values: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The line with the 95 % interval of each point over seeds, where there are two or more."""
+    halves = [interval(one)[1] for one in values]
+    if any(math.isfinite(half) for half in halves):
+        trace["error_y"] = {"type": "data", "array": halves, "thickness": 1, "width": 3}
+    return trace
 
 
 def cost_against_accuracy(runs: Sequence[Series], costs: Sequence[list[TierCosts]], unit: str) -> Chart | None:
-    """What a tier costs against its accuracy; one line per run, one point per tier; None if no run has ended."""
+    """What a tier costs against its accuracy; one line per method, one point per tier; None if no run has ended."""
     traces = []
-    for index, (run, tiers) in enumerate(zip(runs, costs, strict=True)):
-        if run.record.summary is None:
-            continue  # its scores are from before the end
-        last = last_scores(run)
-        points = [(tier, tier_costs(run, tier)) for tier in tiers if tier["tier"] in last]
+    ended = [(run, tiers) for run, tiers in zip(runs, costs, strict=True) if run.record.summary is not None]
+    for index, seeds in enumerate(by_label([run for run, _ in ended]).values()):
+        tiers = next(own for run, own in ended if run is seeds[0])
+        last = [last_scores(run) for run in seeds]
+        known = [tier for tier in tiers if all(tier["tier"] in one for one in last)]
+        points = [(tier, tier_costs(seeds[0], tier)) for tier in known]
         points = [(tier, paid) for tier, paid in points if unit in paid]
-        accuracy = [100 * last[tier["tier"]]["macro"]["accuracy"] for tier, _ in points]
-        trace = _line(run.name, [paid[unit] for _, paid in points], accuracy, index)
+        accuracy = [[100 * one[tier["tier"]]["macro"]["accuracy"] for one in last] for tier, _ in points]
+        means = [average(one) for one in accuracy]
+        trace = _with_bars(_line(seeds[0].label, [paid[unit] for _, paid in points], means, index), accuracy)
         trace["customdata"] = [[t["tier"] + 1, t["top_k"], t["rank"]] for t, _ in points]
         trace["hovertemplate"] = (
             f"tier %{{customdata[0]}}, K = %{{customdata[1]}}, rank %{{customdata[2]}}: %{{x:.3g}} {unit}, %{{y:.1f}} %"

@@ -1,16 +1,19 @@
 """The report's tables: what was run, results, costs, clients. The page lays them out."""
 
+import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any, cast
 
 from ubsmoe.report.charts import last_scores, tier_costs
-from ubsmoe.report.comparison import interval
+from ubsmoe.report.comparison import METRICS, Metric, interval
 from ubsmoe.report.plain import average
 from ubsmoe.report.series import Series, by_label
 from ubsmoe.storage.record import TierCosts
+from ubsmoe.storage.same_run import flatten
 
 Cell = str | tuple[str, float]
 """Text, or text with the number to sort by."""
@@ -52,37 +55,82 @@ def runs_table(runs: Sequence[Series]) -> Table:
 
 
 def results(runs: Sequence[Series]) -> list[Table]:
-    """Per method and tier, mean over tasks; then every task."""
-    tiers: list[list[Cell]] = []
-    tasks: list[list[Cell]] = []
-    for label, seeds in by_label(runs).items():
-        scores = [last_scores(run) for run in seeds]
-        for event in {e["tier"]: e for e in seeds[0].record.evaluated}.values():
-            for task, score in event["scores"].items():
-                same = [one[event["tier"]][task] for one in scores if event["tier"] in one]
-                accuracy, low, high = accuracy_interval([one["accuracy"] for one in same], score["examples"])
-                row: list[Cell] = [
-                    label,
-                    _number(event["tier"] + 1, "d"),
-                    _number(event["top_k"], "d"),
-                    _number(event["rank"], "d"),
-                    *([] if task == "macro" else [task]),
-                    _number(100 * accuracy, ".1f"),
-                    (f"{100 * low:.1f} – {100 * high:.1f}", low),
-                    _percent([one["unparsed"] for one in same]),
-                    _percent([one["mc_accuracy"] for one in same]),
-                    _number(average(one["loss"] for one in same), ".4f"),
-                    _percent([score["chance"]]),
-                    _number(event["round"], "d"),
-                ]
-                (tiers if task == "macro" else tasks).append(row)
-    head = ["method", "tier", "K", "rank"]
-    tail = ["accuracy %", "95 % interval", "unparsed %", "MC acc. %", "loss", "chance %", "after round"]
+    """Method by tier, before and after training: each metric, mean over tasks; then the accuracy of every task."""
+    groups = by_label(runs)
+    tiers = sorted({event["tier"] for run in runs for event in run.record.evaluated})
+    head = [f"tier {tier + 1}" for tier in tiers]
+    tables = []
+    for metric in METRICS:
+        rows: list[list[Cell]] = [
+            [label, *(_change(seeds, tier, "macro", metric) for tier in tiers)] for label, seeds in groups.items()
+        ]
+        if any(cell != NOT_MEASURED for row in rows for cell in row[1:]):
+            tables.append(Table(metric.heading, ["method", *head], rows))
+    tasks = dict.fromkeys(task for run in runs for scores in last_scores(run).values() for task in scores)
+    by_task: list[list[Cell]] = [
+        [task, label, *(_change(seeds, tier, task, METRICS[0]) for tier in tiers)]
+        for task in tasks
+        if task != "macro"
+        for label, seeds in groups.items()
+    ]
     note = (
-        "Last evaluation, each tier at its own budget. Interval: Student's, over seeds, where there are two or more; else "
-        "Wilson's, over questions, as if tasks were alike. MC acc.: multiple choice, by log-likelihood."
+        "Before → after training, each tier at its own budget, mean over seeds. MC accuracy: multiple choice, by "
+        "log-likelihood. Unparsed answers count as wrong."
     )
-    return [Table("Mean over tasks", [*head, *tail], tiers, note), Table("Per task", [*head, "task", *tail], tasks)]
+    return [Table("Metrics", [], [], note), *tables, Table("Accuracy per task, %", ["task", "method", *head], by_task)]
+
+
+NOT_MEASURED = "–"
+
+
+def _change(seeds: Sequence[Series], tier: int, task: str, metric: Metric) -> Cell:
+    """A metric before and after training, mean over seeds; sorted by what it is after."""
+
+    def mean(at: Callable[[int], bool]) -> float:
+        found = [
+            {event["tier"]: event["scores"] for event in run.record.evaluated if at(event["round"])} for run in seeds
+        ]
+        scores = [one[tier][task] for one in found if task in one.get(tier, {})]
+        values = [cast(Mapping[str, float | None], score)[metric.name] for score in scores]
+        return average(value * metric.scale for value in values if value is not None)
+
+    start, end = mean(lambda round: not round), mean(lambda round: bool(round))
+    if math.isnan(end):
+        return NOT_MEASURED if math.isnan(start) else (f"{start:.{metric.decimals}f} → –", start)
+    text = f"{end:.{metric.decimals}f}"
+    return (text if math.isnan(start) else f"{start:.{metric.decimals}f} → {text}"), end
+
+
+def settings_table(runs: Sequence[Series]) -> Table:
+    """The settings in which methods differ; a dash where a run file does not have one."""
+    configs = {label: flatten(seeds[0].record.config) for label, seeds in by_label(runs).items()}
+    keys = sorted({key for config in configs.values() for key in config} - {"seed", "label"})
+    rows: list[list[Cell]] = [
+        [key, *cells]
+        for key in keys
+        if len(set(cells := [json.dumps(config[key]) if key in config else "–" for config in configs.values()])) > 1
+    ]
+    note = "" if rows else "All runs have the same settings, seeds apart." if len(configs) > 1 else ""
+    return Table("Settings that differ", ["setting", *configs], rows, note)
+
+
+def answer_table(runs: Sequence[Series]) -> Table:
+    """The first answers to each task before and after training, of the largest tier of each method's first run."""
+    rows: list[list[Cell]] = []
+    for label, seeds in by_label(runs).items():
+        events = seeds[0].record.named("answers")
+        own = [event for event in events if event["tier"] == max(one["tier"] for one in events)]
+        said = {(event["round"] > 0, one["task"], one["prompt"]): one for event in own for one in event["answers"]}
+        for _, task, prompt in dict.fromkeys((True, task, prompt) for _, task, prompt in said):
+            start, end = (said.get((trained, task, prompt), {}) for trained in (False, True))
+            truth = (end or start)["truth"]
+            rows.append([label, task, prompt, truth, _said(start), _said(end)])
+    note = "The largest tier's, first run of each method; ✓ and ✗ as scored." if rows else ""
+    return Table("Sample answers", ["method", "task", "prompt", "right answer", "before", "after"], rows, note)
+
+
+def _said(answer: Mapping[str, Any]) -> str:
+    return f"{'✓' if answer['right'] else '✗'} {answer['said']}" if answer else NOT_MEASURED
 
 
 def accuracy_interval(values: Sequence[float], questions: int) -> tuple[float, float, float]:
@@ -180,11 +228,6 @@ def _number(value: float, form: str) -> Cell:
         return format(value, form), float(value)
     except ValueError:  # a count that is no whole number
         return format(value, "g"), float(value)
-
-
-def _percent(values: Sequence[float | None]) -> Cell:
-    known = [value for value in values if value is not None]
-    return _number(100 * average(known), ".1f") if len(known) == len(values) else "–"
 
 
 def short_commit(commit: str) -> str:

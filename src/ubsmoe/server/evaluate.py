@@ -9,8 +9,8 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypedDict
 
 import torch
 
@@ -19,6 +19,18 @@ from ubsmoe.data.tasks import TASKS, Example, extract_answer
 from ubsmoe.data.tokens import tokenize
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.server.answers import Question, answers
+
+
+class Answer(TypedDict):
+    """What the model said to a prompt, beside the right completion, and whether it counted as right."""
+
+    prompt: str
+    truth: str
+    said: str
+    right: bool
+
+
+ANSWERS_KEPT = 2  # of each task, the shortest prompts: for people to read, before and after training
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,7 @@ class Score:
     mc_accuracy: float | None
     chance: float | None
     majority: float | None
+    answers: list[Answer] = field(default_factory=list, compare=False)
 
 
 def prepare(
@@ -80,6 +93,7 @@ def _question(example: Example, tokenizer: Any, data: DataSettings, settings: Ev
 
 def _score_task(model: SparseModel, tokenizer: Any, questions: Sequence[Question], settings: EvaluateSettings) -> Score:
     loss, tokens, ranked, right, unparsed = 0.0, 0, 0, 0, 0
+    kept: list[Answer] = []
     for batch in _by_length(questions, settings.batch_size):
         found = answers(model, tokenizer, batch, settings)
         for question, (logs, text) in zip(batch, found, strict=True):
@@ -88,7 +102,11 @@ def _score_task(model: SparseModel, tokenizer: Any, questions: Sequence[Question
             ranked += logs.index(max(logs)) == question.gold
             said = _answer(question.example, text)
             unparsed += said is None
-            right += said is not None and said in _right_answers(question.example)
+            hit = said is not None and said in _right_answers(question.example)
+            right += hit
+            if len(kept) < ANSWERS_KEPT:
+                example = question.example
+                kept.append(Answer(prompt=example.prompt, truth=example.completion, said=text, right=hit))
     count = len(questions)
     choices = [len(question.example.candidates) for question in questions]
     closed, rankable = all(choices), all(len(question.candidates) > 1 for question in questions)
@@ -101,6 +119,7 @@ def _score_task(model: SparseModel, tokenizer: Any, questions: Sequence[Question
         mc_accuracy=ranked / count if rankable else None,
         chance=statistics.fmean(1 / n for n in choices) if closed else None,
         majority=most_frequent / count if closed else None,
+        answers=kept,
     )
 
 
@@ -147,6 +166,6 @@ def _macro(scores: Sequence[Score]) -> Score:
     means = {
         name: None if None in values else statistics.fmean(values)
         for name, values in columns.items()
-        if name != "examples"
+        if name not in ("examples", "answers")
     }
     return Score(examples=sum(columns["examples"]), **means)  # type: ignore[arg-type]

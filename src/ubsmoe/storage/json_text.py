@@ -4,7 +4,12 @@ import json
 import math
 from typing import Any
 
-_TEXTS = {"event", "time", "client", "stage", "reason", "field", "label", "method", "name"}  # never numbers
+_TEXTS = {
+    *("event", "time", "client", "stage", "reason", "field", "label", "method", "name"),
+    *("task", "prompt", "truth", "said"),
+}
+"""Keys whose values are never numbers."""
+
 _NUMBERS = {json.dumps(value): value for value in (math.nan, math.inf, -math.inf)}
 
 

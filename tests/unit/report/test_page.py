@@ -7,11 +7,13 @@ import pytest
 
 from drawn_runs import write_run
 from ubsmoe.config import parse_run
+from ubsmoe.errors import UserError
 from ubsmoe.plan.tiers import run_costs
 from ubsmoe.report import charts
-from ubsmoe.report.page import report_html
+from ubsmoe.report.headline import headline
+from ubsmoe.report.page import report_html, write_report
 from ubsmoe.report.series import read_series
-from ubsmoe.report.tables import accuracy_interval, short_commit
+from ubsmoe.report.tables import accuracy_interval, answer_table, settings_table, short_commit
 
 
 def build(runs) -> str:
@@ -22,9 +24,9 @@ def data(page: str) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', page, re.S)[1])
 
 
-def test_the_page_is_one_file_below_six_megabytes_with_every_chart(tmp_path) -> None:
+def test_the_page_is_one_file_below_two_megabytes_with_every_chart(tmp_path) -> None:
     page = build(read_series([write_run(tmp_path / "run")]))
-    assert len(page.encode()) < 6e6 and not re.search(r"\{\{|\{%", page[: page.index("<script>")])
+    assert len(page.encode()) < 2e6 and not re.search(r"\{\{|\{%", page[: page.index("<script>")])
     assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="(?!data:)', page)
     wanted = {"loss", "accuracy", *(f"cost-{unit}" for unit in charts.COSTS), "entropy", "gini", "phi", "partition-1"}
     assert {chart["id"] for chart in data(page)["charts"]} == wanted
@@ -77,6 +79,85 @@ def test_drops_budgets_and_real_bytes_are_told(tmp_path) -> None:
     assert '<td data-value="0">0 of 3</td><td data-value="3.0">3</td>' in never
     points = next(chart for chart in data(page)["charts"] if chart["id"] == "cost-MB")["data"][0]
     assert points["x"] == pytest.approx([0.11, 0.13, 0.15, 0.17])  # 90 kB down and 10 kB per expert up
+
+
+def compared(tmp_path, scores: dict[str, list[float]]):
+    """Three seeds of each method that end with these accuracies in tier 1."""
+    return read_series(
+        [
+            write_run(tmp_path / f"{name}-{seed}", name, seed, after=one)
+            for name, ends in scores.items()
+            for seed, one in enumerate(ends)
+        ]
+    )
+
+
+def test_the_first_screen_says_what_a_run_came_to_and_what_it_cost(tmp_path) -> None:
+    (run,) = read_series([write_run(tmp_path / "run")])
+    first = headline([run], [[c.as_dict() for c in run_costs(parse_run(run.record.config))]])
+    assert first.sentence == "ubsmoe: accuracy 27.5 → 77.5 % in 3 rounds, mean over tiers"
+    assert "before training. 50 questions in 1 task, chance 25.0%. Intervals: 95 %, over questions." in first.remarks[0]
+    assert first.remarks[1] == "3 of 15 updates did not count (deadline 3)."
+    ((method, cells),) = first.rows
+    assert method == "ubsmoe" and (cells[3].before, cells[3].after) == ("35.0", "85.0")
+    low, high = map(float, cells[3].interval.split("–"))
+    assert low < 85 < high
+    assert first.costs[0] == ("K", ["2", "4", "6", "8"]) and first.costs[1][1][3] == "100%"
+    assert first.costs[2] == ("client s a round", ["0.2", "0.4", "0.6", "0.8"])
+    assert first.differences is None
+
+
+def test_methods_are_compared_seed_by_seed_and_what_is_not_told_apart_is_said(tmp_path) -> None:
+    # every tier's difference is (0.08, 0.10, 0.12): mean 10, half-width 4.303 * 2 / sqrt(3) = 4.97 points
+    runs = compared(tmp_path, {"fedavg": [0.5, 0.6, 0.4], "ubsmoe": [0.58, 0.7, 0.52]})
+    first = headline(runs, [[] for _ in runs])
+    assert first.sentence == "ubsmoe 67.5 % accuracy, fedavg 57.5 %: +10.0 (+5.0 to +15.0) points, 95 % over 3 seeds"
+    assert first.differences.rows[0][1][0] == "+10.0 (+5.0 to +15.0)"
+    alike = compared(tmp_path / "b", {"fedavg": [0.5, 0.6], "ubsmoe": [0.6, 0.51]})
+    assert headline(alike, [[] for _ in alike]).sentence.endswith("95 % over 2 seeds: not told apart")
+    one = compared(tmp_path / "c", {"fedavg": [0.5], "ubsmoe": [0.6]})
+    assert headline(one, [[] for _ in one]).sentence.endswith(
+        "+10.0 points with one seed, which cannot tell methods apart"
+    )
+
+
+def test_a_run_that_was_never_evaluated_has_a_headline_too(tmp_path) -> None:
+    (run,) = read_series([write_run(tmp_path / "run", finished=False)])
+    run.record.events[:] = [event for event in run.record.events if event["event"] != "evaluated"]
+    first = headline([run], [[]])
+    assert "3 rounds, training loss 1.000 → 0.333; accuracy was not measured" in first.sentence
+    assert "ubsmoe, seed 0 has not finished: round 3 of 3." in first.remarks
+
+
+def test_lines_are_means_over_seeds_with_their_intervals(tmp_path) -> None:
+    chart = charts.accuracy_over_rounds(compared(tmp_path, {"fedavg": [0.5, 0.6, 0.4], "ubsmoe": [0.5, 0.6, 0.7]}))
+    assert [line["name"] for line in chart.data] == ["fedavg", "ubsmoe"]
+    assert chart.data[0]["y"] == pytest.approx([27.5, 57.5])
+    assert chart.data[0]["error_y"]["array"] == pytest.approx([0, 4.3027 * 10 / 3**0.5], abs=1e-3)
+
+
+def test_a_chart_with_one_place_on_its_axis_is_left_out(tmp_path) -> None:
+    line = {"type": "scatter", "x": [2, 2]}
+    assert not charts.informs(charts.Chart("a", "", "", [line], {}))
+    assert charts.informs(charts.Chart("a", "", "", [line, {**line, "x": [1, 2]}], {}))
+
+
+def test_answers_stand_side_by_side_and_settings_that_differ_are_listed(tmp_path) -> None:
+    runs = read_series([write_run(tmp_path / "a", "fedavg"), write_run(tmp_path / "b", "ubsmoe", 1)])
+    assert answer_table(runs).rows[0] == ["fedavg", "task", "Is <it>?", "yes", "✗ no", "✓ yes"]
+    page = build(runs)
+    assert "Is &lt;it&gt;?" in page and "Is <it>?" not in page
+    assert ["method.name", '"fedavg"', '"ubsmoe"'] in settings_table(runs).rows
+
+
+def test_a_report_is_not_overwritten_unless_asked(tmp_path) -> None:
+    runs, out = read_series([write_run(tmp_path / "run")]), tmp_path / "report.html"
+    out.write_text("mine")
+    with pytest.raises(UserError, match="exists already; choose another --out, or --overwrite it"):
+        write_report(runs, [[]], out)
+    assert out.read_text() == "mine"
+    write_report(runs, [[]], out, overwrite=True)
+    assert "accuracy 27.5" in out.read_text()
 
 
 def test_a_commit_is_cut_but_keeps_its_mark() -> None:
