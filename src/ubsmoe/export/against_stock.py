@@ -27,7 +27,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 class ExportMismatch(UserError):
-    """An export that stock software would load as something else; it is not published."""
+    """An export that plain transformers or PEFT would load as something else; it is not published."""
 
 
 def check_merged(folder: Path, sparse: SparseModel, installed: Installed, sidecar: Sidecar) -> None:
