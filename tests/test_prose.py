@@ -18,7 +18,8 @@ CHECKED = [page for page in PAGES if page not in HISTORY | BEING_REWRITTEN]
 MOST_WORDS = 40
 
 FORBIDDEN = {  # what is not said: what is said instead
-    r"\bliars?\b|\blying\b|\btells? lies\b|\bstands? lies\b|\bthat lies\b": "malicious (Byzantine) clients, falsified counts",
+    r"\bliars?\b|\blying (clients?|servers?|about)\b": "malicious (Byzantine) clients, falsified counts",
+    r"\b(stands?|tells?|clients?|server)( that)? lies?\b": "malicious clients, a malicious server",
     r"\bpass(es)? a gate\b|\b(update|passes the) gate\b": "update validation: in a mixture of experts the gate is the router",
     r"\bworker-seconds\b": "resident-seconds",
     r"\b(made-up|small|its|another|the) worlds?\b": "synthetic QA data set",
@@ -31,7 +32,7 @@ FORBIDDEN = {  # what is not said: what is said instead
     r"\btides?\b|\bbills?\b": "peak; cost",
     r"\bmiddling\b": "median",
     r"\bdealt?\b|\bdealing\b": "partition; assign",
-    r"\bstock (software|routers?|weights|files?)\b|\b[Ss]tock (does|has|runs)\b": "plain transformers, PEFT",
+    r"\bstock (software|routers?|weights|files?|file formats)\b": "plain transformers, PEFT",
     r"\bloopback (federation|run)\b": "local federation (localhost)",
     r"\bdraw curves\b": "log metrics to",
     r"\bmade-up\b": "synthetic, forged, tiny",
@@ -73,7 +74,7 @@ One two.\nThree `a b c` [four](x.md).\n
 
 def _forbidden(text: str) -> Iterator[tuple[str, str]]:
     for pattern, instead in FORBIDDEN.items():
-        for found in re.finditer(pattern.replace(" ", r"\s+"), text):
+        for found in re.finditer(pattern.replace(" ", r"\s+"), text, re.IGNORECASE):
             yield found[0], instead
 
 
@@ -94,10 +95,14 @@ def _words(sentence: str) -> list[str]:
 
 
 def _messages() -> Iterator[tuple[str, str]]:
-    """Place and text of what is raised anywhere, and of every string in cli/: help, and what is printed."""
+    """Place and text of what is raised anywhere, and of every string in cli/ and export/: help, cards, and what is printed."""
     for path in sorted((ROOT / "src/ubsmoe").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        spoken = [tree] if "cli" in path.parts else [node for node in ast.walk(tree) if isinstance(node, ast.Raise)]
+        spoken = (
+            [tree]
+            if path.parent.name in ("cli", "export")
+            else [node for node in ast.walk(tree) if isinstance(node, ast.Raise)]
+        )
         for node in spoken:
             for part in ast.walk(node):
                 if isinstance(part, ast.Constant) and isinstance(part.value, str) and "is now called" not in part.value:

@@ -218,7 +218,7 @@ def _check(config: Any, num_experts: int, top_k: int, drop: float, slices: int, 
         raise UnsupportedModel(f"upcycling needs a Llama-shaped dense model (llama, mistral), got {config.model_type}")
     for name in ("attention_bias", "mlp_bias"):
         if getattr(config, name, False):
-            raise UnsupportedModel(f"this model has {name}, for which a mixture of this shape has no place")
+            raise UnsupportedModel(f"this model has {name}, which a mixture of experts of this shape cannot hold")
     if not num_experts >= 2 or not 1 <= top_k <= num_experts:
         raise ConfigError(f"--experts must be at least 2 and --top-k in 1..experts, got {num_experts} and {top_k}")
     if slices < 1 or num_experts % slices or top_k % slices:

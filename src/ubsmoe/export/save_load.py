@@ -4,7 +4,7 @@
     peft     what `PeftModel.from_pretrained` loads
     merged   a whole model, what `AutoModelForCausalLM.from_pretrained` loads
 
-Each has the sidecar `ubsmoe.json` and a README.md that says what stock software leaves out.
+Each has the sidecar `ubsmoe.json` and a README.md that says what plain transformers and PEFT leave out.
 """
 
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ def write(
     Raises:
         ExportError: if `out` is taken or cannot be written; then nothing is.
         ConfigError: for "merged" if the experts in memory are quantised.
-        UserError: if stock software would make something else of it; then nothing is written either.
+        UserError: if plain transformers or PEFT would make something else of it; then nothing is written either.
     """
     exportfolder.check_free(out)  # before anything is computed
     if format == "merged" and format_of(sparse.layers[0].experts):

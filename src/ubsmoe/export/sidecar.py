@@ -1,6 +1,6 @@
 """What an exported adapter needs said beside its weights: its base, its budget, and how its routers are to be bent.
 
-Stock file formats have no place for most of it, so it travels as JSON beside them (`ubsmoe.json`).
+The file formats of PEFT and transformers cannot hold most of it, so it is JSON beside them (`ubsmoe.json`).
 """
 
 from typing import Any, Literal
@@ -67,26 +67,28 @@ def beyond_stock(sidecar: Sidecar, stock_top_k: int) -> list[str]:
         )
     if sidecar.phi:
         said.append(
-            f"φ: the routers' logits are shifted on each token's {sidecar.num_candidates} best experts. Stock routers have "
-            "no such term, so stock software chooses other experts for some tokens."
+            f"φ: the routers' logits are shifted on each token's {sidecar.num_candidates} best experts. Plain "
+            "transformers has no such term, and chooses other experts for some tokens."
         )
     if sidecar.compensated and sidecar.top_k != sidecar.k_max:
         said.append(
             f"Compensation: at K = {sidecar.top_k} experts keep the gate weights of K = {sidecar.k_max}, and small maps stand for "
-            "the skipped ones. Stock software has neither; run K_max experts there instead."
+            "the skipped ones. Plain transformers has neither; run K_max experts there instead."
         )
     elif sidecar.rescale == "k_max" and sidecar.top_k != sidecar.k_max:
         said.append(
-            f"Gate weights: at K = {sidecar.top_k} experts keep the gate weights that they have at K = {sidecar.k_max}. Stock "
-            "software renormalises them over the experts that run."
+            f"Gate weights: at K = {sidecar.top_k} experts keep the gate weights that they have at K = {sidecar.k_max}. Plain "
+            "transformers renormalises them over the experts that run."
         )
     elif sidecar.rescale != "none" and sidecar.top_k != sidecar.k_max:
         said.append(
             f'Output scale ("{sidecar.rescale}"): at K = {sidecar.top_k} the experts\' sum is brought back to the size it '
-            f"has at K = {sidecar.k_max}. Stock software leaves it smaller."
+            f"has at K = {sidecar.k_max}. Plain transformers leaves it smaller."
         )
     if sidecar.selection_bias:
-        said.append("Selection bias: experts are chosen by score plus a bias. Stock routers of this family have none.")
+        said.append(
+            "Selection bias: experts are chosen by score plus a bias. The routers of this family have none in transformers."
+        )
     if sidecar.output_scale:
-        said.append("Learned output scale: one factor per layer on the experts' sum. An adapter has no place for it.")
+        said.append("Learned output scale: one factor per layer on the experts' sum. An adapter cannot hold it.")
     return said

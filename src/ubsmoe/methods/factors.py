@@ -114,7 +114,7 @@ Resplit = Callable[[LoraPair, LoraPair], LoraPair]
 def resplit(before: Tensors, after: Tensors, alpha: float, split: Resplit) -> dict[str, Tensor]:
     """`after` with each pair split anew, but bit for bit `before` for each expert whose factors did not change.
 
-    Tensors decide here, not counts: a mean leaves what nobody changed to the bit, and where it did not, a split keeps the product.
+    Tensors decide here, not counts: a mean leaves what nobody changed bit-identical, and elsewhere a split keeps the product.
     """
     found, old = {}, pairs(before, alpha)
     for name, pair in pairs(after, alpha).items():

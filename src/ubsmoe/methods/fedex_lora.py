@@ -5,7 +5,7 @@
 
 so that base and adapter together hold the exact mean of the updates. The second form of the residual holds because
 sum_c p_c (A_c - A) = 0. It is a sum of products of deviations: small numbers are added, no large ones subtracted, it is
-zero to the bit where clients agree, and its rank is (K - 1) r, below the K r + r of the first form.
+exactly zero where clients agree, and its rank is (K - 1) r, below the K r + r of the first form.
 
 Ours: weights p_c where the paper has 1 / K; the residual stays in factors, as the paper's text proposes and its code
 does not, summed up in a side factor (side.py) that every payload carries. Ranks are uniform (the mean of factors

@@ -9,7 +9,7 @@ them; so this refuses secure aggregation, [robust] and [privacy].
 
 The paper has the correction of B on the server and the corrected mean as the next start, with a similarity of products that is
 maximised in steps. Reconstructed: the Frobenius norm in its place, which has the closed form above, and lambda in units of a
-row's squared length a. Ours: R as a sum of products of deviations (fedex_lora.py), which is zero to the bit where clients agree,
+row's squared length a. Ours: R as a sum of products of deviations (fedex_lora.py), which is exactly zero where clients agree,
 so an expert that nobody changed stays bit for bit; weights p_c, which may be an expert's own ([method.averaging] exponent).
 
 Source: LoRA-FAIR (Bian et al. 2024, arXiv 2411.14961).

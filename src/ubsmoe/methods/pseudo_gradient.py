@@ -38,7 +38,7 @@ def with_pseudo_gradient(method: Method, shape: RunShape, settings: PseudoGradie
     refuse(method, "pg")
     if settings.mode == "client_mean" and "experts" in settings.scope and settings.strength > 0 and not shape.shared_a:
         raise ValueError(
-            "pg.mode 'client_mean' averages gradients over experts, which says nothing unless they start from one A; "
+            "pg.mode 'client_mean' averages gradients over experts, which has no meaning unless they start from one A; "
             "set adapter.shared_a = true or another pg.mode"
         )
 

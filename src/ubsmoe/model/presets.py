@@ -26,7 +26,7 @@ HUB_IDS = {"olmoe-1b-7b": "allenai/OLMoE-1B-7B-0924", "qwen3-30b-a3b": "Qwen/Qwe
 """Where the weights of a named base are, if they do not ship: the sizes of both are known offline."""
 
 QUANT_METHOD = "ubsmoe"
-"""In the config.json of a base with quantised experts, so that stock software refuses it instead of reading bytes as weights."""
+"""In the config.json of a base with quantised experts, so that transformers refuses it instead of reading bytes as weights."""
 
 EXPECTED = (
     f"expected {', '.join(PRESETS)}, a folder with a transformers model, or a Hugging Face model id whose code is part of "

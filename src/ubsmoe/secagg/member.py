@@ -199,7 +199,7 @@ def _lock(memory: Memory, receiver: str, content: bytes) -> bytes:
     try:
         key = agree(bytes.fromhex(memory.box_key), public, "box", session)
     except ValueError:
-        raise Refusal(f"the box key of {receiver} is none") from None
+        raise Refusal(f"the box key of {receiver} is not a valid key") from None
     return lock(key, content, f"{session} {memory.client} {receiver}")
 
 

@@ -104,7 +104,9 @@ def load_newest(folder: str | Path) -> Checkpoint | None:
         except CheckpointError as error:
             skipped.append(str(error))
     if skipped:
-        raise CheckpointError(f"no checkpoint in {folder} is usable, start anew elsewhere: {'; '.join(skipped)}")
+        raise CheckpointError(
+            f"no checkpoint in {folder} is usable; start anew with another --out: {'; '.join(skipped)}"
+        )
     return None
 
 

@@ -1,6 +1,6 @@
 """A folder that holds an exported model or adapter: it appears complete or not at all, and can prove that it is whole.
 
-ubsmoe.json   the sidecar, written last: the facts stock files have no place for, and the SHA-256 of every other file
+ubsmoe.json   the sidecar, written last: the facts that the other files cannot hold, and the SHA-256 of every other file
 """
 
 import json

@@ -39,7 +39,7 @@ class Releases:
         """Raise ReleaseError unless the model of every round up to `done` is in the file."""
         if missing := sorted(set(range(1, done + 1)) - set(self._rounds)):
             raise ReleaseError(
-                f"{self._path} does not tell of round {missing[0]}, but the newest checkpoint is of round {done}: how much privacy "
+                f"{self._path} has no entry of round {missing[0]}, but the newest checkpoint is of round {done}: how much privacy "
                 "was spent cannot be said; put the file back, or start anew with another --out"
             )
 

@@ -83,7 +83,7 @@ def _probe_tier(federation: Federation, payload: dict[str, Tensor], profile: Pro
         federation.method.install(model, payload, profile, generator_for(seed, "alignment"))
         if any(layer.routing.trainable_rule for layer in model.layers):
             raise ConfigError(
-                f"method {federation.method.name} picks who learns from a batch: top-K is not what it lacks"
+                f"method {federation.method.name} selects the experts that learn from a batch: they lack more than top-K"
             )
         draw = generator_for(seed, number, profile.tier, "alignment")
         layers = layer_signals(model, lambda: language_loss(model, batch).backward(), draw)

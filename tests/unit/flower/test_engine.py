@@ -264,7 +264,7 @@ def test_a_registered_name_is_not_for_a_nameless_node_even_when_its_own_is_away(
     here.grid.nodes[8] = {"client": "ward-a"}
     here.replies()
     here.replies()
-    refusal = "client 'ward-a' is refused: another key is registered as that; register this node's with --name"
+    refusal = "client 'ward-a' is refused: another key is registered under this name; register this node's with --name"
     assert f"node 8: {refusal}" in here.said and who(here) == {"ward-a": "6"}
 
 

@@ -198,7 +198,7 @@ def test_a_private_run_whose_notes_are_gone_or_torn_does_not_go_on_with_a_wrong_
     with pytest.raises(UserError, match=r"releases\.jsonl, line 1: not JSON"):
         carry_out(settings, folder)
     (folder / "releases.jsonl").unlink()
-    with pytest.raises(UserError, match=r"does not tell of round 1, .*how much privacy was spent cannot be said"):
+    with pytest.raises(UserError, match=r"has no entry of round 1, .*how much privacy was spent cannot be said"):
         carry_out(settings, folder)
     (folder / "releases.jsonl").write_bytes(
         notes + b'{"event": "relea'

@@ -80,7 +80,7 @@ def test_only_kept_states_can_be_probed(tiny_run: dict[str, Any], tmp_path: Path
 
 def test_what_cannot_be_probed_is_refused(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     folder = finished(federation_of(tiny_run, **{"method.name": "hfedmoe"}), tmp_path / "hfedmoe")
-    with pytest.raises(ConfigError, match="hfedmoe picks who learns"):
+    with pytest.raises(ConfigError, match="hfedmoe selects the experts that learn"):
         next(probe_run(folder))
     settings = federation_of(tiny_run).settings
     RunFolder.open_or_create(tmp_path / "empty", to_json(settings)).close()

@@ -98,7 +98,7 @@ class Roster:
         if name and name != one.client:
             raise ConfigError(f"its key is registered as {name!r}")
         if not name and one.client in self._registered.values():
-            raise ConfigError("another key is registered as that; register this node's with --name")
+            raise ConfigError("another key is registered under this name; register this node's with --name")
         if holder not in (None, node) and holder in self._online and self._registered[holder] == name:
             raise ConfigError(f"node {holder} is that client already")
         if holder != node and len(self._held(node)) >= self._share():
@@ -126,7 +126,7 @@ class Roster:
         silent = [client for client in self._nodes if self._silent[client] >= SILENT_ROUNDS]
         above = [client for client, node in self._nodes.items() if len(self._held(node)) > self._share()]
         if not (free := [*away, *silent, *reversed(above)]):
-            raise ConfigError(f"clients.count = {self._count} are there")
+            raise ConfigError(f"all places are taken: clients.count is {self._count}")
         self._log(f"{free[0]} gives up its place: node {self._nodes[free[0]]} is away, silent, or above its share")
         del self._nodes[free[0]], self._profiles[free[0]]
 
