@@ -10,14 +10,15 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from ubsmoe.config import DataSettings, EvaluateSettings
+from ubsmoe.config import ConfigError, DataSettings, EvaluateSettings
+from ubsmoe.config.plug_ins import load
 from ubsmoe.data.tasks import TASKS, Example, extract_answer
 from ubsmoe.data.tokens import Tokens, collate_prompts, pad_id, tokenize
 from ubsmoe.model.surgery import SparseModel
@@ -29,7 +30,7 @@ class Score:
 
     `loss` is nats per token of the right answers. `accuracy` and `unparsed` come from generation, `mc_accuracy` from ranking the
     candidates (None for free text, when switched off, or where a completion does not spell its label). `chance` guesses
-    among the candidates, `majority` always says the test set's most frequent answer.
+    among the candidates, `majority` always says the test set's most frequent answer. `metrics` are the means of plug-ins' numbers.
     """
 
     examples: int
@@ -39,6 +40,7 @@ class Score:
     mc_accuracy: float | None
     chance: float | None
     majority: float | None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def _question(example: Example, tokenizer: Any, data: DataSettings, settings: Ev
 
 def _score_task(model: SparseModel, tokenizer: Any, questions: Sequence[Question], settings: EvaluateSettings) -> Score:
     loss, tokens, ranked, right, unparsed = 0.0, 0, 0, 0, 0
+    own: dict[str, list[float]] = {}
     for batch in _by_length(questions, settings.batch_size):
         inputs = collate_prompts([question.tokens for question in batch], pad_id(tokenizer))
         inputs = {name: value.to(model.model.device) for name, value in inputs.items()}
@@ -103,6 +106,8 @@ def _score_task(model: SparseModel, tokenizer: Any, questions: Sequence[Question
             said = _answer(question.example, text)
             unparsed += said is None
             right += said is not None and said in _right_answers(question.example)
+            for name, value in _own_metrics(text, question.example, settings).items():
+                own.setdefault(name, []).append(value)
     count = len(questions)
     choices = [len(question.example.candidates) for question in questions]
     closed, rankable = all(choices), all(len(question.candidates) > 1 for question in questions)
@@ -115,7 +120,20 @@ def _score_task(model: SparseModel, tokenizer: Any, questions: Sequence[Question
         mc_accuracy=ranked / count if rankable else None,
         chance=statistics.fmean(1 / n for n in choices) if closed else None,
         majority=most_frequent / count if closed else None,
+        metrics={name: statistics.fmean(values) for name, values in own.items()},
     )
+
+
+def _own_metrics(text: str, example: Example, settings: EvaluateSettings) -> dict[str, float]:
+    """What plug-ins `metric(text, example)` say of a generated answer: a number each, or several by name."""
+    found: dict[str, float] = {}
+    for name in settings.metrics:
+        value = load(name, "evaluate.metrics")(text, example)
+        named = value if isinstance(value, Mapping) else {name.rpartition(":")[2]: value}
+        if not all(isinstance(one, int | float) for one in named.values()):
+            raise ConfigError(f"evaluate.metrics: {name} gave {value!r}; expected a number, or numbers by name")
+        found |= {key: float(one) for key, one in named.items()}
+    return found
 
 
 def _by_length(questions: Sequence[Question], batch_size: int) -> Iterator[list[Question]]:
@@ -259,6 +277,8 @@ def _macro(scores: Sequence[Score]) -> Score:
     means = {
         name: None if None in values else statistics.fmean(values)
         for name, values in columns.items()
-        if name != "examples"
+        if name not in ("examples", "metrics")
     }
-    return Score(examples=sum(columns["examples"]), **means)  # type: ignore[arg-type]
+    own = {name: [one[name] for one in columns["metrics"] if name in one] for name in columns["metrics"][0]}
+    metrics = {name: statistics.fmean(values) for name, values in own.items()}
+    return Score(examples=sum(columns["examples"]), metrics=metrics, **means)  # type: ignore[arg-type]
