@@ -45,15 +45,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "finished": {
         *{"config", "costs", "data", "errors", "export", "messages", "methods", "model", "seeds", "server", "storage"},
     },
+    "training": {
+        *{"client", "config", "engines", "errors", "messages", "methods", "plan", "server", "storage"},
+    },
     "study": {
         *{"client", "config", "data", "engines", "finished", "maths", "messages", "methods", "model", "plan"},
-        *{"report", "seeds", "server", "storage"},
+        *{"report", "seeds", "server", "storage", "training"},
     },
     # what a user sees
-    "__init__": {"finished", "version"},
+    "__init__": {"finished", "training", "version"},
     "cli": {
         *{"__init__", "bases", "bases/pretrain", "client", "config", "data", "engines", "engines/flower", "errors"},
-        *{"export", "finished", "methods", "plan", "report", "server", "storage", "study", "version"},
+        *{"export", "finished", "methods", "plan", "report", "server", "storage", "study", "training", "version"},
     },
     "__main__": {"cli"},
 }

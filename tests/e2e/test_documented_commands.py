@@ -73,6 +73,7 @@ def test_what_a_page_says_runs(
     shutil.copytree(ROOT / "runs", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lab, "STEPS", 20)  # SGD steps of `ubsmoe lab bias-floor`
+    names: dict[str, Any] = {"__name__": "page"}  # blocks of a page follow one another, as cells of a notebook do
     for block in blocks(page):
         if block.language in SHELL:
             for command in commands(block):
@@ -83,7 +84,7 @@ def test_what_a_page_says_runs(
         elif block.is_method:
             add_method(block, tmp_path / "methods", monkeypatch)
         elif block.language == "python" and not block.unrun():
-            exec(compile(block.text, block.place, "exec"), {"__name__": "page"})
+            exec(compile(block.text, block.place, "exec"), names)
             _check_output(block, capsys.readouterr().out)
         elif block.language == "toml" and not block.unrun():
             (tmp_path / "page.toml").write_text(block.text)

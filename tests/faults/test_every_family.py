@@ -13,7 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ubsmoe.cli.inspect import _plan_of_base
-from ubsmoe.cli.run import known_costs
 from ubsmoe.config import RunSettings, parse_run
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.errors import UserError
@@ -23,6 +22,7 @@ from ubsmoe.plan.forecast import forecast
 from ubsmoe.server.federation import build_federation
 from ubsmoe.server.rounds import evaluate_tier, one_round
 from ubsmoe.server.start import start_state
+from ubsmoe.training.opening import known_costs
 from unit.model import mixtures
 
 REFUSED = {

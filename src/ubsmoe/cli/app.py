@@ -81,12 +81,12 @@ Runs = Annotated[list[Path], typer.Argument(help="run folders, or folders of ubs
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 
-def read_settings(run_file: Path, changes: list[str] | None) -> "RunSettings":
-    """The run file with --set applied, and its number of threads in force."""
+def read_settings(run_file: Path, changes: dict[str, Any]) -> "RunSettings":
+    """The run file with changes by dotted key, and its number of threads in force."""
     from ubsmoe.config import load_run
     from ubsmoe.methods.table import check_names
 
-    settings = load_run(run_file, overrides(changes))
+    settings = load_run(run_file, changes)
     check_names(settings.method.name, settings.method.settings)
     if settings.threads:
         import torch

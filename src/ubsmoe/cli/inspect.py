@@ -49,8 +49,8 @@ def _costs(record: "RunRecord") -> "list[TierCosts]":
     """What the run noted, which needs no torch; else, as for a run of a Flower app, counted now."""
     if record.costs is not None:
         return record.costs
-    from ubsmoe.cli.run import known_costs
     from ubsmoe.config import parse_run
+    from ubsmoe.training.opening import known_costs
 
     return known_costs(parse_run(record.config)) or []
 
@@ -128,7 +128,7 @@ def plan_command(
             raise ConfigError("--sequence-length needs --examples or --model: lengths are read from the run's data")
         set_ = [*(set_ or []), f"data.max_length={sequence_length}"]
     if run_file:
-        settings = read_settings(run_file, set_)  # refused, if it is, before torch is imported
+        settings = read_settings(run_file, overrides(set_))  # refused, if it is, before torch is imported
         from ubsmoe.plan.forecast import forecast
 
         plan = forecast(settings, examples, flops_per_second, machines)

@@ -1,6 +1,6 @@
 """Verbs that train and score: new, run, compare, eval."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -12,9 +12,11 @@ from ubsmoe.cli.app import AsJson, Folder, Out, RunFile, Set, app, overrides, pr
 from ubsmoe.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ubsmoe.config import RunSettings
-    from ubsmoe.storage.record import Summary, TierCosts
     from ubsmoe.study.variants import Variant
+    from ubsmoe.training.federation import Federation
 
 WorkerCount = Annotated[int, typer.Option("--workers", min=1, help="processes that train clients, one thread each")]
 
@@ -46,7 +48,7 @@ def new_command(run_file: RunFile) -> None:
 
 @app.command("run")
 def run_command(
-    run_file: RunFile,
+    run_file: Annotated[Path, typer.Argument(help="run file (TOML), or a run folder", show_default=False)],
     out: Out = None,
     set_: Set = None,
     workers: WorkerCount = 1,
@@ -55,8 +57,17 @@ def run_command(
         typer.Option(help="this process; Flower's simulation; or a SuperLink with SuperNodes, all on this machine"),
     ] = EngineName.local,
     track: Track = None,
+    more_rounds: Annotated[int, typer.Option("--more-rounds", min=0, help="so many rounds beyond those it had")] = 0,
+    from_: Annotated[
+        Path | None, typer.Option("--from", help="begin where this finished run ended, server state and all")
+    ] = None,
 ) -> None:
-    """Fine-tune across clients; resume where an existing run stopped."""
+    """Fine-tune across clients; resume where an existing run stopped, or let it go on."""
+    place, changes = out or _place_of(run_file), overrides(set_)
+    if from_:
+        changes["adapter.start"] = str(from_.absolute())
+    if more_rounds:
+        changes["train.rounds"] = _more_rounds(place, more_rounds)
     if engine is not EngineName.local:
         if workers != 1:
             raise UserError(
@@ -64,74 +75,64 @@ def run_command(
             )
         if track:
             raise UserError(f"--track {track[0]}: only runs in this process log metrics; leave out --engine or --track")
-        return _run_on_flower(run_file, out, set_, engine is EngineName.simulation)
-    settings = read_settings(run_file, set_)
-    from functools import partial
-
+        return _run_on_flower(run_file, place, changes, engine is EngineName.simulation)
     from rich.console import Console
 
-    from ubsmoe.client.allocator import keep_freed_memory
-    from ubsmoe.config import to_json
-    from ubsmoe.engines.local import LocalEngine, check_workers, process_pool, score_in
-    from ubsmoe.engines.simulated import as_simulated
-    from ubsmoe.report.console import RunConsole, result_table, show
+    from ubsmoe.report.console import RunConsole
     from ubsmoe.report.tracking import Tracking
-    from ubsmoe.server.federation import build_federation
-    from ubsmoe.server.run import run
-    from ubsmoe.storage.runfolder import RunFolder
+    from ubsmoe.training.federation import Federation
 
-    check_workers(workers, settings)
-    unknown: list[str] = []
-    console, costs = Console(), known_costs(settings, unknown.append)
+    console = Console()
     shown = RunConsole(console)
-    place = out or Path("out") / run_file.stem
-    tracking = Tracking(track or [], place, settings.model_dump(mode="json"))
-    federation = build_federation(settings)
-    for reason in unknown:  # the sentence of `ubsmoe plan`
-        console.print(reason, markup=False, highlight=False, soft_wrap=True)
-    keep_freed_memory()  # not before: what loading frees goes back to the system
 
     def on_event(event: str, round: int, fields: dict[str, Any]) -> None:
         shown.on_event(event, round, fields)
         tracking.on_event(event, round, fields)
 
-    with (
-        _resumable(place, settings.train.rounds),
-        process_pool(federation, workers) as pool,
-        RunFolder.open_or_create(place, to_json(settings)) as folder,
-        shown,
-        tracking,
-    ):
-        if costs:
-            folder.write_costs(costs)
-        shown.plan(settings.train.rounds, settings.clients_per_round)
-        patience = settings.rounds.give_up_seconds
-        if pool:
-            console.print(f"a worker process that says nothing for {patience:g} s is given up (rounds.give_up_seconds)")
-        clients = LocalEngine(
-            federation.trainer, federation.examples, federation.clients, shown.on_step, pool, patience
-        )
-        score_all = partial(score_in, pool) if pool else None
-        summary = run(federation, folder, as_simulated(clients, federation), on_event, score_all)
-    if summary["after"]:
-        show(console, result_table(cast("Summary", summary), costs))
-    console.print(
-        f"adapter {place / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}", soft_wrap=True, markup=False
+    federation = Federation(
+        run_file, out=place, workers=workers, on_event=on_event, on_step=shown.on_step, **cast(Any, changes)
     )
+    settings = federation.settings
+    tracking = Tracking(track or [], place, settings.model_dump(mode="json"))
+    if federation.summary is None:
+        with _resumable(place, settings.train.rounds), federation, shown, tracking:
+            shown.plan(settings.train.rounds, settings.clients_per_round)
+            if workers > 1:
+                patience = settings.rounds.give_up_seconds
+                console.print(
+                    f"a worker process that says nothing for {patience:g} s is given up (rounds.give_up_seconds)"
+                )
+            federation.train()
+    _show_result(federation, console)
 
 
-def known_costs(settings: "RunSettings", say: Callable[[str], object] = lambda _: None) -> "list[TierCosts] | None":
-    """What each tier costs; None for a base whose sizes are not known, which can be trained all the same.
+def _show_result(federation: "Federation", console: "Console") -> None:
+    """The table of a run that has ended, and where its adapter is."""
+    from ubsmoe.report.console import result_table, show
 
-    `say` gets the reason.
-    """
-    from ubsmoe.plan.tiers import run_costs
+    record = federation.record
+    assert record.summary is not None
+    if record.summary["after"]:
+        show(console, result_table(record.summary, record.costs))
+    adapter = federation.place / "adapter.safetensors"
+    console.print(f"adapter {adapter}  sha256 {record.summary['adapter_sha256']}", soft_wrap=True, markup=False)
 
-    try:
-        return cast("list[TierCosts]", [cost.as_dict() for cost in run_costs(settings)])
-    except UserError as error:
-        say(str(error))
-        return None
+
+def _place_of(run_file: Path) -> Path:
+    """Where a run goes that is given no --out: a run folder goes on where it is."""
+    from ubsmoe.storage.runfolder import is_run
+
+    return run_file if is_run(run_file) else Path("out") / run_file.stem
+
+
+def _more_rounds(place: Path, count: int) -> int:
+    """train.rounds of a run that is to have so many more."""
+    from ubsmoe.storage.ending import rounds_so_far
+    from ubsmoe.storage.runfolder import is_run
+
+    if not is_run(place):
+        raise UserError(f"--more-rounds {count}: {place} is no run folder yet; name it with --out, or start without")
+    return rounds_so_far(place) + count
 
 
 @contextmanager
@@ -148,19 +149,23 @@ def _resumable(place: Path, rounds: int) -> Iterator[None]:
         raise typer.Exit(128 + getattr(stopped, "number", 2)) from None
 
 
-def _run_on_flower(run_file: Path, out: Path | None, changes: list[str] | None, simulated: bool) -> None:
+def _run_on_flower(run_file: Path, place: Path, changes: dict[str, Any], simulated: bool) -> None:
     """The same on a federation that lives as long as the run."""
+    from ubsmoe.config.plug_ins import plug_ins
     from ubsmoe.engines.flower.app import write_app
     from ubsmoe.engines.flower.endings import ended_in_order, owned_folder
-    from ubsmoe.engines.flower.localhost import local_federation
+    from ubsmoe.engines.flower.localhost import IDLE_SECONDS, local_federation
     from ubsmoe.storage.runfolder import read_adapter
 
-    place = out or Path("out") / run_file.stem
+    if run_file.is_dir():
+        raise UserError(f"{run_file} is a folder; with --engine give the run file, and the folder as --out")
     settings = read_settings(run_file, changes)
     nodes = min(settings.clients.count, len(settings.tiers.budgets))
     with _resumable(place, settings.train.rounds), ended_in_order(), owned_folder() as folder:
-        write_app(run_file, folder / "run", overrides(changes), place)
-        with local_federation(folder / "run", nodes, simulated, typer.echo) as federation:
+        write_app(run_file, folder / "run", changes, place)
+        # these nodes are on the machine of the run file, so that what it names is theirs
+        config = {"resident-seconds": IDLE_SECONDS, "plug-ins": ",".join(plug_ins(settings.model_dump()).values())}
+        with local_federation(folder / "run", nodes, simulated, typer.echo, lambda _: config) as federation:
             federation.run()
     read_adapter(place)  # flwr run tells nobody that the server failed
 
@@ -185,9 +190,10 @@ def compare_command(
 ) -> None:
     """Run several methods on the same work and compare their scores.
 
-    Writes comparison.csv and comparison.md. The same command resumes a comparison that was stopped.
+    Writes comparison.csv, comparison.md, and for a paper table.md and table.tex.
+    The same command resumes a comparison that was stopped.
     """
-    settings = read_settings(run_file, set_)
+    settings = read_settings(run_file, overrides(set_))
     from rich.console import Console
 
     from ubsmoe.study.variants import choose_variants
@@ -202,6 +208,7 @@ def compare_command(
     if plan:
         return _estimate(settings, chosen, seeds, first_seed)
     from ubsmoe.report.comparison import comparison_markdown
+    from ubsmoe.report.paper import latex_table, markdown_table, own_metrics
     from ubsmoe.storage.runfolder import atomic_write
     from ubsmoe.study.compare import compare
 
@@ -211,6 +218,9 @@ def compare_command(
     rows = compare(settings, chosen, range(first_seed, first_seed + seeds), place, jobs, done, track or [])
     text = comparison_markdown(rows, against)
     atomic_write(place / "comparison.md", text.encode())
+    metrics = ["accuracy", *own_metrics(rows)]
+    for name, write in (("table.md", markdown_table), ("table.tex", latex_table)):
+        atomic_write(place / name, "\n".join(write(rows, against, metric) for metric in metrics).encode())
     typer.echo(text)
 
 

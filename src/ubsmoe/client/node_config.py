@@ -17,19 +17,27 @@ For [secure_aggregation] it names the keys, which no server sends (docs/robustne
     signing-key, peer-keys         this machine's registered private key; a folder with everybody's public ones
     unsigned                       true for a trial without keys, in which the server could listen
 
+Plug-ins are code: one that the run file names is run only if the node names it too.
+
+    plug-ins                       "module:function" or "/a/file.py:function" of each, with commas between them; "*" for a
+                                   simulation on the machine of the run file
+
 It may also say where things lie (model.base, model.device, data.train) and how it does its work (threads, train.micro_batch,
 train.gradient_checkpointing), which then goes before what [tiers] says. What would change the work it is refused.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args
 
 from ubsmoe.config import ConfigError, RunSettings, parse_run, with_overrides
+from ubsmoe.config.plug_ins import plug_ins
 from ubsmoe.costs.workload import NamedFormat
 
 NodeConfig = Mapping[str, str | int | float | bool]
 
 UNSIGNED, EXPERTS = "unsigned", "model.experts"
+PLUG_INS, ANY = "plug-ins", "*"
 IDENTITY_KEYS = ("partition-id", "num-partitions", "client", "budget", EXPERTS, "signing-key", "peer-keys", UNSIGNED)
 LOCATION_KEYS = ("model.base", "model.device", "data.train", "threads")
 WORK_KEYS = ("train.micro_batch", "train.gradient_checkpointing")  # the same work in less memory; [tiers] has them too
@@ -47,6 +55,8 @@ def on_this_machine(settings: RunSettings, config: NodeConfig) -> tuple[RunSetti
     """
     if "worker-seconds" in config:
         raise ConfigError("node configuration: 'worker-seconds' is now called 'resident-seconds'")
+    config, own = dict(config), _own_plug_ins(settings, config)
+    config.pop(PLUG_INS, None)
     known = IDENTITY_KEYS + LOCATION_KEYS + WORK_KEYS
     if unknown := [key for key in config if key not in known]:
         fault = "would change this client's work" if _is_setting(settings, unknown[0]) else "is unknown"
@@ -58,9 +68,37 @@ def on_this_machine(settings: RunSettings, config: NodeConfig) -> tuple[RunSetti
             f"node configuration: {EXPERTS} is {experts!r}, expected {', '.join(map(repr, get_args(NamedFormat)))}"
         )
     places: dict[str, Any] = {key: value for key, value in config.items() if key in LOCATION_KEYS + WORK_KEYS}
+    places = own | places
     places |= {key.replace("train.", "tiers."): None for key in config if key in WORK_KEYS}
     identity = {key: value for key, value in config.items() if key in IDENTITY_KEYS}
     return parse_run(with_overrides(settings.model_dump(mode="json"), places)), identity
+
+
+def _own_plug_ins(settings: RunSettings, config: NodeConfig) -> dict[str, Any]:
+    """The plug-ins that a client's work needs, by setting, as this node's configuration says where they lie.
+
+    Raises:
+        ConfigError: for one that it does not name; nothing of it has been imported then.
+    """
+    said = [name.strip() for name in str(config.get(PLUG_INS, "")).split(",")]
+    allowed = {_short(name): name for name in said if name}
+    needed = plug_ins(settings.model_dump(mode="json"))
+    own: dict[str, Any] = {}
+    for key, name in needed.items():
+        if key in config or key.startswith(("evaluate.", "clients.")):
+            continue  # the node says its own, or only the server runs it
+        if _short(name) not in allowed and ANY not in allowed:
+            raise ConfigError(
+                f"node configuration: the run file names the plug-in {_short(name)!r} ({key}), which is code; "
+                f'to run it here set plug-ins="{_short(name)}"'
+            )
+        own[key] = allowed.get(_short(name), name)
+    return own
+
+
+def _short(name: str) -> str:
+    """A plug-in without the folder of its file: "/home/me/mine.py:split" is "mine:split"."""
+    return Path(name).name.replace(".py:", ":")
 
 
 def _is_setting(settings: RunSettings, key: str) -> bool:

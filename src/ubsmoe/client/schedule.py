@@ -1,11 +1,12 @@
 """Which examples a client trains on in each step of a round, and with how many experts per token."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from ubsmoe.config import TierSettings, TrainSettings
+from ubsmoe.config.plug_ins import load
 from ubsmoe.data.tokens import Tokens, batches
 
 
@@ -27,6 +28,31 @@ def steps_per_round(settings: TrainSettings, num_examples: int) -> int:
         return settings.local_steps
     batches_per_pass = math.ceil(num_examples / settings.batch_size)
     return max(1, round(settings.local_epochs * batches_per_pass / settings.gradient_accumulation))
+
+
+def step_size(settings: TrainSettings, round: int, step: int, num_steps: int) -> float:
+    """The factor of the learning rate in a step.
+
+        constant    1
+        linear      1 - t
+        cosine      (1 + cos pi t) / 2        t = (round - 1 + step / num_steps) / schedule_rounds, at most 1
+
+    A plug-in is `schedule(t) -> factor`. Over it lies the warm-up of each round, (step + 1) / warmup_steps up to 1.
+
+    Source: cosine: SGDR (Loshchilov and Hutter 2017, arXiv 1608.03983), equation 5, without restarts.
+
+    >>> [step_size(TrainSettings(schedule="linear", rounds=2), r, s, 2) for r in (1, 2) for s in (0, 1)]
+    [1.0, 0.75, 0.5, 0.25]
+    """
+    warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+    t = min(1.0, (round - 1 + step / num_steps) / (settings.schedule_rounds or settings.rounds))
+    shapes: dict[str, Callable[[float], float]] = {
+        "constant": lambda t: 1.0,
+        "linear": lambda t: 1 - t,
+        "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
+    }
+    shape = shapes.get(settings.schedule) or load(settings.schedule, "train.schedule")
+    return warm * float(shape(t))
 
 
 def elastic_top_ks(

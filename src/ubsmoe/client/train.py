@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ubsmoe.client.schedule import batch_order, elastic_top_ks, in_pieces, steps_per_round
+from ubsmoe.client.schedule import batch_order, elastic_top_ks, in_pieces, step_size, steps_per_round
 from ubsmoe.config import RunSettings, TierSettings, TrainSettings, WireDtype, train_of_tier
 from ubsmoe.data.tokens import IGNORED, Tokens, collate, pad_id
 from ubsmoe.errors import UserError
@@ -138,7 +138,8 @@ def _steps(
     losses, tokens, assignments = [], 0, 0
     for step, top_k in enumerate(budgets):
         model.set_top_k(top_k)
-        _set_learning_rate(optimizer, settings, step)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * step_size(settings, task.round, step, num_steps)
         optimizer.zero_grad(set_to_none=True)
         loss = 0.0
         pieces = _micro_batches(trainer, examples, order)
@@ -203,9 +204,3 @@ def _optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) ->
             parameters, settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
     return torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
-
-
-def _set_learning_rate(optimizer: torch.optim.Optimizer, settings: TrainSettings, step: int) -> None:
-    warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
-    for group in optimizer.param_groups:
-        group["lr"] = settings.learning_rate * warm

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
+from ubsmoe.config.plug_ins import OrPlugIn
 from ubsmoe.config.section import Settings
 
 
@@ -19,7 +20,9 @@ class SyntheticSettings(Settings):
 class PartitionSettings(Settings):
     """[data.partition]: which client holds which example."""
 
-    kind: Literal["iid", "natural", "dirichlet", "quantity"] = Field("iid", description="rule of the split")
+    kind: Annotated[Literal["iid", "natural", "dirichlet", "quantity"], OrPlugIn()] = Field(
+        "iid", description='rule of the split, or a plug-in "module:function"'
+    )
     field: str = Field("task", description="the examples' field that natural and dirichlet group by")
     alpha: Annotated[float, Field(gt=0, le=1e6)] = Field(
         0.5, description="Dirichlet concentration; smaller is more unequal"
@@ -31,7 +34,8 @@ class DataSettings(Settings):
     """[data]: examples and how they are worded."""
 
     train: str = Field(
-        "synthetic", description='"synthetic", a file (.json, .jsonl, .csv, .parquet), or a Hugging Face data set id'
+        "synthetic",
+        description='"synthetic", a file (.json, .jsonl, .csv, .parquet), a Hugging Face data set id, or a plug-in',
     )
     test: str | None = Field(
         None, description="a file or a folder with one file per task; a held-out part when left out"
@@ -39,7 +43,9 @@ class DataSettings(Settings):
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="held-out part when test is left out")
     synthetic: SyntheticSettings = SyntheticSettings()
     partition: PartitionSettings = PartitionSettings()
-    template: Literal["plain", "llm_adapters"] = Field("plain", description="prompt around an instruction")
+    template: Annotated[Literal["plain", "llm_adapters"], OrPlugIn()] = Field(
+        "plain", description='prompt around an instruction, or a plug-in "module:function"'
+    )
     loss_on_prompt: bool = Field(False, description="train on the prompt's tokens too (TRL: not completion_only_loss)")
     max_length: PositiveInt = Field(256, description="tokens; a longer prompt loses its left end, never the answer")
     too_long: Literal["refuse", "drop"] = Field(

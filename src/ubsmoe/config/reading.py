@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from ubsmoe.config.data import DataSettings
 from ubsmoe.config.model import ModelSettings
+from ubsmoe.config.plug_ins import LISTS, beside, plug_ins, setting
 from ubsmoe.config.settings import RunSettings
 from ubsmoe.errors import UserError
 
@@ -41,8 +42,12 @@ def load_run(path: str | Path, overrides: dict[str, Any] | None = None) -> RunSe
     Raises:
         ConfigError: with one sentence per fault: the setting, what came, what is expected.
     """
-    table = with_overrides(read_toml(Path(path)), overrides or {})
-    return parse_run(_resolve_paths(table, Path(path).parent))
+    return parse_table(read_toml(Path(path)), overrides or {}, Path(path).parent)
+
+
+def parse_table(table: dict[str, Any], overrides: dict[str, Any], folder: Path) -> RunSettings:
+    """The same for the tables of a run file whose paths are relative to `folder`."""
+    return parse_run(_resolve_paths(with_overrides(table, overrides), folder))
 
 
 def parse_run(table: dict[str, Any]) -> RunSettings:
@@ -114,7 +119,21 @@ def _resolve_paths(table: dict[str, Any], folder: Path) -> dict[str, Any]:
         if isinstance(part, dict) and isinstance(part.get(key), str) and part[key] not in BUILT_IN:
             found = (place for place in (folder / part[key], Path(part[key])) if place.exists())
             part[key] = next((str(place.absolute()) for place in found), part[key])
-    return table
+    return _resolve_plug_ins(table, folder)
+
+
+def _resolve_plug_ins(table: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Plug-ins in files beside the run file, or where the command is started, by the whole paths of these."""
+    changes: dict[str, Any] = {}
+    for key, name in plug_ins(table).items():
+        place = next((found for at in (folder, Path()) if (found := beside(name, at)) != name), name)
+        if place != name:
+            changes[key] = place
+    for key in LISTS:
+        own = [changes.pop(f"{key}.{i}", one) for i, one in enumerate(setting(table, key) or ())]
+        if own:
+            changes[key] = own
+    return with_overrides(table, changes)
 
 
 def _is_inside(fault: Any, other: Any) -> bool:

@@ -5,10 +5,11 @@ Defaults live here, those of [data] in data.py, those of [model], [adapter] and 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ubsmoe.config.data import DataSettings
 from ubsmoe.config.model import AdapterSettings, ModelSettings, TierSettings
+from ubsmoe.config.plug_ins import OrPlugIn, plug_in
 from ubsmoe.config.section import Settings, Share
 from ubsmoe.config.secure import SecureAggregationSettings, conflict_with_secure
 from ubsmoe.costs.workload import WireDtype
@@ -19,9 +20,9 @@ class ClientSettings(Settings):
 
     count: PositiveInt = Field(8, description="number of clients")
     per_round: PositiveInt | None = Field(None, description="clients drawn each round; all when left out")
-    sampling: Literal["fixed", "poisson"] = Field(
+    sampling: Annotated[Literal["fixed", "poisson"], OrPlugIn()] = Field(
         "fixed",
-        description="exactly per_round clients, or each with probability per_round / count (better for [privacy])",
+        description="exactly per_round clients, or each with probability per_round / count (better for [privacy]), or a plug-in",
     )
     max_weight: Annotated[float, Field(ge=1)] = Field(
         16.0,  # measured: docs/robustness.md, What a client may weigh
@@ -65,6 +66,13 @@ class TrainSettings(Settings):
     momentum: Share = Field(0.9, description="for sgd")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.0, description="decoupled (adamw) or L2 (sgd); shrinks unused experts too"
+    )
+    schedule: Annotated[Literal["constant", "linear", "cosine"], OrPlugIn()] = Field(
+        "constant", description="how the step size falls to zero over the run, or a plug-in"
+    )
+    schedule_rounds: PositiveInt | None = Field(
+        None,
+        description="rounds that the schedule spans; train.rounds when left out, which then cannot change on resume",
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="linear warm-up of each round's local steps")
     clip_norm: PositiveFloat | None = Field(1.0, description="norm of the local gradient (transformers: max_grad_norm)")
@@ -178,6 +186,15 @@ class EvaluateSettings(Settings):
     num_beams: PositiveInt = Field(4, description="for beam")
     max_new_tokens: PositiveInt = Field(32, description="longest answer")
     mc_accuracy: bool = Field(True, description="also rank the candidate answers by likelihood")
+    metrics: tuple[str, ...] = Field((), description="plug-ins that give numbers for a generated answer")
+
+    @field_validator("metrics")
+    @classmethod
+    def _are_plug_ins(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if plug_in(name) is None:
+                raise ValueError(f'expected plug-ins such as "module:function", got {name!r}')
+        return names
 
 
 class RunSettings(Settings):
@@ -222,6 +239,8 @@ class RunSettings(Settings):
             raise ValueError(
                 'clients.sampling "poisson" draws clients.per_round clients on average; set that, and rounds.extra_clients = 0'
             )
+        if self.privacy and plug_in(self.clients.sampling):
+            raise ValueError('[privacy] reckons epsilon for clients.sampling "fixed" or "poisson"; choose one of them')
         if self.privacy and (self.robust != RobustSettings() or self.rounds.extra_clients):
             raise ValueError(
                 "[privacy] bounds what one client can do to a mean, which [robust] and rounds.extra_clients do not average; "

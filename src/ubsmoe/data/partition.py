@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ubsmoe.config import ConfigError, PartitionSettings, RunSettings
+from ubsmoe.config.plug_ins import load, plug_in
 from ubsmoe.data.tasks import Example
 from ubsmoe.seeds import seed_for
 
@@ -50,6 +51,7 @@ def partition(examples: Sequence[Example], settings: PartitionSettings, num_clie
     - natural: the examples with one value of `field` stay together; a client gets several values if there are many.
     - dirichlet: each value of `field` is spread over the clients in proportions drawn from Dirichlet(alpha).
     - quantity: client sizes are drawn from Dirichlet(alpha), the content is iid.
+    - a plug-in: `split(examples, num_clients, seed)`, which gives the positions of each client's examples.
 
     Args:
         examples: what to distribute.
@@ -75,6 +77,8 @@ def partition(examples: Sequence[Example], settings: PartitionSettings, num_clie
         parts = _cut(rng.permutation(len(examples)), rng.dirichlet(np.full(num_clients, settings.alpha)))
     elif settings.kind == "natural":
         parts = _natural(_groups(examples, settings.field), num_clients, rng, settings.field)
+    elif plug_in(settings.kind):
+        parts = _own(settings.kind, examples, num_clients, seed)
     else:
         parts = _dirichlet(_groups(examples, settings.field), num_clients, rng, settings.alpha)
     _check_sizes(parts, settings)
@@ -166,6 +170,17 @@ def _natural(groups: dict[str, list[int]], num_clients: int, rng: np.random.Gene
         min(parts, key=len).extend(members)
     # A client's number decides its tier; without this the weakest tier would always hold the largest group.
     return [parts[i] for i in rng.permutation(num_clients)]
+
+
+def _own(name: str, examples: Sequence[Example], num_clients: int, seed: int) -> list[list[int]]:
+    """What a plug-in deals, once it is seen to be a partition."""
+    parts = [list(part) for part in load(name, "data.partition.kind")(examples, num_clients, seed)]
+    if len(parts) != num_clients or sorted(i for part in parts for i in part) != list(range(len(examples))):
+        raise ConfigError(
+            f"data.partition.kind: {name} gave {len(parts)} lists with {sum(map(len, parts))} positions; expected a list for "
+            f"each of {num_clients} clients, and each of the positions 0..{len(examples) - 1} in one of them"
+        )
+    return parts
 
 
 def _check_sizes(parts: Sequence[Sequence[int]], settings: PartitionSettings) -> None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from ubsmoe.config.plug_ins import load
+
 _PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 _INDENT = " " * 16
 
@@ -33,3 +35,11 @@ TEMPLATES: dict[str, tuple[Callable[[str], str], Callable[[str], str]]] = {
     "plain": (plain, plain),
     "llm_adapters": (llm_adapters_train, llm_adapters_eval),
 }
+
+
+def template_of(name: str) -> tuple[Callable[[str], str], Callable[[str], str]]:
+    """The prompts of a template for training and for evaluation; a plug-in `instruction -> prompt` is both."""
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    word = load(name, "data.template")
+    return word, word

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ubsmoe.config import ConfigError
+from ubsmoe.config.plug_ins import load
 from ubsmoe.data.file_formats import MAX_DIGITS, SPLITS, SUFFIXES, LongInteger, read_rows, record_files, stem
 from ubsmoe.data.hub import go_offline_without_network
 from ubsmoe.data.tasks import TASKS, Example
@@ -70,6 +71,15 @@ def read_hub(name: str, split: str, tokenizer: "PreTrainedTokenizerBase") -> lis
     rows = load_hub(name, split)
     where = f"hub data set {name} ({split})"
     return _examples(((f"{where} record {n}", row) for n, row in enumerate(rows, 1)), where, stem(name), tokenizer)
+
+
+def read_plug_in(name: str, use: str, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
+    """The records that a plug-in gives: `records() -> Iterable[dict]`, in one of this module's formats."""
+    rows = load(name, f"data.{use}")()
+    if not isinstance(rows, Iterable):
+        raise ConfigError(f"data.{use}: {name} gave {type(rows).__name__}; expected records, one dict after another")
+    numbered = ((f"{name} record {number}", row) for number, row in enumerate(rows, 1))
+    return _examples(numbered, name, name.rpartition(":")[2], tokenizer)
 
 
 def load_hub(name: str, split: str, config: str | None = None, revision: str | None = None) -> Iterable[dict[str, Any]]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ubsmoe.config import ConfigError, DataSettings, SyntheticSettings
+from ubsmoe.config.plug_ins import plug_in
 from ubsmoe.data.file_formats import SUFFIXES
-from ubsmoe.data.records import read_file, read_folder, read_hub
+from ubsmoe.data.records import read_file, read_folder, read_hub, read_plug_in
 from ubsmoe.data.synthetic import SyntheticQA
 from ubsmoe.data.tasks import Example
 from ubsmoe.data.tokens import fitting
@@ -118,6 +119,8 @@ def _synthetic(settings: SyntheticSettings, seed: int) -> SyntheticQA:
 
 def _read(place: str, use: str, tokenizer: "PreTrainedTokenizerBase | None") -> list[Example]:
     """Read the file, folder or hub data set that data.train or data.test names."""
+    if plug_in(place):
+        return read_plug_in(place, use, tokenizer)
     path = Path(place)
     if path.is_dir():
         return read_folder(path, tokenizer)

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ubsmoe.config import ConfigError, DataSettings
-from ubsmoe.data.prompts import TEMPLATES
+from ubsmoe.data.prompts import template_of
 from ubsmoe.data.tasks import Example
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def tokenize(
     """
     if not examples:
         return []
-    word = TEMPLATES[settings.template][0 if split == "train" else 1]
+    word = template_of(settings.template)[0 if split == "train" else 1]
     prompts = _encode([e.prompt if e.templated else word(e.prompt) for e in examples], tokenizer)
     completions = _encode([e.completion for e in examples], tokenizer)
     start = _start(tokenizer)

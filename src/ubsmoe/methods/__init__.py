@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, ValidationError, validate_call
 
+from ubsmoe.config.plug_ins import load
 from ubsmoe.errors import UserError
 from ubsmoe.methods.table import METHODS as METHODS
 from ubsmoe.methods.table import PARTS, check_names
@@ -31,6 +32,8 @@ def build(name: str, shape: "RunShape", settings: Mapping[str, Any] | None = Non
     check_names(name, settings)
     parts = {key: _part(key, settings[key]) for key in PARTS if key in settings}
     averaging = parts.pop("averaging", None)
+    if averaging and parts.get("server"):
+        raise UserError("[method.server] takes steps along the plain mean; leave [method.averaging] out")
     own = {key: value for key, value in settings.items() if key not in PARTS}
     try:
         if not averaging:
@@ -51,13 +54,16 @@ def _composed(name: str, shape: "RunShape", own: dict[str, Any], parts: dict[str
     from ubsmoe.methods.compensation import with_compensation
     from ubsmoe.methods.modulation import with_modulation
     from ubsmoe.methods.pseudo_gradient import with_pseudo_gradient
+    from ubsmoe.methods.server_optimiser import with_server_optimiser
 
     wrappers: dict[str, Callable[..., Method]] = {
+        "server": with_server_optimiser,
         "dmr": with_modulation,
         "pg": with_pseudo_gradient,
         "compensation": with_compensation,
     }
-    builder = getattr(import_module(f"ubsmoe.methods.{name}"), name)
+    known = name in METHODS
+    builder = getattr(import_module(f"ubsmoe.methods.{name}"), name) if known else load(name, "method.name")
     taken = {key: part for key, part in parts.items() if key in signature(builder).parameters}
     checked = validate_call(config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))(builder)
     method: Method = checked(shape, **own, **taken)

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ubsmoe.config.plug_ins import plug_in, source_of
 from ubsmoe.errors import UserError
 
 METHODS = (
@@ -38,6 +39,7 @@ METHODS = (
     "ubsmoe",
 )
 PARTS = {
+    "server": "ubsmoe.methods.server_optimiser.ServerOptimiser",
     "dmr": "ubsmoe.methods.modulation.Modulation",
     "pg": "ubsmoe.maths.pseudo_gradient.PseudoGradient",
     "compensation": "ubsmoe.model.compensation_fit.FormSettings",
@@ -77,17 +79,27 @@ def describe(name: str) -> Description:
     >>> describe("smoe_llb").settings
     {'coefficient': 0.01}
     """
-    tree = _parsed(f"ubsmoe.methods.{name}")
-    builder = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    module, function = place_of(name)
+    tree = _parsed(module)
+    builder = next((one for one in tree.body if isinstance(one, ast.FunctionDef) and one.name == function), None)
+    if builder is None:
+        raise UserError(f"method.name: {module} has no function {function!r}")
     known = dict(zip((arg.arg for arg in builder.args.kwonlyargs), builder.args.kw_defaults, strict=True))
-    exempt = _constant(f"ubsmoe.methods.{name}", "EXEMPT")
+    exempt = _constant(module, "EXEMPT")
     return Description(
         name=name,
-        summary=(ast.get_docstring(tree) or "").splitlines()[0],
-        settings={key: default and ast.literal_eval(default) for key, default in known.items() if key not in PARTS},
+        summary=(ast.get_docstring(tree) or name).splitlines()[0],
+        settings={key: default and _literal(default) for key, default in known.items() if key not in PARTS},
         exempt=exempt or {},
         parts=tuple(key for key in known if key in PARTS),
     )
+
+
+def place_of(name: str) -> tuple[str, str]:
+    """The module, or the file of a plug-in, that holds a method's builder, and the builder's name."""
+    if name in METHODS:
+        return f"ubsmoe.methods.{name}", name
+    return str(source_of(name, "method.name")), (plug_in(name) or "").rpartition(":")[2]
 
 
 @cache
@@ -112,7 +124,7 @@ def check_names(name: str, settings: Mapping[str, Any]) -> None:
     Raises:
         UserError: with one sentence.
     """
-    if name not in METHODS:
+    if name not in METHODS and plug_in(name) is None:
         raise UserError(f"method.name: no method {name!r}; {_hint(name, METHODS)}")
     known = [*describe(name).settings, *PARTS]
     for key, value in settings.items():
@@ -136,6 +148,8 @@ def _hint(name: str, known: Mapping[str, Any] | tuple[str, ...] | list[str]) -> 
 
 @cache
 def _parsed(module: str) -> ast.Module:
+    if module.endswith(".py"):
+        return ast.parse(Path(module).read_text(encoding="utf-8"))
     spec = find_spec(module)  # finds the file; of packages on the way only __init__ is imported, which brings no torch
     assert spec and spec.origin, module
     return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
@@ -151,6 +165,14 @@ def _constant(module: str, name: str) -> Any:
             if isinstance(target, ast.Name) and target.id == name:
                 return _value(module, node.value)
     return None
+
+
+def _literal(node: ast.expr) -> Any:
+    """A default as it stands in the file; a plug-in's may be computed, and is then shown as it is written."""
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)
 
 
 def _value(module: str, node: Any) -> Any:

@@ -89,6 +89,10 @@ class RunConsole:
             self._line(f"round {round}  {printable(str(fields['client']))} {printable(str(fields['reason']))}")
         elif event == "resumed":
             self._line(f"resumed after round {fields['round']}")
+            for key, (before, after) in fields.get("settings_changed", {}).items():
+                self._line(f"  {key} was {before}, is {after}")
+        elif event == "note":
+            self._line(fields["reason"])
 
     def _line(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -95,7 +95,7 @@ def label_of(method: Mapping[str, Any]) -> str:
     'ubsmoe(pg.mode=oracle;dmr=false)'
     """
     settings = [f"{key}={_plain(value)}" for key, value in flatten(method).items() if key != "name"]
-    return method["name"] + (f"({';'.join(settings)})" if settings else "")
+    return _plain(method["name"]).rpartition(":")[2] + (f"({';'.join(settings)})" if settings else "")
 
 
 def by_label(runs: Sequence[Series]) -> dict[str, list[Series]]:
@@ -151,5 +151,7 @@ PHI, PHI_RANKS = (
 
 
 def _plain(value: Any) -> str:
-    """A setting as a label shows it: TOML without spaces, and text without quotes."""
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    """A setting as a label shows it: TOML without spaces, text without quotes, a plug-in without its file."""
+    if isinstance(value, str):
+        return value.rpartition(".py:")[2]
+    return json.dumps(value, separators=(",", ":"))

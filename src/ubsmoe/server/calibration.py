@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ubsmoe.config import RunSettings
-from ubsmoe.data.prompts import TEMPLATES
+from ubsmoe.data.prompts import template_of
 from ubsmoe.data.tokens import Tokens, collate, pad_id
 from ubsmoe.model.conventions import experts_run_by
 from ubsmoe.model.experts import IMPLEMENTATION
@@ -26,7 +26,7 @@ def written_by_base(model: SparseModel, tokenizer: object, settings: RunSettings
 
     The draws follow from the run's seed; the global generator is left as it was.
     """
-    begin, _ = TEMPLATES[settings.data.template][0]("\0").split("\0")
+    begin, _ = template_of(settings.data.template)[0]("\0").split("\0")
     rows = min(BATCH, 1 + tokens // BATCH)  # a few tokens need no whole batch of texts
     prompt = torch.tensor([tokenizer(begin).input_ids] * rows, device=model.device)  # type: ignore[operator]
     texts: list[Tokens] = []

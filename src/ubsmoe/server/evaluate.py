@@ -14,7 +14,8 @@ from typing import Any, TypedDict
 
 import torch
 
-from ubsmoe.config import DataSettings, EvaluateSettings
+from ubsmoe.config import ConfigError, DataSettings, EvaluateSettings
+from ubsmoe.config.plug_ins import load
 from ubsmoe.data.tasks import TASKS, Example, extract_answer
 from ubsmoe.data.tokens import tokenize
 from ubsmoe.model.surgery import SparseModel
@@ -39,7 +40,7 @@ class Score:
 
     `loss` is nats per token of the right answers. `accuracy` and `unparsed` come from generation, `mc_accuracy` from ranking the
     candidates (None for free text, when switched off, or where a completion does not spell its label). `chance` guesses
-    among the candidates, `majority` always says the test set's most frequent answer.
+    among the candidates, `majority` always says the test set's most frequent answer. `metrics` are the means of plug-ins' numbers.
     """
 
     examples: int
@@ -50,6 +51,7 @@ class Score:
     chance: float | None
     majority: float | None
     answers: list[Answer] = field(default_factory=list, compare=False)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def prepare(
@@ -94,6 +96,7 @@ def _question(example: Example, tokenizer: Any, data: DataSettings, settings: Ev
 def _score_task(model: SparseModel, tokenizer: Any, questions: Sequence[Question], settings: EvaluateSettings) -> Score:
     loss, tokens, ranked, right, unparsed = 0.0, 0, 0, 0, 0
     kept: list[Answer] = []
+    own: dict[str, list[float]] = {}
     for batch in _by_length(questions, settings.batch_size):
         found = answers(model, tokenizer, batch, settings)
         for question, (logs, text) in zip(batch, found, strict=True):
@@ -107,6 +110,8 @@ def _score_task(model: SparseModel, tokenizer: Any, questions: Sequence[Question
             if len(kept) < ANSWERS_KEPT:
                 example = question.example
                 kept.append(Answer(prompt=example.prompt, truth=example.completion, said=text, right=hit))
+            for name, value in _own_metrics(text, question.example, settings).items():
+                own.setdefault(name, []).append(value)
     count = len(questions)
     choices = [len(question.example.candidates) for question in questions]
     closed, rankable = all(choices), all(len(question.candidates) > 1 for question in questions)
@@ -120,7 +125,20 @@ def _score_task(model: SparseModel, tokenizer: Any, questions: Sequence[Question
         chance=statistics.fmean(1 / n for n in choices) if closed else None,
         majority=most_frequent / count if closed else None,
         answers=kept,
+        metrics={name: statistics.fmean(values) for name, values in own.items()},
     )
+
+
+def _own_metrics(text: str, example: Example, settings: EvaluateSettings) -> dict[str, float]:
+    """What plug-ins `metric(text, example)` say of a generated answer: a number each, or several by name."""
+    found: dict[str, float] = {}
+    for name in settings.metrics:
+        value = load(name, "evaluate.metrics")(text, example)
+        named = value if isinstance(value, Mapping) else {name.rpartition(":")[2]: value}
+        if not all(isinstance(one, int | float) for one in named.values()):
+            raise ConfigError(f"evaluate.metrics: {name} gave {value!r}; expected a number, or numbers by name")
+        found |= {key: float(one) for key, one in named.items()}
+    return found
 
 
 def _by_length(questions: Sequence[Question], batch_size: int) -> Iterator[list[Question]]:
@@ -166,6 +184,8 @@ def _macro(scores: Sequence[Score]) -> Score:
     means = {
         name: None if None in values else statistics.fmean(values)
         for name, values in columns.items()
-        if name not in ("examples", "answers")
+        if name not in ("examples", "answers", "metrics")
     }
-    return Score(examples=sum(columns["examples"]), **means)  # type: ignore[arg-type]
+    own = {name: [one[name] for one in columns["metrics"] if name in one] for name in columns["metrics"][0]}
+    metrics = {name: statistics.fmean(values) for name, values in own.items()}
+    return Score(examples=sum(columns["examples"]), metrics=metrics, **means)  # type: ignore[arg-type]

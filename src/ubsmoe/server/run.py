@@ -141,7 +141,7 @@ class Run:
         # a checkpoint of an earlier version does not say how it was scored: as it is now, since nothing could change
         last = [self._how(self.done)] if _is_evaluated(self._federation.settings, self.done) else []
         self._scored = facts.get("scored", [self._how(0), *last])
-        self._report("resumed", self.done, {"round": self.done})
+        self._report("resumed", self.done, {"round": self.done, "settings_changed": self._folder.settings_changed})
 
     def _score(self) -> None:
         tasks = self._score_all(tasks_of(self._federation, self.state, self.done, self._federation.tiers))
@@ -150,7 +150,8 @@ class Run:
 
     def _how(self, number: int) -> list[Any]:
         """After which round scores are taken, and how."""
-        return [number, self._federation.settings.evaluate.model_dump(exclude={"before", "after", "every"})]
+        evaluate = self._federation.settings.evaluate
+        return [number, evaluate.model_dump(mode="json", exclude={"before", "after", "every"})]
 
     def _save(self) -> None:
         facts = {"history": self._history, "scored": self._scored, "seconds": self._spent()}

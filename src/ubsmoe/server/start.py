@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ubsmoe.config import ConfigError, RunSettings
+from ubsmoe.config.plug_ins import load, plug_in
 from ubsmoe.data.tokens import pad_id
 from ubsmoe.export.save_load import read_peft
 from ubsmoe.messages import Profile, in_order
@@ -125,7 +126,19 @@ def sample_clients(clients: Sequence[Profile], settings: RunSettings, round: int
         share = settings.clients_per_round / settings.clients.count
         return [client for client, draw in zip(clients, draws.tolist(), strict=True) if draw < share]
     asked = settings.clients_per_round + settings.rounds.extra_clients
+    if plug_in(settings.clients.sampling):
+        return _own_sample(clients, settings, round, min(asked, len(clients)))
     if asked >= len(clients):
         return clients
     draw = torch.randperm(len(clients), generator=generator_for(settings.seed, round, "sampling"))
     return [clients[i] for i in sorted(draw[:asked].tolist())]
+
+
+def _own_sample(clients: Sequence[Profile], settings: RunSettings, round: int, count: int) -> Sequence[Profile]:
+    """What a plug-in draws: `sample(clients, count, round, generator)` gives so many of the clients, or their names."""
+    name, generator = settings.clients.sampling, generator_for(settings.seed, round, "sampling")
+    drawn = load(name, "clients.sampling")(list(clients), count, round, generator)
+    names = [getattr(one, "client", one) for one in drawn]
+    if len(set(names)) != count or len(names) != count or not set(names) <= {client.client for client in clients}:
+        raise ConfigError(f"clients.sampling: {name} drew {names} in round {round}; expected {count} different clients")
+    return [client for client in clients if client.client in names]

@@ -17,6 +17,7 @@ class TaskScore(TypedDict):
     mc_accuracy: float | None
     chance: float | None
     majority: float | None
+    metrics: NotRequired[dict[str, float]]
 
 
 Scores = dict[str, TaskScore]

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ubsmoe.storage import checkpoints, disk, json_text, tensors
 from ubsmoe.storage.checkpoints import Checkpoint
 from ubsmoe.storage.disk import atomic_write as atomic_write
+from ubsmoe.storage.ending import has_ended as has_ended
 from ubsmoe.storage.events import EventLog, read_events
 from ubsmoe.storage.layout import (
     ADAPTER,
@@ -71,6 +72,7 @@ class RunFolder:
         self._lock = lock
         self._origin: dict[str, Any] = settings_of_origin(config_json)
         self._versions_changed = versions_changed
+        self.settings_changed: dict[str, list[Any]] = {}
 
     @classmethod
     def open_or_create(cls, path: str | Path, config_json: str, versions: Mapping[str, str] | None = None) -> Self:
@@ -88,7 +90,7 @@ class RunFolder:
         path, now = Path(path), dict(versions or current_versions())
         lock = None
         try:
-            _refuse_foreign(path)
+            refuse_foreign(path)
             disk.make_folder(path)
             if (path / CHECKPOINTS).is_symlink():
                 raise RunFolderError(
@@ -134,12 +136,13 @@ class RunFolder:
             refuse_other_run(self.path, checkpoint, self._origin)
         self.events.truncate_after(checkpoint.round if checkpoint else -1)
         if checkpoint:
+            self.settings_changed = changed_settings(checkpoint, self._origin)
             self.events.append(
                 "resumed",
                 checkpoint.round,
                 skipped=list(checkpoint.skipped),
                 versions_changed=self._versions_changed,
-                settings_changed=changed_settings(checkpoint, self._origin),
+                settings_changed=self.settings_changed,
             )
         return checkpoint
 
@@ -185,14 +188,6 @@ class RunFolder:
 def is_run(path: str | Path) -> bool:
     """Whether a folder holds a run, finished or not."""
     return (Path(path) / CONFIG).is_file() and (Path(path) / VERSIONS).is_file()
-
-
-def has_ended(path: Path) -> bool:
-    """Whether a run has written its final figures. Those of fewer rounds than it is to have now are not final."""
-    if not (path / SUMMARY).exists():
-        return False
-    rounds = read_json(path / CONFIG).get("train", {}).get("rounds") if (path / CONFIG).exists() else None
-    return rounds == read_json(path / SUMMARY).get("rounds", rounds)
 
 
 def read_run(path: str | Path) -> RunRecord:
@@ -255,7 +250,7 @@ def saved_round(path: str | Path) -> int | None:
     return checkpoints.newest_round(Path(path) / CHECKPOINTS)
 
 
-def _refuse_foreign(path: Path) -> None:
+def refuse_foreign(path: Path) -> None:
     """Never mix a run into a folder of something else; what a start killed half-way left behind is ours."""
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path} is a file; choose another --out")

@@ -68,6 +68,12 @@ def refuse_change(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]
     if before and (after < before or private):
         reason = "epsilon was reckoned with these" if private else "it can only grow"
         raise RunFolderError(f"{path} holds a run with clients.count = {before}, asked {after}: {reason}")
+    schedule, spans = (flatten(ours).get(f"train.{key}") for key in ("schedule", "schedule_rounds"))
+    if "train.rounds" in differing and schedule not in (None, "constant") and spans is None:
+        raise RunFolderError(
+            f"{path} holds a run whose train.schedule spans its {differing['train.rounds'][0]} rounds; to have more of them, "
+            "begin with train.schedule_rounds set"
+        )
     for key in ("data.train", "data.test"):
         if None in differing.get(key, []):
             raise RunFolderError(refusal(path, {key: differing[key]}))  # a part was held out of train, or now would be

@@ -13,19 +13,21 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
-from ubsmoe.config import ConfigError, RunSettings, to_json
+from ubsmoe.config import ConfigError, RunSettings
 from ubsmoe.plan.tiers import run_costs
 from ubsmoe.report.comparison import Balance, Row
+from ubsmoe.report.paper import OWN
 from ubsmoe.report.plain import average, csv_row
 from ubsmoe.report.tracking import Tracking, check_trackers
 from ubsmoe.storage.checkpoints import newest_round
 from ubsmoe.storage.layout import CHECKPOINTS, CONFIG, read_json
 from ubsmoe.storage.record import RunRecord, Scores
-from ubsmoe.storage.runfolder import RunFolder, atomic_write, read_run
+from ubsmoe.storage.runfolder import atomic_write, read_run
 from ubsmoe.storage.same_run import differing_settings, refuse_change
 from ubsmoe.study.variants import Variant
+from ubsmoe.training.federation import Federation
 
 
 def compare(
@@ -100,25 +102,13 @@ def run_cell(settings: RunSettings, folder: Path, track: Sequence[str] = ()) -> 
     """One run of the grid, quietly; a run that has ended is left alone."""
     import torch
 
-    from ubsmoe.client.allocator import keep_freed_memory
-    from ubsmoe.engines.local import LocalEngine
-    from ubsmoe.engines.simulated import as_simulated
-    from ubsmoe.server.federation import build_federation
-    from ubsmoe.server.run import run
-
     # bitwise equal whatever runs beside it, and two processes do not fight for the cores
     torch.set_num_threads(settings.threads or 1)
-    if (folder / "summary.json").exists() and not differing_settings(
-        read_run(folder).config, settings.model_dump(mode="json")
-    ):
-        return
-    federation = build_federation(settings)
-    keep_freed_memory()  # not before: what loading frees goes back to the system
     tracking = Tracking(track, folder, settings.model_dump(mode="json"))
-    with RunFolder.open_or_create(folder, to_json(settings)) as opened, tracking:
-        opened.write_costs([cost.as_dict() for cost in run_costs(settings)])
-        engine = as_simulated(LocalEngine(federation.trainer, federation.examples, federation.clients), federation)
-        run(federation, opened, engine, tracking.on_event)
+    federation = Federation(settings, out=folder, on_event=tracking.on_event)
+    if federation.summary is None:
+        with federation, tracking:
+            federation.train()
 
 
 def end_with_parent() -> None:
@@ -196,6 +186,8 @@ def tidy_rows(label: str, seed: int, record: RunRecord) -> list[Row]:
                     **balance,
                 }
             )
+            own = {f"{OWN}{name}": value for name, value in score.get("metrics", {}).items()}
+            cast(dict[str, Any], rows[-1]).update(own)
     return rows
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -64,9 +65,50 @@ def test_a_change_of_what_a_run_is_made_of_is_refused_by_its_name_and_nothing_is
     assert resumed(tmp_path) == 2
 
 
-def test_the_quorum_alone_may_change(tmp_path):
+def test_what_may_change_is_recorded_even_if_the_first_try_was_killed(tmp_path):
     stopped(tmp_path)
-    assert resumed(tmp_path, json.dumps(SETTINGS | {"rounds": {"quorum": 0.25}})) == 2
+    asked = json.dumps(SETTINGS | {"rounds": {"quorum": 0.25}, "train": {"rounds": 9}})
+    RunFolder.open_or_create(tmp_path, asked, VERSIONS).close()  # killed before it was resumed
+    assert resumed(tmp_path, asked) == 2
+    event = read_events(tmp_path / "events.jsonl")[-1]
+    assert event["settings_changed"] == {"rounds.quorum": [0.5, 0.25], "train.rounds": [5, 9]}
+
+
+GROWN = {"clients": {"count": 4}}
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "sentence"),
+    [
+        ({}, {"train": {"rounds": 1}}, "has done 2 rounds, train.rounds is 1; set 2 or more"),
+        (GROWN, {"clients": {"count": 3}}, "clients.count = 4, asked 3: it can only grow"),
+        (GROWN | {"privacy": {"delta": 0.1}}, {"clients": {"count": 5}}, "asked 5: epsilon was reckoned with these"),
+        ({"data": {"test": None}}, {"data": {"test": "a.jsonl"}}, "data.test (there None, asked 'a.jsonl')"),
+        (
+            {"train": {"rounds": 5, "schedule": "cosine"}},
+            {"train": {"rounds": 6, "schedule": "cosine"}},
+            "whose train.schedule spans its 5 rounds; to have more of them, begin with train.schedule_rounds set",
+        ),
+    ],
+)
+def test_what_may_not_change_so_is_refused_with_the_reason(tmp_path, there, asked, sentence):
+    with RunFolder.open_or_create(tmp_path, json.dumps(SETTINGS | there), VERSIONS) as folder:
+        folder.resume(ORIGIN)
+        folder.save_checkpoint(2, {"w": torch.ones(2)}, {}, keep=1)
+    with pytest.raises(RunFolderError, match=re.escape(sentence)):
+        resumed(tmp_path, json.dumps(SETTINGS | there | asked))
+    assert read_run(tmp_path).config == SETTINGS | there
+
+
+def test_data_that_were_moved_are_told_by_their_hash(tmp_path):
+    there = SETTINGS | {"data": {"train": "/old/d.jsonl", "test": "/old/t.jsonl"}, "model": {"base": "/old/base"}}
+    moved = SETTINGS | {"data": {"train": "/new/d.jsonl", "test": "/new/t.jsonl"}, "model": {"base": "/new/base"}}
+    with RunFolder.open_or_create(tmp_path, json.dumps(there), VERSIONS) as folder:
+        folder.resume(ORIGIN)
+        folder.save_checkpoint(1, {"w": torch.ones(2)}, {}, keep=1)
+    with pytest.raises(RunFolderError, match=r"whose data\.train changed since its checkpoint of round 1"):
+        resumed(tmp_path, json.dumps(moved), ORIGIN | {"data.train": "other"})
+    assert resumed(tmp_path, json.dumps(moved)) == 1
 
 
 @pytest.mark.parametrize("kind", ["symbolic", "hard", "pipe"])

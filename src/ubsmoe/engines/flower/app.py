@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ubsmoe.config import ConfigError, RunSettings, load_run, parse_value
+from ubsmoe.config.plug_ins import KEYS, LISTS, setting
 from ubsmoe.config.reading import BUILT_IN
 from ubsmoe.storage.exportfolder import put_text, write_folder
 from ubsmoe.version import __version__
@@ -138,7 +139,7 @@ def check_fits_flower(settings: RunSettings) -> None:
         raise ConfigError("[simulation] is a virtual clock for clients in one process; with Flower leave it out")
 
 
-def _found_paths(settings: RunSettings) -> dict[str, str]:
+def _found_paths(settings: RunSettings) -> dict[str, Any]:
     """Files that the run file names beside itself are not beside its copy."""
     named = {
         "model.base": settings.model.base,
@@ -147,7 +148,9 @@ def _found_paths(settings: RunSettings) -> dict[str, str]:
         "data.test": settings.data.test,
     }
     found = {key: Path(place) for key, place in named.items() if place and place not in BUILT_IN}
-    return {key: str(place.absolute()) for key, place in found.items() if place.exists()}
+    table = settings.model_dump(mode="json")
+    paths: dict[str, Any] = {key: str(place.absolute()) for key, place in found.items() if place.exists()}
+    return paths | {key: setting(table, key) for key in KEYS + LISTS if ".py:" in str(setting(table, key))}
 
 
 def _toml(value: Any) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from flwr.app import ConfigRecord, Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from ubsmoe.client.node_config import SECURE_STEPS, UNSIGNED, NodeConfig, on_this_machine
+from ubsmoe.client.node_config import ANY, PLUG_INS, SECURE_STEPS, UNSIGNED, NodeConfig, on_this_machine
 from ubsmoe.client.node_config import TRAIN as SECURE_TRAIN
 from ubsmoe.config import RunSettings
 from ubsmoe.engines.flower import resident
@@ -53,6 +53,8 @@ def _handler(kind: str, run_file: Path) -> Callable[[Message, Context], Message]
 def _answer(kind: str, run_file: Path, message: Message, context: Context) -> Packed:
     config = dict(context.node_config)
     seconds = float(config.pop(RESIDENT_SECONDS, 0))
+    if "ray" in sys.modules:  # simulated nodes, on the machine of the run file
+        config[PLUG_INS] = ANY
     settings, identity = on_this_machine(read_app(run_file, context.run_config), config)
     packed = from_record(message.content)
     if kind in SECURE_STEPS:

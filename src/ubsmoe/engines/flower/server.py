@@ -25,6 +25,7 @@ from ubsmoe.engines.flower.secure import carried
 from ubsmoe.errors import printable
 from ubsmoe.messages import Dropped, Profile, Reply, Task, Update
 from ubsmoe.server.federation import Federation, build_server
+from ubsmoe.server.origin import made_with
 from ubsmoe.server.run import run
 from ubsmoe.storage.record import loss_text
 from ubsmoe.storage.runfolder import RunFolder
@@ -272,7 +273,7 @@ def server_app(run_file: Path) -> ServerApp:
         engine = FlowerEngine(grid, federation, _print)
         seconds, setting = settings.rounds.longest_wait
         _print(f"a client that does not answer within {seconds:g} s is dropped ({setting})")
-        with RunFolder.open_or_create(str(context.run_config["out"]), to_json(settings)) as folder:
+        with RunFolder.open_or_create(str(context.run_config["out"]), to_json(settings), made_with(settings)) as folder:
             engine.join(float(context.run_config["join-seconds"]))
             summary = run(federation, folder, engine, _tell)
         _print(f"adapter {folder.path / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}")

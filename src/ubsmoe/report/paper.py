@@ -1,0 +1,121 @@
+"""A comparison as the table of a paper, in Markdown and in LaTeX (booktabs): the best of each tier bold, significance starred.
+
+A star marks a difference to the reference with p < 0.05 by a two-sided paired t-test over seeds, not corrected for their number:
+
+    t = mean(d) / (s_d / sqrt n),    d_s = score_s - reference_s
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from ubsmoe.report.comparison import METRICS, Metric, Row, interval
+from ubsmoe.report.plain import markdown_cell
+
+LEVEL = 0.05
+OWN = "metric."  # how the columns of a plug-in's metrics begin
+BEST_IS_SMALLEST = ("unparsed", "loss")
+LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "\\": r"\textbackslash{}"}
+
+
+def paired_p(own: Sequence[float], other: Sequence[float]) -> float:
+    """The p-value of a two-sided paired t-test; NaN for a single pair, or where all differences are zero.
+
+    >>> round(paired_p([1.0, 2.0, 4.0], [0.0, 1.0, 2.0]), 4)  # t = 4 with 2 degrees of freedom
+    0.0572
+    """
+    differences = [a - b for a, b in zip(own, other, strict=True)]
+    if len(differences) < 2 or not any(differences):
+        return math.nan
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    if error == 0:
+        return 0.0
+    from scipy.special import stdtr  # scipy.stats, whose t.sf this is, takes a second to import
+
+    return 2 * float(stdtr(len(differences) - 1, -abs(statistics.fmean(differences)) / error))
+
+
+def own_metrics(rows: Sequence[Row]) -> list[str]:
+    """The columns of metrics that a run file's plug-ins gave."""
+    return [name for name in rows[0] if name.startswith(OWN)]
+
+
+def paper_table(
+    rows: Sequence[Row], reference: str, form: Literal["markdown", "latex"], metric: str = "accuracy"
+) -> str:
+    """Method by tier, mean over tasks and seeds with its 95 % interval.
+
+    Args:
+        rows: what `compare` returned.
+        reference: the label of the method that the others are compared with.
+        form: how it is written.
+        metric: accuracy, mc_accuracy, unparsed, loss, or one of `own_metrics`.
+
+    Raises:
+        ValueError: for a reference or a metric that is not there.
+    """
+    own = [Metric(name, name.removeprefix(OWN), 1, 3) for name in own_metrics(rows)]
+    shown = next((one for one in (*METRICS, *own) if one.name == metric), None)
+    macro: list[Any] = [row for row in rows if row["task"] == "macro"]
+    methods, tiers, seeds = (list(dict.fromkeys(row[key] for row in macro)) for key in ("method", "tier", "seed"))
+    if shown is None or reference not in methods:
+        raise ValueError(f"there is no metric {metric!r}, or no method {reference!r} among {', '.join(methods)}")
+    found = {(row["method"], row["tier"], row["seed"]): row[metric] for row in macro}
+    scores = {(m, t): [found[m, t, s] for s in seeds] for m in methods for t in tiers}
+    body: list[list[str]] = [
+        [m, *(_cell(scores, shown, m, t, methods, reference, form) for t in tiers)] for m in methods
+    ]
+    head = ["method", *(f"tier {tier}" for tier in tiers)]
+    note = f"{shown.heading}, mean ± 95 % interval over {len(seeds)} seeds; * p < {LEVEL} against {reference}, paired t-test"
+    return _latex(head, body, note) if form == "latex" else _markdown(head, body, note)
+
+
+def markdown_table(rows: Sequence[Row], reference: str, metric: str = "accuracy") -> str:
+    """`paper_table` in Markdown."""
+    return paper_table(rows, reference, "markdown", metric)
+
+
+def latex_table(rows: Sequence[Row], reference: str, metric: str = "accuracy") -> str:
+    """`paper_table` in LaTeX; needs the package booktabs."""
+    return paper_table(rows, reference, "latex", metric)
+
+
+def _cell(
+    scores: dict[tuple[str, int], list[Any]],
+    metric: Metric,
+    method: str,
+    tier: int,
+    methods: Sequence[str],
+    reference: str,
+    form: str,
+) -> str:
+    own = scores[method, tier]
+    if any(value is None for other in methods for value in scores[other, tier]):
+        return "–"
+    mean, half = interval([value * metric.scale for value in own])
+    text = f"{mean:.{metric.decimals}f}"
+    means = [statistics.fmean(scores[other, tier]) for other in methods]
+    best = min(means) if metric.name in BEST_IS_SMALLEST else max(means)
+    if statistics.fmean(own) == best:
+        text = rf"\textbf{{{text}}}" if form == "latex" else f"**{text}**"
+    if not math.isnan(half):
+        text += rf" $\pm$ {half:.{metric.decimals}f}" if form == "latex" else f" ± {half:.{metric.decimals}f}"
+    if method != reference and paired_p(own, scores[reference, tier]) < LEVEL:
+        text += "$^*$" if form == "latex" else " *"
+    return text
+
+
+def _markdown(head: Sequence[str], body: Sequence[Sequence[str]], note: str) -> str:
+    rows = [head, ["---", *["---:"] * (len(head) - 1)], *[[markdown_cell(row[0]), *row[1:]] for row in body]]
+    return "\n".join(["| " + " | ".join(row) + " |" for row in rows] + ["", f"{note}."]) + "\n"
+
+
+def _latex(head: Sequence[str], body: Sequence[Sequence[str]], note: str) -> str:
+    lines = [rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\toprule", " & ".join(head) + r" \\", r"\midrule"]
+    lines += [" & ".join([_escaped(row[0]), *row[1:]]) + r" \\" for row in body]
+    return "\n".join([f"% {note}", *lines, r"\bottomrule", r"\end{tabular}"]).replace("–", "--") + "\n"
+
+
+def _escaped(text: str) -> str:
+    return "".join(LATEX.get(character, character) for character in text)

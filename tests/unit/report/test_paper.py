@@ -1,0 +1,46 @@
+"""The table of a paper: what is bold, what is starred, and what LaTeX needs escaped."""
+
+import math
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from ubsmoe.report.paper import paired_p, paper_table
+
+SCORES = {"a_b": {1: [0.5, 0.6, 0.7], 2: [0.1, 0.2, 0.4]}, "c": {1: [0.6, 0.7, 0.81], 2: [0.1, 0.3, 0.2]}}
+
+
+def rows(scores: dict[str, dict[int, list[Any]]]) -> list[Any]:
+    return [
+        {"method": method, "tier": tier, "seed": seed, "task": task, "accuracy": value, "loss": value}
+        for method, tiers in scores.items()
+        for tier, values in tiers.items()
+        for seed, value in enumerate(values)
+        for task in ("macro", "other")
+    ]
+
+
+@pytest.mark.parametrize("tier", [1, 2])
+def test_the_p_value_is_that_of_scipy(tier: int) -> None:
+    own, other = SCORES["c"][tier], SCORES["a_b"][tier]
+    assert paired_p(own, other) == pytest.approx(float(stats.ttest_rel(own, other).pvalue))
+    assert math.isnan(paired_p([1.0], [2.0])) and math.isnan(paired_p(own, own)) and paired_p([1.0, 2], [0, 1]) == 0.0
+
+
+def test_the_best_is_bold_and_the_significant_starred() -> None:
+    text = paper_table(rows(SCORES), "a_b", "markdown")
+    assert text.splitlines()[2:4] == [
+        "| a_b | 60.0 ± 24.8 | **23.3** ± 37.9 |",
+        "| c | **70.3** ± 26.1 * | 20.0 ± 24.8 |",
+    ]
+    assert "* p < 0.05 against a_b" in text
+    assert "**60.0**" not in text and "| a_b | **0.6000**" in paper_table(rows(SCORES), "c", "markdown", "loss")
+
+
+def test_latex_escapes_names_and_a_dash_stands_for_what_was_not_measured() -> None:
+    text = paper_table(rows({**SCORES, "50%": {1: [None] * 3, 2: [0.1, 0.2, 0.3]}}), "c", "latex")
+    assert r"a\_b & -- & \textbf{23.3} $\pm$ 37.9 \\" in text and r"50\% & -- &" in text
+    assert text.count(r"\begin{tabular}{lrr}") == text.count(r"\end{tabular}") == 1
+    with pytest.raises(ValueError, match="no method 'd' among"):
+        paper_table(rows(SCORES), "d", "latex")
