@@ -126,7 +126,7 @@ def _steps(
         model.set_top_k(top_k)
         _set_learning_rate(optimizer, settings, step)
         optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
+        values: list[Tensor] = []  # read when the step is done: an accelerator would be waited for
         pieces = _micro_batches(trainer, examples, order)
         for batch, share in pieces:
             seen = int(batch["attention_mask"].sum())
@@ -136,7 +136,8 @@ def _steps(
             for penalty in hooks.penalties:
                 total = total + penalty() / len(pieces)
             total.backward()
-            loss += value.item()
+            values.append(value.detach())
+        loss = sum(value.item() for value in values)
         if not torch.isfinite(torch.tensor(loss)):
             raise ClientFailure(
                 f"client {task.profile.client}, round {task.round}, step {step}: the loss is {loss}; "
