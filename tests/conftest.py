@@ -1,7 +1,7 @@
 """Fixtures for the whole suite: a random base small enough to train in a test, and run files that use it."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,16 @@ def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     OlmoeForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module", params=["blocks", "grouped"])
+def each_kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The expert kernel of a CPU, then that of an accelerator, run here."""
+    from ubsmoe.model import kernel_choice
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel_choice, "GROUPED_ON", {"cpu"} if request.param == "grouped" else set())
+        yield
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ from torch import Tensor
 import oracles
 from ubsmoe.maths.pseudo_gradient import PseudoGradient, client_mean, routing_mass, self_ipw
 from ubsmoe.model.expert_weights import ExpertWeights, Lora
-from ubsmoe.model.kernel import run_assignments
+from ubsmoe.model.kernel_choice import run_assignments
 from unit.model.small_layer import EXPERTS, HIDDEN, RANK, TOKENS, WIDTH, SmallLayer, normal, random_factors
 
+pytestmark = pytest.mark.usefixtures("each_kernel")
 every_layout = pytest.mark.parametrize("layout", oracles.LAYOUTS)
 PARTS = ("experts", "router", "hidden")
 SCOPES = [scope for size in (1, 2, 3) for scope in combinations(PARTS, size)]

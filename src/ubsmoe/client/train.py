@@ -141,7 +141,7 @@ def _steps(
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * step_size(settings, task.round, step, num_steps)
         optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
+        values: list[Tensor] = []  # read when the step is done: an accelerator would be waited for
         pieces = _micro_batches(trainer, examples, order)
         for batch, share in pieces:
             seen = int(batch["attention_mask"].sum())
@@ -151,7 +151,8 @@ def _steps(
             for penalty in hooks.penalties:
                 total = total + penalty() / len(pieces)
             total.backward()
-            loss += value.item()
+            values.append(value.detach())
+        loss = sum(value.item() for value in values)
         if not torch.isfinite(torch.tensor(loss)):
             raise ClientFailure(
                 f"client {task.profile.client}, round {task.round}, step {step}: the loss is {loss}; "

@@ -19,7 +19,7 @@ from torch import Tensor
 from ubsmoe.maths.compensation import Sums, fit_low_rank
 from ubsmoe.model.compensation import PREFIX, Compensation
 from ubsmoe.model.expert_weights import ExpertWeights, Lora
-from ubsmoe.model.kernel import run_assignments
+from ubsmoe.model.kernel_choice import run_assignments
 from ubsmoe.model.layer import SparseLayer
 from ubsmoe.model.routing import Passing, Probe
 from ubsmoe.model.slices import channels_by_importance

@@ -14,7 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ubsmoe.maths import pseudo_gradient as pg
 from ubsmoe.model.expert_weights import ExpertWeights, Lora
-from ubsmoe.model.kernel import run_assignments
+from ubsmoe.model.kernel_choice import run_assignments
 from ubsmoe.model.layer import SparseLayer
 from ubsmoe.model.routing import Passing
 
@@ -55,13 +55,12 @@ def _passing(
 
 def _skipped_sum(layer: SparseLayer, hidden: Float[Tensor, "T h"]) -> Float[Tensor, "T h"]:
     """C(x), what stands for the experts that were skipped, at the tokens whose output is read."""
-    own, skipped, needed = layer.routing.compensation, layer.skipped, layer.needed_tokens()
+    own, skipped, token = layer.routing.compensation, layer.skipped, layer.needed_rows()
     compensation = own.at(layer.routing.top_k) if own else None
     if compensation is None or skipped is None:
         return torch.zeros_like(hidden)
-    if needed is None:
+    if token is None:
         return compensation(hidden, skipped)
-    (token,) = needed.to(hidden.device).nonzero(as_tuple=True)
     return torch.zeros_like(hidden).index_copy(0, token, compensation(hidden[token], skipped[token]))
 
 
@@ -75,7 +74,7 @@ def _expert_sum(
     if top_k_index.shape[1] == 0:  # K = 0: no expert is read
         return torch.zeros_like(hidden)
     (base, lora), settings = layer.run_weights(hidden), layer.routing.pseudo_gradient
-    assignments = _assignments(layer.needed_tokens(), top_k_index, top_k_weights)
+    assignments = _assignments(layer.needed_rows(), top_k_index, top_k_weights)
     if layer.routing.trainable_rule is not None and torch.is_grad_enabled():
         return _partly_trainable(layer.trainable_experts(top_k_index), base, hidden, assignments, lora)
     if settings is None or not torch.is_grad_enabled() or top_k_index.shape[1] == layer.num_experts:
@@ -107,13 +106,12 @@ def _expert_sum(
 
 
 def _assignments(
-    needed: Bool[Tensor, " T"] | None, top_k_index: Int[Tensor, "T K"], top_k_weights: Float[Tensor, "T K"]
+    token: Int[Tensor, " needed"] | None, top_k_index: Int[Tensor, "T K"], top_k_weights: Float[Tensor, "T K"]
 ) -> Assignments:
-    """The assignments of the tokens that are `needed`."""
-    if needed is None:
+    """The assignments of some tokens, or of all."""
+    if token is None:
         token = torch.arange(len(top_k_index), device=top_k_index.device)
     else:
-        (token,) = needed.to(top_k_index.device).nonzero(as_tuple=True)
         top_k_index, top_k_weights = top_k_index[token], top_k_weights[token]
     return token.repeat_interleave(top_k_index.shape[1]), top_k_index.reshape(-1), top_k_weights.reshape(-1)
 

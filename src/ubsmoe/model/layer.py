@@ -196,6 +196,13 @@ class SparseLayer:
         read = self.observed.read
         return self.real_tokens() if read is None else read.reshape(-1)
 
+    def needed_rows(self) -> Int[Tensor, " needed"] | None:
+        """The positions of `needed_tokens`, found once for all layers of a batch: an accelerator's host waits for them."""
+        needed, rows = self.needed_tokens(), self.observed.rows
+        if needed is None:
+            return None
+        return needed.nonzero().squeeze(1) if rows is None else rows
+
     def add_mass(self, mass: Mass) -> None:
         """Accumulate routing mass over the micro-batches of a step."""
         if not self.recomputing:
@@ -241,10 +248,9 @@ class SparseLayer:
         return logits.softmax(-1) if self.convention.scoring == "softmax" else logits.sigmoid()
 
     def _count(self, index: Int[Tensor, "T K"]) -> Int[Tensor, " M"]:
-        real = self.real_tokens()
-        if real is not None:
-            index = index[real.to(index.device)]
-        return torch.bincount(index.reshape(-1), minlength=self.num_experts).cpu()
+        real, counts = self.real_tokens(), torch.zeros(self.num_experts, dtype=torch.int64, device=index.device)
+        each = torch.ones_like(index) if real is None else real.to(index).unsqueeze(1).expand_as(index)
+        return counts.index_add_(0, index.reshape(-1), each.reshape(-1))
 
 
 class _BudgetedRouter:

@@ -82,6 +82,7 @@ class Observed:
         mass: routing mass of the micro-batches since it was last taken.
         attention_mask: of the last batch, 0 on padding; None if nothing is padded.
         read: positions of the last batch whose experts' output is read; None for all real ones.
+        rows: the tokens of the last batch, counted through, whose experts' output is read; None for all.
         logits: of the last forward pass, with their graph; kept while recording or under a pseudo-gradient.
         chosen: experts of each token in that pass.
         trainable_experts: those that the rule chose for the last batch.
@@ -91,6 +92,12 @@ class Observed:
     mass: Mass | None = None
     attention_mask: Shaped[Tensor, "B S"] | None = None
     read: Bool[Tensor, "B S"] | None = None
+    rows: Int[Tensor, " needed"] | None = None
     logits: Float[Tensor, "T M"] | None = None
     chosen: Int[Tensor, "T K"] | None = None
     trainable_experts: Bool[Tensor, " M"] | None = None
+
+
+def positions(mask: Shaped[Tensor, "B S"] | None) -> Int[Tensor, " marked"] | None:
+    """Where a mask of a batch is not 0, its tokens counted through; None without a mask."""
+    return None if mask is None else mask.reshape(-1).nonzero().squeeze(1)

@@ -22,7 +22,7 @@ from ubsmoe.model.conventions import UnsupportedModel, answers_stay_put, find_bl
 from ubsmoe.model.experts import IMPLEMENTATION
 from ubsmoe.model.layer import SparseLayer, attach, is_attached
 from ubsmoe.model.quantised import format_of
-from ubsmoe.model.routing import Rescale, TrainableRule
+from ubsmoe.model.routing import Rescale, TrainableRule, positions
 
 
 class SparseModel:
@@ -174,8 +174,7 @@ class SparseModel:
                 tensors[f"layers.{layer.index}.{name}.A"] = a.expand(experts, -1, -1).clone()
                 tensors[f"layers.{layer.index}.{name}.B"] = torch.zeros(experts, out_features, rank)
             if router:
-                hidden = layer.shapes()["up"][1]
-                tensors[f"layers.{layer.index}.router"] = torch.zeros(layer.num_experts, hidden)
+                tensors[f"layers.{layer.index}.router"] = torch.zeros(layer.num_experts, layer.shapes()["up"][1])
         return tensors
 
     def load_adapter(
@@ -237,9 +236,10 @@ class SparseModel:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count routed tokens, padding left out, from zero."""
+        """Count routed tokens, padding left out, from zero; where the model is, which is asked at the end alone."""
+        zeros = torch.zeros(self.num_experts, dtype=torch.int64, device=self.device)
         for layer in self.layers:
-            layer.observed = replace(layer.observed, expert_tokens=torch.zeros(layer.num_experts, dtype=torch.int64))
+            layer.observed = replace(layer.observed, expert_tokens=zeros)
             layer.counting = True
         try:
             yield
@@ -249,7 +249,7 @@ class SparseModel:
 
     def expert_tokens(self) -> Int[Tensor, "L M"]:
         """Tokens routed to each expert since counting began."""
-        return torch.stack([layer.observed.expert_tokens for layer in self.layers])
+        return torch.stack([layer.observed.expert_tokens for layer in self.layers]).cpu()
 
     def logits_at(
         self, input_ids: Int[Tensor, "B S"], attention_mask: Shaped[Tensor, "B S"], keep: Bool[Tensor, "B kept"]
@@ -288,13 +288,15 @@ class SparseModel:
         given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
         mask, inputs = given.get("attention_mask"), given.get("input_ids")
         inputs = given.get("inputs_embeds") if inputs is None else inputs
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or inputs is None:
-            mask = None
-        elif mask.shape[1] != inputs.shape[1]:  # a decoding step: the mask covers the cache too
-            mask = mask[:, -inputs.shape[1] :]
+        # in a decoding step the mask covers the cache too
+        mask = (
+            mask[:, -inputs.shape[1] :] if isinstance(mask, Tensor) and mask.dim() == 2 and inputs is not None else None
+        )
         if mask is not None and mask.all():
             mask = None
+        real, read = positions(mask), positions(self._keep)
         # they stay beyond the forward pass, for layers that run again in the backward pass
         for layer in self.layers:
-            last = layer is self.layers[-1]
-            layer.observed = replace(layer.observed, attention_mask=mask, read=self._keep if last else None)
+            keep = self._keep if layer is self.layers[-1] else None
+            rows = real if keep is None else read
+            layer.observed = replace(layer.observed, attention_mask=mask, read=keep, rows=rows)

@@ -1,4 +1,4 @@
-"""The routed expert kernel against its slow reference, and that against experts written out per layout, in float64."""
+"""Both routed expert kernels against their slow reference, and that against experts written out per layout, in float64."""
 
 from typing import Any
 
@@ -8,10 +8,12 @@ from torch import Tensor
 
 import oracles
 from ubsmoe.model.expert_weights import ExpertWeights, Lora
-from ubsmoe.model.kernel import _in_buckets, run_assignments
+from ubsmoe.model.kernel import _in_buckets
+from ubsmoe.model.kernel_choice import run_assignments
 from ubsmoe.model.kernel_reference import run_assignments_slowly
 from unit.model.small_layer import HIDDEN, WIDTH, normal, random_factors
 
+pytestmark = pytest.mark.usefixtures("each_kernel")
 every_layout = pytest.mark.parametrize("layout", oracles.LAYOUTS)
 EXPERTS = 4
 ASSIGNMENTS = {  # tokens and their experts, over 4 experts

@@ -25,7 +25,7 @@ from unit.model.small_layer import EXPERTS, HIDDEN, RANK, TOKENS, SmallLayer, no
 
 ROOM = sorted(Path(inspect.getfile(kernel)).parent.glob("*.py"))
 SHAPED = {"Float", "Int", "Bool", "UInt8", "Shaped"}
-OF_MANY_SHAPES = {("kernel.py", "backward")}  # gradients of all inputs, and None
+OF_MANY_SHAPES = {("kernel.py", "backward"), ("kernel_grouped.py", "backward")}  # gradients of all inputs, and None
 
 
 def is_bare(annotation: ast.AST | None) -> bool:
