@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ubsmoe.costs.compensation import Skipped
 from ubsmoe.costs.shape import ModelShape, Trained
-from ubsmoe.costs.traffic import FLOAT32, Traffic
+from ubsmoe.costs.traffic import Traffic
 from ubsmoe.costs.workload import WireDtype
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.method import Calibration, Hooks, Method, RunShape, State, refuse
@@ -90,11 +90,10 @@ def with_compensation(method: Method, shape: RunShape, settings: FormSettings) -
         shares = state.of(CompensationState).explained.tolist()
         return {**method.event(state), "explained": {str(k): own for k, own in zip(small, shares, strict=True)}}
 
-    skipped = Skipped(settings.form, settings.rank, settings.slices, shape.k_max)
+    skipped = Skipped(settings.form, settings.rank, settings.slices, shape.k_max, len(small) if shape.elastic else 0)
 
     def traffic(base: ModelShape, rank: int, trained: Trained, wire_dtype: WireDtype) -> Traffic:
-        times = len(small) if shape.elastic else bool(small)
-        down = times * FLOAT32 * skipped.numbers(base) + 8 * skipped.channels(base)
+        down = skipped.sent_bytes(base) if small else 0
         return method.traffic(base, rank, trained, wire_dtype) + Traffic(down, 0)
 
     return replace(
