@@ -2,6 +2,7 @@
 
     generation   64 prompts, one new token: the head given a strided view, as transformers does, or contiguous rows
     allocator    resident after a load that converts a checkpoint, freed memory kept from before or from after the load
+    workers      the peak of a run with two worker processes, each page counted once, and of one that has none; as above
     checkpoint   the peak above an adapter of 256 MB while it is saved: as one file in memory, or from where it lies
     merged       the peak of private memory above the mapped base while it is merged, by layers: it is one layer's
     adapter      the peak of private memory while an adapter is exported, with the base's weights and without
@@ -11,7 +12,7 @@
 Random weights, bfloat16, hidden 2048, experts of 1024, vocabulary 50304; 2 layers of 16 experts unless said. Seed 0, Linux,
 one thread. Peaks are the kernel's: VmHWM, or RssAnon sampled, where a mapped file is not to count.
 
-    python bench/memory.py [generation allocator checkpoint merged adapter micro message]
+    python bench/memory.py [generation allocator workers checkpoint merged adapter micro message]
 """
 
 import argparse
@@ -30,6 +31,7 @@ RESULTS = Path(__file__).parent / "results" / "memory.json"
 PAIRS: dict[str, tuple[str, ...]] = {
     "generation": ("strided", "contiguous"),
     "allocator": ("before", "after"),
+    "workers": ("before", "after", "none"),
     "checkpoint": ("joined", "in place"),
     "merged": ("2", "4", "8"),
     "adapter": ("weights", "no weights"),
@@ -121,6 +123,43 @@ def allocator(way: str, scratch: Path) -> dict[str, float]:
     keep_freed_memory()
     weights = sum(p.nbytes for p in sparse.model.parameters())
     return {"seconds": time.perf_counter() - began, "resident_gb": status("VmRSS") / 1e9, "weights_gb": weights / 1e9}
+
+
+def workers(way: str, scratch: Path) -> dict[str, float]:
+    """Pss counts a page that n processes share as a part of n in each, so that the sum over all is what the machine holds."""
+    from ubsmoe.client.allocator import keep_freed_memory
+    from ubsmoe.engines.local import LocalEngine, process_pool
+    from ubsmoe.messages import Task
+    from ubsmoe.server.federation import build_federation
+    from ubsmoe.server.start import start_state
+
+    make = [sys.executable, __file__, "--make", str(scratch / "base")]
+    subprocess.run(make, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if way == "before":
+        keep_freed_memory()
+    changes = {"train.batch_size": 4, "data.synthetic.entities": 8, "clients.count": 2, "tiers.budgets": [0.25]}
+    federation = build_federation(settings_of(scratch / "base", **changes))
+    keep_freed_memory()
+    payload, found, stop = start_state(federation).adapters, {"held_gb": 0.0}, threading.Event()
+    tasks = [Task(1, profile, payload) for profile in federation.clients]
+    with process_pool(federation, 1 if way == "none" else 2) as pool:
+        processes: list[int | None] = [os.getpid(), *(worker.process.pid for worker in (pool._workers if pool else ()))]
+
+        def watch() -> None:
+            while not stop.wait(0.05):
+                found["held_gb"] = max(found["held_gb"], sum(map(anonymous_share, processes)) / 1e9)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        list(LocalEngine(federation.trainer, federation.examples, federation.clients, pool=pool).exchange(tasks))
+        stop.set()
+        thread.join()
+    return found
+
+
+def anonymous_share(process: int | None) -> int:
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
 
 
 def checkpoint(way: str, scratch: Path) -> dict[str, float]:

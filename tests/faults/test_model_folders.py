@@ -20,10 +20,11 @@ from transformers import (
 
 import ubsmoe
 from ubsmoe.bases.upcycle import load_dense
-from ubsmoe.config import ModelSettings, parse_run
+from ubsmoe.config import ModelSettings, RunSettings, parse_run
 from ubsmoe.errors import UserError
-from ubsmoe.model.load import load_base, load_skeleton, load_tokenizer, shipped_path
+from ubsmoe.model.load import load_base, load_skeleton, load_tokenizer, prepare_base, shipped_path
 from ubsmoe.model.presets import model_shape
+from ubsmoe.plan.tiers import check_base
 from ubsmoe.server.answers import read
 from ubsmoe.server.evaluate import evaluate
 from ubsmoe.server.federation import build_federation
@@ -77,6 +78,17 @@ def poisoned(tensors: dict[str, torch.Tensor]) -> None:
     tensors[first(tensors, "down_proj")][0, 0] = float("nan")
 
 
+def only_gguf(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "tiny-Q4_K_M.gguf").write_bytes(b"GGUF")
+
+
+def unmappable(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to("/sys/kernel/notes")  # which the system reads but does not map
+
+
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a tensor is missing": (
         lambda p: change_tensors(p, lambda t: t.pop(first(t, "layers.1.input_layernorm"))),
@@ -112,6 +124,8 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: change(p / "config.json", vocab_size=7), r"has the size \(4096, 24\), expected \(7, 24\)"
     ),
     "the vocabulary is larger": (lambda p: change(p / "config.json", vocab_size=99999), r"expected \(99999, 24\)"),
+    "a GGUF file alone": (only_gguf, r"tiny-Q4_K_M\.gguf is a GGUF file, whose weights are packed; name the checkpoint"),
+    "a file system without mmap": (unmappable, "cannot be mapped .*os error 19.*; put it, or HF_HOME, on a file system that supp"),
     "an unknown rope type": (
         lambda p: change(p / "config.json", rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}), "'spiral'"
     ),
@@ -131,6 +145,31 @@ def test_a_spoilt_folder_is_refused_in_one_sentence(name: str, folder: Path) -> 
     with pytest.raises(UserError, match=said) as refusal:
         load_base(ModelSettings(base=str(folder)))
     assert "\n" not in str(refusal.value)
+
+
+QUANTISED = [
+    {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    {"quant_method": "awq", "bits": 4, "version": "gemm"},
+    {"quant_method": "fp8", "weight_block_size": [64, 64]},
+    {"quant_method": "fp8", "activation_scheme": "static"},
+    {"quant_method": "mxfp4"},
+    {"quant_method": "compressed-tensors", "config_groups": {}},
+    {"quant_method": "a method of tomorrow"},
+    {"bits": 4},
+]
+
+
+@pytest.mark.parametrize("config", QUANTISED, ids=str)
+def test_a_checkpoint_that_others_quantised_is_named_whoever_asks(config: dict[str, Any], folder: Path) -> None:
+    change(folder / "config.json", quantization_config=config)
+    settings, kind = ModelSettings(base=str(folder)), config.get("quant_method", "of unknown kind")
+    said = rf'holds quantised weights \({kind}\), .*use the checkpoint it was made from with model\.experts = "nf4"'
+    for ask in (load_base, load_skeleton, prepare_base, lambda one: check_base(RunSettings(model=one))):
+        with pytest.raises(UserError, match=said) as refusal:
+            ask(settings)
+        assert "\n" not in str(refusal.value)
 
 
 def trap(folder: Path, mark: Path) -> None:

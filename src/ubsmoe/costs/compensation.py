@@ -1,8 +1,8 @@
-"""What a compensation for skipped experts costs: multiply-adds, numbers on the wire. Letters: `ubsmoe.costs.flops`."""
+"""What a compensation for skipped experts costs: multiply-adds, bytes on the wire and in memory. Letters: `ubsmoe.costs.flops`."""
 
 from dataclasses import dataclass
 
-from ubsmoe.costs.shape import ModelShape
+from ubsmoe.costs.shape import FLOAT32, INT64, ModelShape
 
 
 @dataclass(frozen=True)
@@ -10,6 +10,7 @@ class Skipped:
     """What stands for the skipped experts at K < `k_max`: the form, its rank r, and n slices to an expert.
 
     `least_top_k` is the smallest K that a budget may buy: 0 where something stands for all experts from the first round on.
+    A client below K_max is sent what stands for its own K; everybody gets `elastic` of them where budgets are elastic.
     """
 
     form: str
@@ -17,6 +18,7 @@ class Skipped:
     slices: int
     k_max: int
     least_top_k: int = 0
+    elastic: int = 0
 
     def multiply_adds(self, shape: ModelShape, top_k: int) -> int:
         """Per token and layer, forward, as they are computed: of a map r (2 h + M), of what is kept per expert all M of it.
@@ -50,6 +52,27 @@ class Skipped:
             "none": 0,
         }[self.form]
         return shape.num_moe_layers * per_layer
+
+    def sent_bytes(self, shape: ModelShape) -> int:
+        """Bytes that a client is sent: numbers in float32, channels in int64."""
+        return (self.elastic or 1) * FLOAT32 * self.numbers(shape) + INT64 * self.channels(shape)
+
+    def held_bytes(self, shape: ModelShape, top_k: int, dtype_bytes: int) -> int:
+        """Bytes in a client's memory: what it was sent, in the base's dtype beside that, and the slices of every expert.
+
+        >>> skipped = Skipped("map", 64, 2, 8)  # a map of 64 (2 2048 + 64) + 2048 numbers, 64 experts of 512 channels
+        >>> shape = ModelShape(1, 1, 2048, 1024, 64, 8, 16, 16, 128, vocab=10)
+        >>> skipped.held_bytes(shape, 1, 2) - (4 + 2) * 268288 - 3 * 8 * 64 * 512  # half of 64 x 3 x 2048 x 1024 in bfloat16
+        402653184
+        """
+        if top_k >= self.k_max and not self.elastic:
+            return 0
+        placed = dtype_bytes if dtype_bytes < FLOAT32 else 0  # float32 is used where it was received
+        numbers = (self.elastic or 1) * self.numbers(shape)
+        sliced = shape.num_moe_layers * shape.num_experts * shape.expert_weights // self.slices
+        copies = INT64 * shape.up_matrices * self.channels(shape) + dtype_bytes * sliced
+        least = 1 if self.elastic else top_k
+        return self.sent_bytes(shape) + placed * numbers + copies * (self.runs(least) > least)
 
     def channels(self, shape: ModelShape) -> int:
         """Numbers that say which channels a slice keeps, over all layers."""

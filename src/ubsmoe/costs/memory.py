@@ -3,11 +3,10 @@
 from dataclasses import asdict, dataclass, replace
 
 from ubsmoe.costs.flops import tokens_of_experts
-from ubsmoe.costs.shape import ModelShape
+from ubsmoe.costs.shape import FLOAT32, INT64, ModelShape
 from ubsmoe.costs.weights import mapped_bytes, weight_bytes
 from ubsmoe.costs.workload import Workload
 
-FLOAT32, INT64 = 4, 8
 SIDE_COPIES = 3.5
 """Of a side factor: as received, in place, joined with each layer's adapter, and of B the kernel's copy (`bench/plan.py`)."""
 
@@ -24,6 +23,7 @@ class Memory:
     activations: int
     working: int
     side: int = 0
+    compensation: int = 0
 
     @property
     def total(self) -> int:
@@ -38,6 +38,8 @@ class Memory:
 
 def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memory:
     """Bytes of the base, the task as received, the adapter in training, its optimiser, and what one step adds to them.
+
+    What stands for skipped experts is counted by itself; slices are copies of a part of every expert.
 
     A step has two peaks, and the higher one is returned: where backward begins (all activations, and the working space of the
     loss or of one layer), and where the optimiser steps (all gradients, two copies of the largest tensor). In between gradients
@@ -59,6 +61,7 @@ def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memo
     at_step = Memory(
         weights=weight_bytes(shape, workload.experts, workload.dtype_bytes),
         side=round(SIDE_COPIES * FLOAT32 * workload.side_elements),
+        compensation=_compensation(shape, top_k, workload),
         task=adapter,
         adapters=adapter,
         optimizer=workload.optimizer_moments * adapter,
@@ -102,6 +105,7 @@ def evaluation_memory_bytes(shape: ModelShape, top_k: int, workload: Workload, r
         weight_bytes(shape, workload.experts, workload.dtype_bytes)
         + 2 * adapter
         + workload.dtype_bytes * cached
+        + _compensation(shape, top_k, workload)
         + max(layer, logits)
     )
 
@@ -116,6 +120,10 @@ def export_memory_bytes(shape: ModelShape, workload: Workload) -> dict[str, int]
     layer = workload.dtype_bytes * (shape.num_experts * shape.expert_weights + shape.attention_weights)
     ends = workload.dtype_bytes * shape.vocab * shape.hidden * (1 if shape.tied_embeddings else 2)
     return {"peft": 4 * adapter, "merged": 3 * adapter + max(2 * layer, ends)}
+
+
+def _compensation(shape: ModelShape, top_k: int, workload: Workload) -> int:
+    return workload.skipped.held_bytes(shape, top_k, workload.dtype_bytes) if workload.skipped else 0
 
 
 def _activations(shape: ModelShape, top_k: int, workload: Workload) -> tuple[int, int]:

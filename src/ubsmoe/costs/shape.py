@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass
 
+FLOAT32, INT64 = 4, 8
+"""Bytes of a number."""
+
 
 @dataclass(frozen=True)
 class LatentAttention:

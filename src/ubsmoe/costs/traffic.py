@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ubsmoe.costs.shape import EXPERTS_ONLY, ModelShape, Trained
+from ubsmoe.costs.shape import EXPERTS_ONLY, FLOAT32, INT64, ModelShape, Trained
 from ubsmoe.costs.workload import WireDtype
 
-FLOAT32 = 4
 _WIDTH = {"float32": FLOAT32, "bfloat16": 2, "int8": 1}
 
 
@@ -96,4 +95,4 @@ def update_bytes(
 
 def count_bytes(shape: ModelShape) -> int:
     """Bytes of the counts in an update, int64: `expert_tokens` per MoE layer and expert, `tokens` and `assignments`."""
-    return 8 * (shape.num_moe_layers * shape.num_experts + 2)
+    return INT64 * (shape.num_moe_layers * shape.num_experts + 2)

@@ -32,3 +32,15 @@ def quantise(x: Float[Tensor, "*shape"], dim: int) -> tuple[Int8[Tensor, "*shape
 def dequantise(q: Int8[Tensor, "*shape"], scale: Float[Tensor, "*ones"]) -> Float[Tensor, "*shape"]:
     """scale q, float32."""
     return q.float() * scale
+
+
+def dequantise_blocks(
+    q: Float[Tensor, "rows columns"], scale: Float[Tensor, "row_blocks column_blocks"], block: tuple[int, int]
+) -> Float[Tensor, "rows columns"]:
+    """scale q, float32, where each block of so many rows and columns has a scale; those at the end may be smaller.
+
+    >>> dequantise_blocks(torch.ones(2, 3), torch.tensor([[2.0, 5.0]]), (2, 2)).tolist()
+    [[2.0, 2.0, 5.0], [2.0, 2.0, 5.0]]
+    """
+    wide = scale.float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return q.float() * wide[: q.shape[0], : q.shape[1]]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ubsmoe.costs.compensation import Skipped
 from ubsmoe.costs.shape import ModelShape, Trained
-from ubsmoe.costs.traffic import FLOAT32, Traffic
+from ubsmoe.costs.traffic import Traffic
 from ubsmoe.costs.workload import WireDtype
 from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.compensation_sums import with_clients_sums
@@ -61,8 +61,9 @@ def with_compensation(method: Method, shape: RunShape, settings: FormSettings) -
     if not method.varies_top_k(shape):
         return method  # every client runs K_max experts: nothing is skipped
     least = int(settings.form == "none" or settings.fit == "clients")
-    skipped = Skipped(settings.form, settings.rank, settings.slices, shape.k_max, least)
     small = sorted({max(k, least) for k in shape.top_ks if k < shape.k_max})
+    elastic = len(small) if shape.elastic else 0
+    skipped = Skipped(settings.form, settings.rank, settings.slices, shape.k_max, least, elastic)
 
     def start(adapter: dict[str, Tensor]) -> State:
         return method.start(adapter).having(CompensationState({}, torch.zeros(len(small), shape.num_layers)))
@@ -99,8 +100,7 @@ def with_compensation(method: Method, shape: RunShape, settings: FormSettings) -
         return {**method.event(state), "explained": {str(k): own for k, own in zip(small, shares, strict=True)}}
 
     def traffic(base: ModelShape, rank: int, trained: Trained, wire_dtype: WireDtype) -> Traffic:
-        times = len(small) if shape.elastic else bool(small)
-        down = times * FLOAT32 * skipped.numbers(base) + 8 * skipped.channels(base)
+        down = skipped.sent_bytes(base) if small else 0
         return method.traffic(base, rank, trained, wire_dtype) + Traffic(down, 0)
 
     compensated = replace(

@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ubsmoe.costs.compensation import Skipped
-from ubsmoe.costs.shape import ModelShape, Trained, budget_top_k
-from ubsmoe.costs.traffic import FLOAT32, Traffic, adapter_traffic, update_bytes
+from ubsmoe.costs.shape import FLOAT32, ModelShape, Trained, budget_top_k
+from ubsmoe.costs.traffic import Traffic, adapter_traffic, update_bytes
 from ubsmoe.costs.workload import WireDtype
 from ubsmoe.errors import UserError
 from ubsmoe.maths import routing

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ubsmoe.costs.shape import ModelShape, Trained
-from ubsmoe.costs.traffic import FLOAT32, Traffic
+from ubsmoe.costs.shape import FLOAT32, ModelShape, Trained
+from ubsmoe.costs.traffic import Traffic
 from ubsmoe.costs.workload import WireDtype
 from ubsmoe.maths.lora import LoraPair, pad_rank, stack
 from ubsmoe.maths.spectra import truncated_svd

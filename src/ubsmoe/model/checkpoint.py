@@ -3,8 +3,9 @@
 A base is data, never code: `READ` goes into every call that reads one.
 """
 
+import errno
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,18 @@ LOAD: dict[str, Any] = {**READ, "ignore_mismatched_sizes": True, "output_loading
 """For weights: what is wrong with them comes back as a report, for `check_tensors`."""
 
 INDEX = "model.safetensors.index.json"
+FLOAT8 = "F8_E4M3"
 _PLAIN = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}
 _BEGINNINGS = {
     b"version https://git-lfs": "it is a Git LFS pointer; run `git lfs pull` in the folder",
     b"PK": "it is a PyTorch file under another name; convert it to safetensors",
     b"\x80": "it is a pickle under another name; convert it to safetensors",
 }
+
+
+def cannot_map(error: Exception) -> bool:
+    """Whether a file could not be opened because its file system has no mmap: torch says so, safetensors passes on ENODEV."""
+    return "mmap" in str(error) or f"os error {errno.ENODEV}" in str(error)
 
 
 @contextmanager
@@ -48,8 +55,11 @@ def one_sentence(word: Callable[[str], str]) -> Iterator[None]:
         raise ConfigError(word(kind + lines[0])) from None
 
 
-def check_weights(folder: Path) -> None:
-    """Raise ConfigError for weight files of a local folder that are absent, damaged, no safetensors, or packed integers."""
+def check_weights(folder: Path, known: Collection[str] = ()) -> None:
+    """Raise ConfigError for weight files of a local folder that are absent, damaged, no safetensors, or of packed numbers.
+
+    `known` are kinds of numbers that are none by themselves, and are read with their scales.
+    """
     index = folder / INDEX
     places = _indexed(index) if index.is_file() else {}
     names = sorted(set(places.values())) or ["model.safetensors"]
@@ -57,7 +67,7 @@ def check_weights(folder: Path) -> None:
         pickled = sorted(path.name for path in folder.glob("*.bin"))
         hint = f"it has {pickled[0]}, a pickle, which is never read; convert it" if pickled else "copy the whole folder"
         raise ConfigError(f"model.base: {folder} lacks {named(missing)}; {hint}")
-    held = {name: _tensors_of(folder / name) for name in names}
+    held = {name: _tensors_of(folder / name, known) for name in names}
     if absent := [tensor for tensor, name in places.items() if tensor not in held[name]]:
         raise ConfigError(
             f"model.base: {index} says that {places[absent[0]]} holds {named(absent)}, but it does not; download the folder again"
@@ -126,18 +136,20 @@ def _indexed(index: Path) -> dict[str, str]:
     return dict(places)
 
 
-def _tensors_of(path: Path) -> set[str]:
+def _tensors_of(path: Path, known: Collection[str]) -> set[str]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
+        if cannot_map(error):
+            raise
         with path.open("rb") as raw:
             start = raw.read(24)
         ours = start[8:9] == b"{"  # where a header begins; the bytes before are its length and may look like anything
         hints = (hint for begin, hint in _BEGINNINGS.items() if not ours and start.startswith(begin))
         reason = next(hints, f"it is truncated or damaged ({error}); download it again")
         raise ConfigError(f"model.base: {path} is no whole safetensors file: {reason}") from None
-    if packed := sorted(name for name, kind in kinds.items() if kind not in _PLAIN):
+    if packed := sorted(name for name, kind in kinds.items() if kind not in _PLAIN and kind not in known):
         raise ConfigError(
             f"model.base: {path} holds {named(packed)} as {kinds[packed[0]]}; expected plain weights (float32, bfloat16 or "
             "float16), so use the checkpoint it was made from"

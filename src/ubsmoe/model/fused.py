@@ -20,9 +20,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils import cached_file
 
+from ubsmoe.maths.quantise import dequantise_blocks
 from ubsmoe.model.checkpoint import INDEX, check_tensors
 from ubsmoe.model.conventions import UnsupportedModel
+from ubsmoe.model.presets import FLOAT8_BLOCK
 
+SCALES = "_scale_inv"
 PIECE = 1 << 24
 """Elements of a piece of a tensor that has no experts."""
 
@@ -61,6 +64,7 @@ class Checkpoint:
     Attributes:
         shapes: of every tensor of the model, without those that are tied to another one.
         tied: name of a tied tensor -> name of the tensor that it is.
+        scales: name of a tensor in float8 -> file of its scales; it is read as what both say.
 
     Raises:
         ConfigError: if the files lack a tensor of the model, or have one too many or of another shape.
@@ -74,6 +78,9 @@ class Checkpoint:
             with safe_open(path, framework="pt") as file:
                 self._file |= dict.fromkeys(file.keys(), path)
                 self._sizes |= {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
+        self.scales = {name[: -len(SCALES)]: path for name, path in self._file.items() if name.endswith(SCALES)}
+        for name in self.scales:
+            del self._file[name + SCALES]
         state = model.state_dict()
         self._sources = self._find_sources(state)
         tied = {name: str(other) for name, other in getattr(model, "all_tied_weights_keys", {}).items()}
@@ -91,7 +98,7 @@ class Checkpoint:
     @property
     def is_ready(self) -> bool:
         """Whether the files can be mapped as they are: nothing is to be converted, in form or in dtype."""
-        return all(
+        return not self.scales and all(
             source.converter is None and self._read(source.first).dtype == self.dtype(name)
             for name, source in self._sources.items()
         )
@@ -128,7 +135,13 @@ class Checkpoint:
     def _read(self, name: str) -> Shaped[Tensor, "..."]:
         # the file is opened anew, so that its pages are given back with the tensor
         with safe_open(self._file[name], framework="pt") as file:
-            return file.get_tensor(name)
+            tensor: Shaped[Tensor, "*S"] = file.get_tensor(name)
+        if name not in self.scales:
+            if tensor.dtype == torch.float8_e4m3fn:
+                raise UnsupportedModel(f"model.base: {name} is in float8, and there are no scales ({name + SCALES})")
+            return tensor
+        with safe_open(self.scales[name], framework="pt") as file:
+            return dequantise_blocks(tensor, file.get_tensor(name + SCALES), FLOAT8_BLOCK)
 
     def _is_whole(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether the files hold all that a tensor is made of: what is stored expert by expert, for every expert."""

@@ -23,6 +23,7 @@ from ubsmoe.model.presets import (
     check_sparse,
     checked_k_max,
     dtype_of,
+    in_float8,
     prepared_format,
     quieten,
 )
@@ -125,7 +126,7 @@ def prepare_base(settings: ModelSettings, out: Path | None = None) -> Path:
         config = _read_sparse(place, settings.base)
         if prepared_format(config):
             raise ConfigError(f"model.base: {settings.base} is a prepared base already; name the base it was made from")
-        if not (files := checked_files(place)):
+        if not (files := checked_files(place, config)):
             raise ConfigError(f"model.base: {settings.base} has no safetensors files, and only these can be prepared")
         preparation = Preparation(skeleton(config, getattr(torch, settings.dtype)), files, settings.experts)
         if out is None:
@@ -150,9 +151,9 @@ def _read_sparse(place: str | Path, base: str) -> Any:
 
 
 def refuse_quantised(config: Any, base: str) -> None:
-    """Raise UnsupportedModel for a checkpoint of quantised weights: the kernel and every export read plain ones."""
+    """Raise UnsupportedModel for a checkpoint of quantised weights that cannot be read as plain ones."""
     found = getattr(config, "quantization_config", None)
-    if found and not prepared_format(config):
+    if found and not prepared_format(config) and not in_float8(config):
         kind = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
         raise UnsupportedModel(
             f"model.base: {base} holds quantised weights ({kind or 'of unknown kind'}), and experts are computed from plain ones; "

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ubsmoe.config import ConfigError, ModelSettings
-from ubsmoe.model.checkpoint import LOAD, READ, check_finite, check_tensors, check_weights
+from ubsmoe.model.checkpoint import FLOAT8, LOAD, READ, cannot_map, check_finite, check_tensors, check_weights
 from ubsmoe.model.conventions import find_blocks
 from ubsmoe.model.expert_weights import matrix_names
 from ubsmoe.model.fused import weight_files
 from ubsmoe.model.identity import weights_sha256
 from ubsmoe.model.prepare import Preparation, cache, check_stored, mapped, prepared
-from ubsmoe.model.presets import prepared_format
+from ubsmoe.model.presets import in_float8, prepared_format
 from ubsmoe.model.quantised import quantise_in_place
 from ubsmoe.storage import bases
 
@@ -37,8 +37,8 @@ def open_model(place: str | Path, config: Any, settings: ModelSettings, tokenize
             _check_fit(settings, config, format)
             facts = check_stored(Path(place))
             return mapped(Path(place), skeleton(config, dtype), format), str(facts["sha256"])
-        files = checked_files(place)
-        if sum(file.stat().st_size for file in files) < DIRECT_BYTES:
+        files = checked_files(place, config)
+        if not in_float8(config) and sum(file.stat().st_size for file in files) < DIRECT_BYTES:
             return _loaded(place, settings)
         preparation = Preparation(skeleton(config, dtype), files, settings.experts)
         if settings.experts is None and preparation.checkpoint.is_ready:
@@ -46,18 +46,18 @@ def open_model(place: str | Path, config: Any, settings: ModelSettings, tokenize
         return _prepared(place, settings, preparation, files, tokenizer)
 
 
-def checked_files(place: str | Path) -> list[Path]:
+def checked_files(place: str | Path, config: Any) -> list[Path]:
     """The safetensors files of a base; none for a hub id that has others. Raises ConfigError for damaged ones of a folder."""
     if Path(place).is_dir():
-        check_weights(Path(place))
+        check_weights(Path(place), {FLOAT8} if in_float8(config) else ())
     return weight_files(place)
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> Any:
     """The model without weights."""
     config = copy.deepcopy(config)
-    if prepared_format(config):
-        del config.quantization_config  # whose method is ours alone
+    if prepared_format(config) or in_float8(config):
+        del config.quantization_config  # known here alone, or read as plain weights
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **READ).eval()
 
@@ -68,7 +68,7 @@ def _prepared(
     try:
         folder = prepared(preparation, files, settings.dtype, tokenizer)
     except bases.BaseFolderError as error:
-        if settings.experts:
+        if settings.experts or preparation.checkpoint.scales:
             raise
         logging.getLogger("ubsmoe").warning(
             "%s. Until then the whole base is in memory, %.1f GB in every process", error, preparation.size / 1e9
@@ -129,8 +129,8 @@ def _check_fit(settings: ModelSettings, config: Any, format: str) -> None:
 def _mappable(place: str | Path) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
-        if "mmap" not in str(error):
+    except (RuntimeError, OSError) as error:
+        if not cannot_map(error):
             raise
         raise ConfigError(
             f"model.base: {place} cannot be mapped ({error}); put it, or HF_HOME, on a file system that supports mmap"

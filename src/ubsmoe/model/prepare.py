@@ -87,7 +87,7 @@ class Preparation:
             config.quantization_config = {"quant_method": QUANT_METHOD, "experts": self.format}
         config.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            _save_tokenizer(tokenizer, folder)
         file = bases.WeightsFile(folder / bases.WEIGHTS, self.stored)
         digest = hashlib.sha256()
         try:
@@ -109,6 +109,15 @@ class Preparation:
         for matrix in piece.view(-1, *self.checkpoint.shapes[name][1:]):
             for part, tensor in zip(packed_names(name, self.format), quantised(matrix, self.format), strict=True):
                 file.append(part, as_bytes(tensor))
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # a bare one is all that tokenizers says of a disk that refuses
+        raise OSError(f"{error}, of the tokenizer") from error
 
 
 def prepared(preparation: Preparation, files: list[Path], dtype: str, tokenizer: Any = None) -> Path:

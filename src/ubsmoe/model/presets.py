@@ -28,6 +28,8 @@ HUB_IDS = {"olmoe-1b-7b": "allenai/OLMoE-1B-7B-0924", "qwen3-30b-a3b": "Qwen/Qwe
 QUANT_METHOD = "ubsmoe"
 """In the config.json of a base with quantised experts, so that transformers refuses it instead of reading bytes as weights."""
 
+FLOAT8_BLOCK = (128, 128)
+
 EXPECTED = (
     f"expected {', '.join(PRESETS)}, a folder with a transformers model, or a Hugging Face model id whose code is part of "
     "transformers"
@@ -158,6 +160,13 @@ def prepared_format(config: Config) -> Any:
     return found.get("experts") if isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD else None
 
 
+def in_float8(config: Config) -> bool:
+    """Whether a checkpoint is of float8 numbers with a scale to each block of 128 x 128, as Qwen3 and DeepSeek-V3 are published."""
+    found = getattr(config, "quantization_config", None)
+    kind = (found.get("quant_method"), found.get("weight_block_size")) if isinstance(found, dict) else None
+    return kind == ("fp8", [*FLOAT8_BLOCK])
+
+
 def checked_k_max(k_max: int | None, stock: int, base: str) -> int:
     """Experts per token at budget 1: `k_max`, or the base's own. Raises ConfigError if it is above that."""
     if k_max is not None and k_max > stock:
@@ -169,7 +178,13 @@ def checked_k_max(k_max: int | None, stock: int, base: str) -> int:
 
 def check_place(place: str | Path) -> None:
     """Raise ValueError unless this is a folder or looks like a hub id: a misspelt folder is no question to the hub."""
-    if Path(place).is_dir():
+    folder = Path(place)
+    packed = [folder] if folder.suffix == ".gguf" else list(folder.glob("*.gguf"))
+    if packed and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{packed[0].name} is a GGUF file, whose weights are packed; name the checkpoint it was made from"
+        )
+    if folder.is_dir():
         return
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
         raise ValueError("no such folder, and a Hugging Face id has the form owner/name")

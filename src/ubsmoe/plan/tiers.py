@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass, replace
 
 from ubsmoe.config import RunSettings, train_of_tier
-from ubsmoe.costs.memory import FLOAT32, export_memory_bytes
+from ubsmoe.costs.memory import export_memory_bytes
 from ubsmoe.costs.secure import SecureCost, secure_cost
-from ubsmoe.costs.shape import ModelShape, Trained, budget_top_k
+from ubsmoe.costs.shape import FLOAT32, ModelShape, Trained, budget_top_k
 from ubsmoe.costs.tiers import Tier, TierCost, tier_costs
 from ubsmoe.costs.traffic import Traffic
 from ubsmoe.costs.workload import Batch, Workload

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ubsmoe.errors import printable
-from ubsmoe.report.plain import average
+from ubsmoe.report.plain import average, formats_said
 from ubsmoe.storage.events import EventTail
 from ubsmoe.storage.record import Scores, Summary, TaskScore, TierCosts, loss_text
 from ubsmoe.storage.runfolder import EVENTS, has_ended, read_run
@@ -144,7 +144,7 @@ def result_table(summary: Summary, costs: Sequence[TierCosts] | None) -> Table:
     if macro["chance"] is not None:
         table.caption = (
             "MFLOPs: training, per token. MC acc.: multiple choice, by log-likelihood. "
-            f"chance {_percent(macro['chance'])}, majority {_percent(macro['majority'])}"
+            f"chance {_percent(macro['chance'])}, majority {_percent(macro['majority'])}{formats_said(tiers)}"
         )
     return table
 
@@ -154,7 +154,8 @@ def cost_table(model: str, tiers: Sequence[Mapping[str, Any]]) -> Table:
     table = empty_table(
         f"{model}: cost per tier",
         ("tier", "budget", "K", "rank", "forward", "training", "vs top", "MB up", "MB down", "GB memory"),
-        caption="MFLOPs per token, 2 per multiply-add, without norms, softmax and look-ups; MB per round; GB at the peak",
+        caption="MFLOPs per token, 2 per multiply-add, without norms, softmax and look-ups; MB per round; GB at the peak"
+        + formats_said(tiers),
     )
     for tier in tiers:
         table.add_row(

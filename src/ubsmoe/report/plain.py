@@ -40,3 +40,16 @@ def markdown_cell(text: str) -> str:
 def csv_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of a CSV file whose texts no spreadsheet takes for formulas: these get an apostrophe in front."""
     return {key: f"'{v}" if isinstance(v, str) and v.startswith(FORMULA) else v for key, v in row.items()}
+
+
+def formats_said(tiers: Iterable[Mapping[str, Any]]) -> str:
+    """What the tiers' frozen experts are quantised to, for a caption; nothing if none is.
+
+    >>> formats_said([{"tier": 0, "experts": "nf4"}, {"tier": 1, "experts": None}, {"tier": 2, "experts": "nf4"}])
+    '; experts: nf4 in tiers 1, 3, plain in tier 2'
+    """
+    found: dict[str, list[str]] = {}
+    for tier in tiers:
+        found.setdefault(tier.get("experts") or "plain", []).append(str(tier["tier"] + 1))
+    words = (f"{name} in tier{'s' * (len(own) > 1)} {', '.join(own)}" for name, own in found.items())
+    return "" if found.keys() <= {"plain"} else f"; experts: {', '.join(words)}"

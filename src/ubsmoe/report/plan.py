@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from ubsmoe.report.console import empty_table
+from ubsmoe.report.plain import formats_said
 
 
 def plan_table(plan: dict[str, Any]) -> Table:
@@ -20,7 +21,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
         ),
         caption=f"lengths: {plan['lengths']}; {plan['flops_per_second'] / 1e9:.4g} GFLOP/s, {plan['speed']}{spread}; "
         "MB up: at most, when no expert stays as it was; fits: the smallest of the usual devices that holds the tier and "
-        f"{libraries} for python and its libraries",
+        f"{libraries} for python and its libraries{formats_said(plan['tiers'])}",
     )
     for tier in plan["tiers"]:
         table.add_row(

@@ -195,10 +195,11 @@ def client_table(runs: Sequence[Series]) -> Table:
                             _number(budgets[first["tier"]], "g"),
                             _number(first["top_k"], "d"),
                             _number(first["rank"], "d"),
+                            (first["experts"] or "plain") if "experts" in first else "–",
                             _number(first["examples"], "d"),
                         )
                         if first
-                        else ("–",) * 5
+                        else ("–",) * 6
                     ),
                     (f"{len(own)} of {len(run.rounds)}", len(own)),
                     _number(drops[name], "d"),
@@ -207,7 +208,7 @@ def client_table(runs: Sequence[Series]) -> Table:
                     _number(own[-1]["loss"], ".4f") if own and "loss" in own[-1] else "–",
                 ]
             )
-    head = ["client", "run", "tier", "β", "K", "rank", "examples", "rounds that counted", "dropped"]
+    head = ["client", "run", "tier", "β", "K", "rank", "experts", "examples", "rounds that counted", "dropped"]
     return Table("Clients", [*head, "tokens", "seconds", "last loss"], rows)
 
 

@@ -1,12 +1,18 @@
 """Laws of compensation, of every family: K_max is untouched, a fit that can be exact is, counts are of what runs, nothing stays."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from ubsmoe.costs.compensation import Skipped
+from ubsmoe.costs.memory import peak_memory_bytes
+from ubsmoe.costs.workload import Batch, Workload
 from ubsmoe.model.compensation import PREFIX, Compensation, LayerCompensation, compensation_tensors, layer_compensations
 from ubsmoe.model.compensation_fit import Form, FormSettings, fit_compensation
 from ubsmoe.model.expert_weights import up_name
+from ubsmoe.model.presets import shape_from_config
 from ubsmoe.model.surgery import SparseModel
 from unit.model.families import FAMILIES, HIDDEN, WIDTH, tiny, words
 
@@ -139,6 +145,30 @@ def test_a_router_that_renormalises_learns_at_one_expert_only_with_the_weights_o
     cross_entropy(sparse.model(input_ids=IDS, use_cache=False).logits.flatten(0, 1), IDS.flatten()).backward()
     moved = [float(sparse.adapter[f"layers.{i}.router"].grad.abs().max()) for i in range(2)]
     assert all(size > 1e-5 for size in moved) if learns else all(size < 1e-6 for size in moved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_sent_and_held_takes_the_bytes_that_are_planned(dtype: torch.dtype) -> None:
+    sparse, skipped = adapted("olmoe"), Skipped("map", 2, 2, 4)
+    shape, sparse.model = shape_from_config(sparse.model.config), sparse.model.to(dtype)
+    fitted = fit_compensation(sparse, BATCHES, [1, 2], FormSettings(form="map", rank=2, slices=2)).tensors
+    sent = {name: value for name, value in fitted.items() if name.split(".")[2] in ("1", "channels")}
+    assert skipped.k_max == sparse.k_max and skipped.sent_bytes(shape) == sum(value.nbytes for value in sent.values())
+    sparse.set_compensation(sent)
+    sparse.set_top_k(1)
+    logits(sparse)
+    placed = (
+        0 if dtype == torch.float32 else sum(2 * value.numel() for value in sent.values() if value.is_floating_point())
+    )
+    slices = [layer._slices for layer in sparse.layers if layer._slices]
+    copies = sum(part.nbytes for one in slices for part in (one.weights.up, one.weights.down, one.columns))
+    assert skipped.held_bytes(shape, 1, dtype.itemsize) == skipped.sent_bytes(shape) + placed + copies
+    assert skipped.held_bytes(shape, 4, dtype.itemsize) == 0
+    least = replace(skipped, elastic=2).held_bytes(shape, 4, dtype.itemsize)  # a client at K_max has all of it then
+    assert least == skipped.held_bytes(shape, 1, dtype.itemsize) + skipped.numbers(shape) * (4 + (placed and 2))
+    work = Workload(3, Batch.full(2, 9), dtype_bytes=dtype.itemsize)
+    without, with_it = (peak_memory_bytes(shape, 1, replace(work, skipped=one)) for one in (None, skipped))
+    assert with_it.total - without.total == with_it.compensation == skipped.held_bytes(shape, 1, dtype.itemsize)
 
 
 def test_gradients_reach_what_lies_below_through_the_map() -> None:

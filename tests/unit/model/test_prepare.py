@@ -1,9 +1,12 @@
 """A prepared base is the same base: its hash, its function, a run on it; and what a cache that is not right does."""
 
 import errno
+import itertools
 import json
 import multiprocessing
 import os
+import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -21,9 +24,10 @@ from ubsmoe.finished.run import export_run
 from ubsmoe.model import opened, prepare
 from ubsmoe.model.checkpoint import INDEX
 from ubsmoe.model.identity import weights_sha256
-from ubsmoe.model.load import load_base, prepare_base, shipped_path
+from ubsmoe.model.load import load_base, load_skeleton, prepare_base, shipped_path
 from ubsmoe.model.opened import open_model
 from ubsmoe.model.presets import quieten
+from ubsmoe.model.quantised import format_of
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.server.federation import build_federation
 from ubsmoe.server.run import run
@@ -251,6 +255,38 @@ def test_where_nothing_can_be_prepared_a_base_is_loaded_whole_and_that_is_said(
     assert cache.parent.is_file() or not prepared_folders(cache)
 
 
+@pytest.mark.parametrize("most", [4096, 500_000])
+def test_a_write_that_the_system_itself_refuses_leaves_nothing(most, even_base, cache, tmp_path):
+    settings, limits = ModelSettings(base=str(even_base), experts="nf4"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        for out in (None, tmp_path / "out"):
+            with pytest.raises(UserError, match=r"cannot prepare a base in .*File too large.*HF_HOME \(or --out\)"):
+                prepare_base(settings, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not prepared_folders(cache) and not (tmp_path / "out").exists()
+    assert base_sha256(ModelSettings(base=str(prepare_base(settings))), check=True)
+
+
+def test_a_cache_that_cannot_be_written_any_more_serves_what_it_holds(even_base, cache, monkeypatch, caplog):
+    settings = ModelSettings(base=str(even_base), experts="nf4")
+    folder = prepare_base(settings)
+    caplog.clear()
+
+    def refuse(path, *args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    for name in ("make_folder", "atomic_write", "Lock"):
+        monkeypatch.setattr(disk, name, refuse)
+    assert load_base(settings)[0].sha256 == load_base(ModelSettings(base=str(folder)))[0].sha256
+    assert not caplog.text
+    with pytest.raises(UserError, match=r"cannot prepare a base in .*Read-only file system.* that can be written"):
+        load_base(ModelSettings(base=str(even_base), experts="int8"))
+
+
 def test_a_file_system_without_mmap_is_named(even_base, cache, monkeypatch, tmp_path):
     folder = prepare_base(ModelSettings(base=str(even_base), experts="nf4"), tmp_path / "base")
 
@@ -286,6 +322,66 @@ def test_stock_software_refuses_quantised_experts_and_so_do_we_those_of_others(e
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r'quantised weights \(bitsandbytes\).* model.experts = "nf4"'):
         load_base(ModelSettings(base=str(folder)))
+
+
+def in_float8(plain, folder, without=""):
+    """The linear maps but routers in float8, a scale to each block of 128 x 128, as some are published; and what it stands for."""
+    config, tensors, known = json.loads((plain / "config.json").read_text()), load_file(plain / "model.safetensors"), {}
+    for name, value in tensors.items():
+        if value.dim() == 2 and ("mlp.experts" in name or "self_attn" in name):
+            packed = torch.empty(value.shape, dtype=torch.float8_e4m3fn)
+            scales = torch.empty(-(-value.shape[0] // 128), -(-value.shape[1] // 128))
+            for i, j in itertools.product(*map(range, scales.shape)):
+                at = slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1))
+                scales[i, j] = value[at].abs().max() / 448
+                packed[at] = (value[at] / scales[i, j]).to(torch.float8_e4m3fn)
+                value[at] = packed[at].float() * scales[i, j]
+            known |= {name: packed, f"{name}_scale_inv": scales}
+    known.pop(without, None)
+    for name, of, changes in (("plain", tensors, {}), ("float8", tensors | known, FLOAT8)):
+        shutil.copytree(plain, folder / name)
+        save_file(of, folder / name / "model.safetensors", {"format": "pt"})
+        (folder / name / "config.json").write_text(json.dumps(config | changes))
+    return folder / "plain", folder / "float8"
+
+
+FLOAT8 = {
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+}
+
+
+@pytest.fixture(scope="module")
+def wide_base(tmp_path_factory):
+    """Of matrices that are more than one block of 128 x 128, and no whole number of them."""
+    folder = tmp_path_factory.mktemp("wide-base")
+    tokenizer = AutoTokenizer.from_pretrained(shipped_path("ubsmoe-tiny"))
+    torch.manual_seed(0)
+    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    sizes = dict(hidden_size=160, intermediate_size=136, num_hidden_layers=1, num_attention_heads=2, num_experts=3)
+    OlmoeForCausalLM(OlmoeConfig(vocab_size=len(tokenizer), num_experts_per_tok=2, **sizes, **ids)).save_pretrained(
+        folder
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_in_float8_is_read_as_the_plain_one_that_it_stands_for(wide_base, cache, monkeypatch, tmp_path):
+    plain, float8 = in_float8(wide_base, tmp_path)
+    monkeypatch.setattr(opened, "DIRECT_BYTES", 1 << 30)  # though it is small, transformers could not load it here
+    want, _ = load_base(ModelSettings(base=str(plain)))
+    found, _ = load_base(ModelSettings(base=str(float8)))
+    assert found.sha256 == want.sha256
+    assert torch.equal(found.model(words()).logits, want.model(words()).logits)
+    assert format_of(load_base(ModelSettings(base=str(float8), experts="int8"))[0].layers[0].experts) == "int8"
+    assert load_skeleton(ModelSettings(base=str(float8))).num_experts == 3
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
+    _, broken = in_float8(wide_base, tmp_path / "broken", without=f"{name}_scale_inv")
+    with pytest.raises(UserError, match=rf"{name} is in float8, and there are no scales"):
+        load_base(ModelSettings(base=str(broken)))
+    (tmp_path / "full").write_text("a file where the cache would be")
+    monkeypatch.setattr(prepare, "HF_HOME", str(tmp_path / "full"))
+    with pytest.raises(UserError, match="cannot prepare a base in"):
+        load_base(ModelSettings(base=str(float8)))
 
 
 def test_a_checkpoint_without_one_of_its_tensors_is_not_prepared(even_base, cache, tmp_path):
