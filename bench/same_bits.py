@@ -42,6 +42,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "robust": {"robust.rule": "multi_krum", "robust.attackers": 1, "robust.clip_norm": 0.01, "clients.count": 6},
     "private": {"privacy.noise_multiplier": 0.5, "privacy.clip_norm": 0.05, "privacy.seed": 7},
     "bfloat16 on the wire": {"wire.dtype": "bfloat16"},
+    "compensation": {"method.compensation": {"rank": 4, "tokens": 64, "every": 1}},
+    "compensation by clients": {"method.compensation": {"rank": 4, "tokens": 64, "every": 1, "fit": "clients"}},
 }
 TOGETHER = ("clipping", "weight decay", "accumulation", "router", "attention", "dropout", "drawn clients")
 COMMON = {

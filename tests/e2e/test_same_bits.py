@@ -71,12 +71,15 @@ def test_whole_resumed_and_in_two_and_three_processes_a_run_gives_one_adapter(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_compensated_run_gives_one_adapter_too(dtype: str, acting_run: dict[str, Any], tmp_path: Path) -> None:
-    """Fitted anew before every round, in slices, with elastic budgets and gradient checkpointing."""
+@pytest.mark.parametrize("fit", [{"slices": 2}, pytest.param({"fit": "clients"}, marks=pytest.mark.thorough)], ids=str)
+def test_a_compensated_run_gives_one_adapter_too(
+    fit: dict[str, Any], dtype: str, acting_run: dict[str, Any], tmp_path: Path
+) -> None:
+    """Fitted anew before every round, in slices or by the clients' sums, with elastic budgets and gradient checkpointing."""
     changes = {
         "model.dtype": dtype,
         "method.name": "ubsmoe",
-        "method.compensation": {"rank": 4, "tokens": 64, "every": 1, "slices": 2},
+        "method.compensation": {"rank": 4, "tokens": 64, "every": 1, **fit},
         "tiers.elastic_share": 0.5,
         "train.gradient_checkpointing": True,
         "evaluate.before": False,

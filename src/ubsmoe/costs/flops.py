@@ -122,7 +122,7 @@ def pseudo_gradient_flops_per_token(shape: ModelShape, top_k: int, workload: Wor
     reaching = shape.moe_layers_above if workload.pairs_reach_input else 0
     flops = reaching * _pair_flops(shape, workload.rank, reaches_input=True)
     flops += (shape.num_moe_layers - reaching) * _pair_flops(shape, workload.rank, reaches_input=False)
-    return workload.pair_fraction * (shape.num_experts - top_k) * flops
+    return missing_pairs(shape, top_k, workload) * flops
 
 
 def batch_flops(shape: ModelShape, top_k: int, workload: Workload) -> float:
@@ -142,8 +142,13 @@ def batch_flops(shape: ModelShape, top_k: int, workload: Workload) -> float:
         routed = _pair_flops(shape, workload.rank, reached, again)
         missing = _pair_flops(shape, workload.rank, reached and workload.pairs_reach_input, again)
         extra = 2 * _compensation(shape, top_k, workload) * (1 + again + reached)
-        experts += tokens * (extra + top_k * routed + workload.pair_fraction * (shape.num_experts - top_k) * missing)
+        experts += tokens * (extra + top_k * routed + missing_pairs(shape, top_k, workload) * missing)
     return batch.tokens * rest + experts + batch.labelled * (forward.head + backward.head)
+
+
+def missing_pairs(shape: ModelShape, top_k: int, workload: Workload) -> float:
+    """Experts per token that a pseudo-gradient runs beside the routed ones; at K = 0 no expert runs at all."""
+    return workload.pair_fraction * (shape.num_experts - top_k) * bool(top_k)
 
 
 def tokens_of_experts(shape: ModelShape, batch: Batch) -> list[int]:

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 
-from ubsmoe.costs.flops import tokens_of_experts
+from ubsmoe.costs.flops import missing_pairs, tokens_of_experts
 from ubsmoe.costs.shape import FLOAT32, INT64, ModelShape
 from ubsmoe.costs.weights import mapped_bytes, weight_bytes
 from ubsmoe.costs.workload import Workload
@@ -142,7 +142,7 @@ def _activations(shape: ModelShape, top_k: int, workload: Workload) -> tuple[int
 
 def _saved_by_experts(shape: ModelShape, top_k: int, workload: Workload) -> float:
     """Bytes of all (token, expert) pairs: what the experts keep, which token a pair is of, and its weight."""
-    running = top_k + workload.pair_fraction * (shape.num_experts - top_k)
+    running = top_k + missing_pairs(shape, top_k, workload)
     pairs = running * sum(tokens_of_experts(shape, workload.batch))
     return pairs * (workload.dtype_bytes * _saved_by_pair(shape, workload.rank) + INT64 + workload.dtype_bytes)
 
