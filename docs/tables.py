@@ -16,15 +16,29 @@ from ubsmoe.report.plain import average
 ROOT = Path(__file__).parent.parent
 ACCURACY, MC_ACCURACY, UNPARSED, LOSS = METRICS
 LOSS_3 = Metric("loss", "loss", 1, 3)
-COMPARISONS = ("confirmation", "tiers")
-"""CSV files that hold every row of one `ubsmoe compare`; fedavg is the reference."""
+COMPARISONS = {
+    **dict.fromkeys(
+        (
+            "confirmation",
+            "tiers",
+            "compensation_confirmed",
+            "compensation_baselines",
+            "compensation_selection",
+        ),
+        "fedavg",
+    ),
+    "formats_study-base": "fedavg, plain",
+}
+"""CSV files that hold every row of one `ubsmoe compare`, and the method that the others are compared with."""
 
 Lines = Iterable[str]
 
 
 def tables() -> dict[str, str]:
     """Every table, by the name of the file that holds it."""
-    made: dict[str, Lines] = {name: [comparison_markdown(read_csv(name), "fedavg")] for name in COMPARISONS}
+    made: dict[str, Lines] = {
+        name: [comparison_markdown(read_csv(name), reference)] for name, reference in COMPARISONS.items()
+    }
     made |= {
         "testbed": testbed(),
         "screening": screening(read_csv("screening")),
