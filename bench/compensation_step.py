@@ -40,7 +40,7 @@ from ubsmoe.model.surgery import SparseModel
 RESULT = Path(__file__).resolve().parent / "results" / "compensation_step.json"
 VOCAB, RANK, LENGTH, K_MAX = 1024, 8, 128, 8
 WIDTHS = {"olmoe": (2048, 1024, 64, 16), "study": (128, 128, 32, 4)}  # hidden, expert, experts, heads
-ROWS = {"olmoe": (4, 16), "study": (12,)}
+ROWS = {"olmoe": (4,), "study": (12,)}
 WAYS = {
     "map, r=64": FormSettings(rank=64),
     "map, r=64, two slices": FormSettings(rank=64, slices=2),

@@ -87,7 +87,7 @@ def fit_compensation(model: SparseModel, batches: Batches, top_ks: Iterable[int]
     return Fitted({name: value.cpu() for name, value in tensors.items()}, explained)
 
 
-def missingexperts_sum(layer: SparseLayer, seen: Passing) -> Float[Tensor, "T h"]:
+def missing_sum(layer: SparseLayer, seen: Passing) -> Float[Tensor, "T h"]:
     """sum over T(x) of w_i E_i(x), minus what is run of it."""
     whole = experts_sum(seen.hidden, seen.considered, seen.gates, *layer.whole_weights(seen.hidden))
     return (whole - experts_sum(seen.hidden, seen.run, seen.run_gates, *layer.run_weights(seen.hidden))).float()
@@ -95,7 +95,7 @@ def missingexperts_sum(layer: SparseLayer, seen: Passing) -> Float[Tensor, "T h"
 
 def _fit(layer: SparseLayer, seen: Passing, settings: FormSettings) -> tuple[Compensation, float]:
     """The form of one layer, and the share of the missing sum that it explains."""
-    missing = missingexperts_sum(layer, seen)
+    missing = missing_sum(layer, seen)
     found = _FORMS[settings.form](layer, seen, missing, settings)
     left = missing - found(seen.hidden.to(missing.dtype), seen.skipped)
     return found, 1 - float(left.square().sum() / missing.square().sum().clamp_min(1e-30))
