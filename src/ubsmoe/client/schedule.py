@@ -43,6 +43,8 @@ def step_size(settings: TrainSettings, round: int, step: int, num_steps: int) ->
 
     >>> [step_size(TrainSettings(schedule="linear", rounds=2), r, s, 2) for r in (1, 2) for s in (0, 1)]
     [1.0, 0.75, 0.5, 0.25]
+    >>> [round(step_size(TrainSettings(schedule="cosine", schedule_rounds=3), r, 0, 2), 2) for r in (1, 2, 3, 4)]
+    [1.0, 0.75, 0.25, 0.0]
     """
     warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
     t = min(1.0, (round - 1 + step / num_steps) / (settings.schedule_rounds or settings.rounds))

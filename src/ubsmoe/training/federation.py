@@ -117,7 +117,7 @@ class Federation:
             The events of the run, as events.jsonl has them; those of a round once it is saved.
         """
         self._add_rounds(more_rounds)
-        if self.summary is not None and self._run is None:
+        if self.summary is not None:
             return
         run = self._opened()
         yield from self._new_events()

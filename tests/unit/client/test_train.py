@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ubsmoe.client.node_config import on_this_machine
-from ubsmoe.client.schedule import elastic_top_ks, steps_per_round
+from ubsmoe.client.schedule import elastic_top_ks, step_size, steps_per_round
 from ubsmoe.client.train import ClientFailure, Trainer, language_loss, train
 from ubsmoe.config import ConfigError, TierSettings, TrainSettings, parse_run, train_of_tier, with_overrides
 from ubsmoe.data.tokens import Tokens, collate
@@ -278,3 +278,15 @@ def test_a_node_may_say_how_it_does_its_work_but_not_what() -> None:
         on_this_machine(settings, {"train.microbatch": 1})
     with pytest.raises(ConfigError, match="does not divide"):
         on_this_machine(settings, {"train.micro_batch": 3})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [1.0] * 5), ("linear", [1.0, 0.75, 0.5, 0.25, 0.0]), ("cosine", [1.0, 0.853553, 0.5, 0.146447, 0.0])],
+)
+def test_a_schedule_spans_the_rounds_and_warm_up_lies_over_it(schedule: str, expected: list[float]) -> None:
+    settings = TrainSettings(schedule=schedule, schedule_rounds=2, rounds=9)
+    places = [(1, 0), (1, 1), (2, 0), (2, 1), (3, 1)]
+    assert [step_size(settings, number, step, 2) for number, step in places] == pytest.approx(expected, abs=1e-6)
+    warm = TrainSettings(schedule=schedule, schedule_rounds=2, warmup_steps=2)
+    assert step_size(warm, 2, 0, 2) == pytest.approx(expected[2] / 2)
