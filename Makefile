@@ -10,7 +10,7 @@ JOBS ?= 2
 .PHONY: quickstart test test-thorough docs bench format clean
 
 quickstart: $(VENV)/.installed
-	$(BIN)/ubsmoe run runs/quickstart.toml --out out/quickstart
+	$(BIN)/ubsmoe compare runs/quickstart.toml --variants runs/quickstart_variants.toml --seeds 1 --jobs $(JOBS) --out out/quickstart
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

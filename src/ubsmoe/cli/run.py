@@ -207,7 +207,7 @@ def compare_command(
     place, total = out or Path("out") / f"{run_file.stem}-compare", len(chosen) * seeds
     if plan:
         return _estimate(settings, chosen, seeds, first_seed)
-    from ubsmoe.report.comparison import comparison_markdown
+    from ubsmoe.report.comparison import accuracy_markdown, comparison_markdown
     from ubsmoe.report.paper import latex_table, markdown_table, own_metrics
     from ubsmoe.storage.runfolder import atomic_write
     from ubsmoe.study.compare import compare
@@ -216,12 +216,12 @@ def compare_command(
         console.print(f"{count}/{total}  {label}  seed {seed}", highlight=False, markup=False)
 
     rows = compare(settings, chosen, range(first_seed, first_seed + seeds), place, jobs, done, track or [])
-    text = comparison_markdown(rows, against)
-    atomic_write(place / "comparison.md", text.encode())
+    atomic_write(place / "comparison.md", comparison_markdown(rows, against).encode())
     metrics = ["accuracy", *own_metrics(rows)]
     for name, write in (("table.md", markdown_table), ("table.tex", latex_table)):
         atomic_write(place / name, "\n".join(write(rows, against, metric) for metric in metrics).encode())
-    typer.echo(text)
+    typer.echo(accuracy_markdown(rows, against))
+    typer.echo(f"Losses, unparsed answers, use of experts and costs: {place / 'comparison.md'}")
 
 
 def _estimate(settings: "RunSettings", variants: "list[Variant]", seeds: int, first_seed: int) -> None:

@@ -91,38 +91,68 @@ def comparison_markdown(rows: Sequence[Row], reference: str) -> str:
     Raises:
         ValueError: if the reference is not among the methods.
     """
+    macro, methods = _macro(rows, reference)
+    lines = [_introduction(macro)]
+    for metric in METRICS:
+        lines += _scores(macro, reference, metric)
+    lines += _balance(macro, methods)
+    costs = [[m, *(_cost(macro, m, t) for t in _distinct(macro, "tier"))] for m in methods]
+    heading = "### Cost per tier: K, LoRA rank / training MFLOPs per token / MB up, MB down / client seconds per round"
+    lines += ["", heading, "", *markdown_table(_head(macro), costs)]
+    return "\n".join(lines) + "\n"
+
+
+def accuracy_markdown(rows: Sequence[Row], reference: str) -> str:
+    """The first table of `comparison_markdown`, for a terminal."""
+    macro, _ = _macro(rows, reference)
+    return "\n".join([_introduction(macro), *_scores(macro, reference, METRICS[0])]) + "\n"
+
+
+def _macro(rows: Sequence[Row], reference: str) -> tuple[list[Row], list[str]]:
+    """The rows of the means over tasks, and the methods. Raises ValueError if the reference is not among these."""
     macro = [row for row in rows if row["task"] == "macro"]
-    methods, tiers, seeds = (_distinct(macro, key) for key in ("method", "tier", "seed"))
+    methods = _distinct(macro, "method")
     if reference not in methods:
         raise ValueError(f"the reference {reference!r} is not among the methods: {', '.join(methods)}")
-    head = ["method", *(f"tier {tier}" for tier in tiers)]
-    plural = "s" if len(seeds) > 1 else ""
-    lines = [
-        f"Mean over tasks ± 95 % interval over {len(seeds)} seed{plural}; tiers at their own budgets (last table). "
-        f"Chance: {_percent(macro, 'chance')} %.",
+    return macro, methods
+
+
+def _introduction(macro: Sequence[Row]) -> str:
+    count = len(_distinct(macro, "seed"))
+    return (
+        f"Mean over tasks ± 95 % interval over {count} seed{'s' if count > 1 else ''}; tiers at their own budgets (last table). "
+        f"Chance: {_percent(macro, 'chance')} %."
+    )
+
+
+def _head(macro: Sequence[Row]) -> list[str]:
+    return ["method", *(f"tier {tier}" for tier in _distinct(macro, "tier"))]
+
+
+def _scores(macro: Sequence[Row], reference: str, metric: Metric) -> list[str]:
+    """One metric: before training, of every method, and its differences to the reference; a seed that a method lacks is left out."""
+    methods, tiers, seeds = (_distinct(macro, key) for key in ("method", "tier", "seed"))
+    by_seed = {(row["method"], row["tier"], row["seed"]): _of(row, metric.name) for row in macro}
+    before = {(row["method"], row["tier"], row["seed"]): _of(row, f"{metric.name}_before") for row in macro}
+
+    def cells(found: Mapping[Any, float | None], method: str) -> list[str]:
+        return [score_cell(metric, [found[method, t, s] for s in seeds if (method, t, s) in found]) for t in tiers]
+
+    body = [
+        [f"before training, K = {ks}", *cells(before, m)]
+        for ks, m in _first_of_each_k(macro).items()
+        if any(value is not None for value in before.values())
     ]
-    for metric in METRICS:
-        by_seed = {(row["method"], row["tier"], row["seed"]): _of(row, metric.name) for row in macro}
-        before = {(row["method"], row["tier"], row["seed"]): _of(row, f"{metric.name}_before") for row in macro}
-        body = [
-            [f"before training, K = {ks}", *(score_cell(metric, [before[m, t, s] for s in seeds]) for t in tiers)]
-            for ks, m in _first_of_each_k(macro).items()
-            if any(value is not None for value in before.values())
-        ]
-        body += [[m, *(score_cell(metric, [by_seed[m, t, s] for s in seeds]) for t in tiers)] for m in methods]
-        lines += ["", f"### {metric.heading}", "", *markdown_table(head, body)]
-        differences = [
-            [m, *(score_cell(metric, _paired(by_seed, m, reference, t, seeds), signed=True) for t in tiers)]
-            for m in methods
-            if m != reference
-        ]
-        if differences:
-            lines += ["", f"Difference to {reference}, paired by seed:", "", *markdown_table(head, differences)]
-    lines += _balance(macro, methods)
-    costs = [[m, *(_cost(macro, m, t) for t in tiers)] for m in methods]
-    heading = "### Cost per tier: K, LoRA rank / training MFLOPs per token / MB up, MB down / client seconds per round"
-    lines += ["", heading, "", *markdown_table(head, costs)]
-    return "\n".join(lines) + "\n"
+    body += [[m, *cells(by_seed, m)] for m in methods]
+    differences = [
+        [m, *(score_cell(metric, _paired(by_seed, m, reference, t, seeds), signed=True) for t in tiers)]
+        for m in methods
+        if m != reference
+    ]
+    lines = ["", f"### {metric.heading}", "", *markdown_table(_head(macro), body)]
+    if differences:
+        lines += ["", f"Difference to {reference}, paired by seed:", "", *markdown_table(_head(macro), differences)]
+    return lines
 
 
 def _first_of_each_k(macro: Sequence[Row]) -> dict[str, str]:
@@ -149,7 +179,8 @@ def _balance(macro: Sequence[Row], methods: Sequence[str]) -> list[str]:
 def _paired(
     values: Mapping[tuple[str, int, int], float | None], method: str, reference: str, tier: int, seeds: Sequence[int]
 ) -> list[float | None]:
-    pairs = [(values[method, tier, seed], values[reference, tier, seed]) for seed in seeds]
+    both = [seed for seed in seeds if (method, tier, seed) in values and (reference, tier, seed) in values]
+    pairs = [(values[method, tier, seed], values[reference, tier, seed]) for seed in both]
     return [None if own is None or other is None else own - other for own, other in pairs]
 
 
