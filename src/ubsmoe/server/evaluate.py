@@ -53,6 +53,10 @@ class Score:
     majority: float | None
     answers: list[Answer] = field(default_factory=list, compare=False)
 
+    def figures(self) -> dict[str, Any]:
+        """Everything but the answers."""
+        return {name: value for name, value in asdict(self).items() if name != "answers"}
+
 
 @dataclass(frozen=True)
 class Question:
@@ -274,10 +278,10 @@ def _right_answers(example: Example) -> tuple[str, ...]:
 
 def _macro(scores: Sequence[Score]) -> Score:
     """The unweighted mean over tasks; the number of examples is their sum."""
-    columns = {name: [asdict(score)[name] for score in scores] for name in asdict(scores[0])}
+    columns = {name: [score.figures()[name] for score in scores] for name in scores[0].figures()}
     means = {
         name: None if None in values else statistics.fmean(values)
         for name, values in columns.items()
-        if name not in ("examples", "answers")
+        if name != "examples"
     }
     return Score(examples=sum(columns["examples"]), **means)  # type: ignore[arg-type]

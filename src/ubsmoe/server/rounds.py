@@ -261,8 +261,8 @@ def _evaluate_tiers(
     results = []
     tasks = _tasks(federation, state, round, federation.tiers)
     for profile, scores in zip(federation.tiers, score_all(tasks), strict=True):
-        results.append({task: asdict(one) for task, one in scores.items()})
-        said = [{"task": task, **answer} for task, one in results[-1].items() for answer in one.pop("answers")]
+        results.append({task: one.figures() for task, one in scores.items()})
+        said = [{"task": task, **answer} for task, one in scores.items() for answer in one.answers]
         log("answers", round, tier=profile.tier, answers=said)
         log("evaluated", round, tier=profile.tier, top_k=profile.top_k, rank=profile.rank, scores=results[-1])
     return results
