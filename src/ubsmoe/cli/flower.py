@@ -1,4 +1,4 @@
-"""Verbs for runs on Flower: flower init, flower up, flower keys."""
+"""Verbs for runs on Flower: flower init, up, status, restart, keys."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ubsmoe.cli.app import Set, group, overrides
+from ubsmoe.report.plain import finite_json
 
 verbs = group("flower", "Runs on many machines, with Flower.")
 App = Annotated[Path, typer.Argument(help="folder of a Flower app", show_default=False)]
@@ -36,18 +37,69 @@ def up_command(
 
     Connections use TLS and node keys. Ctrl-C stops what was started.
     """
-    import signal
+    import time
 
-    from ubsmoe.engines.flower.localhost import local_federation
+    from ubsmoe.engines.flower.localhost import LOOK_SECONDS, local_federation
 
     try:
         with local_federation(app, nodes, simulate, typer.echo) as found:
             if run:
                 return found.run()
             typer.echo(f"set -a; . {app}/flower.env; FLWR_HOME={found.home}; flwr run {app} {found.name} --stream")
-            signal.pause()
+            while True:
+                found.look_after()
+                time.sleep(LOOK_SECONDS)
     except KeyboardInterrupt:
         typer.echo("stopped")
+
+
+@verbs.command("restart")
+def restart_command(app: App, node: Annotated[str, typer.Argument(help="as in node-1", show_default=False)]) -> None:
+    """Start a node again, in the terminal where `flower up` goes on."""
+    from ubsmoe.engines.flower.localhost import request_restart
+
+    request_restart(app, node)
+    typer.echo(f"{node} will be started again; `ubsmoe flower up {app}` says when")
+
+
+@verbs.command("status")
+def status_command(
+    place: Annotated[Path, typer.Argument(help="folder of a Flower app, or a run folder", show_default=False)],
+    watch: Annotated[bool, typer.Option("--watch", help="again whenever it changes, until the run has ended")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="one JSON object per line instead of a table")] = False,
+    prometheus: Annotated[
+        Path | None, typer.Option(help="also write a file for the textfile collector of Prometheus' node exporter")
+    ] = None,
+) -> None:
+    """Show who is there, what each client did last, and how far the run is.
+
+    Reads the run folder that the server writes, so it needs no connection.
+    """
+    import json
+
+    from rich.console import Console
+
+    from ubsmoe.cli.inspect import costs_of
+    from ubsmoe.engines.flower.app import run_folder_of
+    from ubsmoe.report.federation import Status, as_json, follow, status_of, status_table, write_prometheus
+    from ubsmoe.storage.runfolder import read_run
+
+    folder, console = run_folder_of(place), Console()
+    costs = costs_of(read_run(folder))
+
+    def show(status: Status) -> None:
+        if prometheus:
+            write_prometheus(status, prometheus)
+        if json_:
+            return typer.echo(json.dumps(finite_json(as_json(status))))
+        if watch and console.is_terminal:
+            console.clear()
+        console.print(status_table(status, console.width))
+
+    if watch:
+        follow(lambda: status_of(read_run(folder), costs), show)
+    else:
+        show(status_of(read_run(folder), costs))
 
 
 @verbs.command("keys")

@@ -29,7 +29,7 @@ def report_command(
     from ubsmoe.report.series import read_series
 
     found = read_series(runs)
-    write_report(found, [_costs(run.record) for run in found], out, overwrite)
+    write_report(found, [costs_of(run.record) for run in found], out, overwrite)
     typer.echo(str(out))
 
 
@@ -45,7 +45,7 @@ def _watch(runs: list[Path]) -> None:
         watch(runs[0], shown, lambda: time.sleep(1))
 
 
-def _costs(record: "RunRecord") -> "list[TierCosts]":
+def costs_of(record: "RunRecord") -> "list[TierCosts]":
     """What the run noted, which needs no torch; else, as for a run of a Flower app, counted now."""
     if record.costs is not None:
         return record.costs

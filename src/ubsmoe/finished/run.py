@@ -1,6 +1,6 @@
 """A finished run, opened again: scored; or, without its data, put on the base, exported, or asked."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,7 +169,7 @@ def evaluate_run(
             "tier": profile.tier,
             "top_k": profile.top_k,
             "rank": profile.rank,
-            "scores": {task: asdict(score) for task, score in evaluate_tier(federation, state, profile).items()},
+            "scores": {task: score.figures() for task, score in evaluate_tier(federation, state, profile).items()},
         }
         for profile in chosen
     ]

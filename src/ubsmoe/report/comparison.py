@@ -130,7 +130,7 @@ def _head(macro: Sequence[Row]) -> list[str]:
 
 
 def _scores(macro: Sequence[Row], reference: str, metric: Metric) -> list[str]:
-    """One metric: before training, of every method, and its differences to the reference; a seed that a method lacks is left out."""
+    """One metric: before training, of every method, its differences to the reference; a seed that a method lacks is left out."""
     methods, tiers, seeds = (_distinct(macro, key) for key in ("method", "tier", "seed"))
     by_seed = {(row["method"], row["tier"], row["seed"]): _of(row, metric.name) for row in macro}
     before = {(row["method"], row["tier"], row["seed"]): _of(row, f"{metric.name}_before") for row in macro}

@@ -49,8 +49,8 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         lines = [
             f"the run: {run['rounds']} rounds of {run['clients_trained']:g} clients, {run['flops'] / 1e12:,.4g} TFLOPs of "
             f"training, {run['download_bytes'] / 1e9:.3g} GB down, {run['upload_bytes'] / 1e9:.3g} GB up",
-            f"training takes {_duration(run['seconds_one_after_another'])} one client after another, "
-            f"{_duration(run['seconds_side_by_side'])} side by side",
+            f"training takes {duration(run['seconds_one_after_another'])} one client after another, "
+            f"{duration(run['seconds_side_by_side'])} side by side",
             _evaluation_line(plan["evaluation"]),
             "exports: "
             + "; ".join(
@@ -72,7 +72,7 @@ def _evaluation_line(cost: Mapping[str, Any] | None) -> str:
     if cost is None:
         return "evaluation is not counted: no data were read"
     return (
-        f"evaluation: {cost['times']} times {cost['questions']} questions per tier, at most {_duration(cost['seconds'])} and "
+        f"evaluation: {cost['times']} times {cost['questions']} questions per tier, at most {duration(cost['seconds'])} and "
         f"{cost['memory_bytes'] / 1e9:.3g} GB of memory"
     )
 
@@ -97,7 +97,12 @@ def inventory_table(plan: dict[str, Any]) -> Table:
     return table
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in a unit that people read.
+
+    >>> duration(90), duration(600)
+    ('90 s', '10 min')
+    """
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.3g} {unit}"

@@ -53,6 +53,10 @@ class Score:
     answers: list[Answer] = field(default_factory=list, compare=False)
     metrics: Mapping[str, float] = field(default_factory=dict)
 
+    def figures(self) -> dict[str, Any]:
+        """Everything but the answers."""
+        return {name: value for name, value in asdict(self).items() if name != "answers"}
+
 
 def prepare(
     examples: Mapping[str, Sequence[Example]], tokenizer: Any, data: DataSettings, settings: EvaluateSettings
@@ -180,7 +184,7 @@ def _right_answers(example: Example) -> tuple[str, ...]:
 
 def _macro(scores: Sequence[Score]) -> Score:
     """The unweighted mean over tasks; the number of examples is their sum."""
-    columns = {name: [asdict(score)[name] for score in scores] for name in asdict(scores[0])}
+    columns = {name: [score.figures()[name] for score in scores] for name in scores[0].figures()}
     means = {
         name: None if None in values else statistics.fmean(values)
         for name, values in columns.items()

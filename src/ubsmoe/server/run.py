@@ -175,8 +175,8 @@ def _tier_scores(
     """Every tier's scores, logged: tasks by name, with "macro" among them."""
     results = []
     for profile, tasks in zip(federation.tiers, scores, strict=True):
-        results.append({task: asdict(one) for task, one in tasks.items()})
-        said = [{"task": task, **answer} for task, one in results[-1].items() for answer in one.pop("answers")]
+        results.append({task: one.figures() for task, one in tasks.items()})
+        said = [{"task": task, **answer} for task, one in tasks.items() for answer in one.answers]
         log("answers", round, tier=profile.tier, answers=said)
         log("evaluated", round, tier=profile.tier, top_k=profile.top_k, rank=profile.rank, scores=results[-1])
     return results

@@ -15,7 +15,8 @@ from ubsmoe.config import ConfigError, load_run
 from ubsmoe.engines.flower.app import read_app
 from ubsmoe.engines.flower.client import client_app
 from ubsmoe.engines.flower.record import from_record, to_record
-from ubsmoe.engines.flower.server import FlowerEngine, _tell
+from ubsmoe.engines.flower.server import FlowerEngine
+from ubsmoe.engines.flower.teller import Teller
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.messages import Dropped, Reply, Task, Update
 from ubsmoe.methods.state import pack
@@ -326,8 +327,9 @@ def test_a_node_configuration_that_makes_no_sense_is_an_answer_of_its_own(
 
 
 def test_a_private_round_has_no_loss_to_tell(capsys: Any) -> None:
-    _tell("round", 1, {"loss": None, "seconds": 1.0})
-    _tell("round", 2, {"loss": 0.5, "seconds": 1.0})
+    tell = Teller(2).on_event
+    tell("round", 1, {"loss": None, "seconds": 1.0})
+    tell("round", 2, {"loss": 0.5, "seconds": 1.0})
     assert [line.split("loss ")[1] for line in capsys.readouterr().out.splitlines()] == [
         "– in 1.0 s",
         "0.5000 in 1.0 s",

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +12,7 @@ from ubsmoe.config import ConfigError, RunSettings, load_run, parse_value
 from ubsmoe.config.plug_ins import KEYS, LISTS, setting
 from ubsmoe.config.reading import BUILT_IN
 from ubsmoe.storage.exportfolder import put_text, write_folder
+from ubsmoe.storage.runfolder import is_run
 from ubsmoe.version import __version__
 
 # What Flower and Ray do unless they are told not to: report usage, ask for newer versions, install packages before a run.
@@ -131,6 +133,30 @@ def read_app(run_file: Path, config: Mapping[str, Any]) -> RunSettings:
     settings = load_run(run_file, {**changes, **texts})
     check_fits_flower(settings)
     return settings
+
+
+def run_folder_of(place: Path) -> Path:
+    """The run folder that an app writes, by its own configuration; a run folder is its own.
+
+    Raises:
+        ConfigError: if `place` is neither.
+    """
+    project = place / "pyproject.toml"
+    if is_run(place) or not project.is_file():
+        if not is_run(place):
+            raise ConfigError(
+                f"{place} is neither a Flower app's folder nor a run folder; expected what `ubsmoe flower init` made"
+            )
+        return place
+    try:
+        out = tomllib.loads(project.read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]["out"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f'{project} names no run folder: [tool.flwr.app.config] needs out = "..."') from None
+    if not is_run(Path(out)):
+        raise ConfigError(
+            f"{out} holds no run yet; start it with `flwr run {place}`, or give the run folder that -c named"
+        )
+    return Path(out)
 
 
 def check_fits_flower(settings: RunSettings) -> None:

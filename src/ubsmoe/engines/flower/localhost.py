@@ -17,7 +17,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ from ubsmoe.storage import disk
 HEALTHY_SECONDS = 180.0
 IDLE_SECONDS = 600  # how long a resident process stays without work
 STOP_SECONDS = 10.0
+LOOK_SECONDS = 0.5
+SUPERLINK = "superlink"
+COMPLETED = "finished:completed"  # what Flower calls the status of a run that did not fail
 
 
 class FlowerFailure(UserError):
@@ -41,7 +44,8 @@ class FlowerFailure(UserError):
 class LocalFederation:
     """A local federation that is running.
 
-    `name` is its connection's in Flower's home folder `home`, `nodes` how many there are, `simulated` which kind it is.
+    `name` is its connection's in Flower's home folder `home`, `nodes` how many there are, `simulated` which kind it is. `log` gets
+    a line when one of `processes` ends; `starts` holds how each is started.
     """
 
     name: str
@@ -49,6 +53,25 @@ class LocalFederation:
     app: Path
     nodes: int
     simulated: bool
+    log: Callable[[str], None] = print
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    starts: dict[str, Callable[[], subprocess.Popen[bytes]]] = field(default_factory=dict)
+    ended: set[str] = field(default_factory=set)
+
+    def look_after(self) -> None:
+        """Say which process has ended since the last look, and start the nodes again that `request_restart` names."""
+        for name, process in list(self.processes.items()):
+            if (request := _request(self.home, name)).exists():
+                request.unlink()
+                process.terminate()
+                process.wait()
+                self.processes[name] = self.starts[name]()
+                self.ended.discard(name)
+                self.log(f"{name} is started again")
+            elif process.poll() is not None and name not in self.ended:
+                self.ended.add(name)
+                again = f"; `ubsmoe flower restart {self.app} {name}` starts it again" if name != SUPERLINK else ""
+                self.log(f"{name} has ended with {process.returncode}, {self.home}/{name}.log says why{again}")
 
     def run(self, changes: Mapping[str, Any] | None = None) -> None:
         """`flwr run` the app and show its log until it has ended. Raises FlowerFailure if Flower refuses the app."""
@@ -57,8 +80,17 @@ class LocalFederation:
         command += ["--run-config", " ".join(options)] if options else []
         if self.simulated:
             command += ["--federation-config", f"num-supernodes={self.nodes} client-resources-num-cpus=1"]
-        if subprocess.run(flower_command("flwr", *command), env=flower_environment(self.home), check=False).returncode:
+        with subprocess.Popen(flower_command("flwr", *command), env=flower_environment(self.home)) as process:
+            while process.poll() is None:
+                self.look_after()
+                time.sleep(LOOK_SECONDS)
+        if process.returncode:
             raise FlowerFailure(f"flwr run failed; see above, and the logs in {self.home}")
+        last = max(self.flwr("list")["runs"], key=lambda run: str(run["pending-at"]), default={"status": "unknown"})
+        if last["status"] != COMPLETED:  # flwr run itself ends with 0
+            raise FlowerFailure(
+                f"the run ended as {last['status']!r}; the lines above say why, or {self.home}/superlink.log"
+            )
 
     def flwr(self, *words: str) -> Any:
         """What a `flwr` command says in JSON. Raises FlowerFailure if it fails."""
@@ -99,7 +131,7 @@ def local_federation(
     disk.make_folder(home)
     home.chmod(0o700)
     port = free_port()
-    found = LocalFederation("localhost", home, app, nodes, simulated)
+    found = LocalFederation("localhost", home, app, nodes, simulated, log)
     trust = "insecure = true" if simulated else f"root-certificates = {json.dumps(str(home / CA))}"
     disk.atomic_write(home / "config.toml", f'[superlink.localhost]\naddress = "127.0.0.1:{port}"\n{trust}\n'.encode())
     with ExitStack() as stack:
@@ -107,13 +139,18 @@ def local_federation(
         residents = stack.enter_context(_residents())
 
         def start(program: str, options: Sequence[str], name: str) -> subprocess.Popen[bytes]:
-            return stack.enter_context(
-                _process(program, options, flower_environment(home, residents), app, home / f"{name}.log")
-            )
+            def again() -> subprocess.Popen[bytes]:
+                return stack.enter_context(
+                    _process(program, options, flower_environment(home, residents), app, home / f"{name}.log")
+                )
+
+            found.starts[name] = again
+            found.processes[name] = again()
+            return found.processes[name]
 
         if not simulated:
             make_keys(home, ["127.0.0.1", "localhost"], [_node(i) for i in range(nodes)])
-        superlink = start("flower-superlink", superlink_options(None if simulated else home, port), "superlink")
+        superlink = start("flower-superlink", superlink_options(None if simulated else home, port), SUPERLINK)
         authority = None if simulated else home / CA
         _wait(lambda: _answers(port, authority), [superlink], f"the SuperLink, {home}/superlink.log")
         if not simulated:
@@ -127,6 +164,25 @@ def local_federation(
             _wait(lambda: _online(found) == nodes, processes, f"{nodes} SuperNodes, {home}/node-*.log")
         log(f"{nodes} {'simulated nodes' if simulated else 'SuperNodes'} at 127.0.0.1:{port}")
         yield found
+
+
+def request_restart(app: Path, node: str) -> None:
+    """Ask the `flower up` of an app to start one of its nodes again; it looks twice a second.
+
+    Raises:
+        FlowerFailure: if it has no such node.
+    """
+    home = (app / ".flwr").absolute()
+    if not (home / f"{node}.pub").is_file():
+        known = ", ".join(sorted(path.stem for path in home.glob("node-*.pub"))) or "none"
+        raise FlowerFailure(
+            f"{node!r} is no node of {app}; its nodes are: {known}. `ubsmoe flower up {app}` starts them"
+        )
+    disk.atomic_write(_request(home, node), b"")
+
+
+def _request(home: Path, node: str) -> Path:
+    return home / f"{node}.restart"
 
 
 def superlink_options(keys: Path | None, port: int) -> list[str]:

@@ -14,6 +14,7 @@ Whatever nodes say is data: a client's name follows a pattern, and a node is tol
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ubsmoe.config import ConfigError
 from ubsmoe.data.partition import client_names
@@ -49,6 +50,19 @@ class Roster:
         """The clients whose nodes are online, in client order, which is not the order of joining."""
         there = [profile for name, profile in self._profiles.items() if self._nodes[name] in self._online]
         return sorted(there, key=lambda profile: (self._place(profile.client), profile.client))
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Every place that is taken: client, node, tier, examples, and whether the node is online; for people to look at."""
+        return [
+            {
+                "client": name,
+                "node": node,
+                "online": node in self._online,
+                "tier": self._profiles[name].tier,
+                "examples": self._profiles[name].num_examples,
+            }
+            for name, node in self._nodes.items()
+        ]
 
     def node_of(self, client: str) -> int | None:
         """The node that is this client; None if it has lost its place."""

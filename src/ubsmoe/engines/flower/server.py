@@ -22,12 +22,12 @@ from ubsmoe.engines.flower.app import read_app
 from ubsmoe.engines.flower.record import from_record, to_record
 from ubsmoe.engines.flower.roster import Roster
 from ubsmoe.engines.flower.secure import carried
+from ubsmoe.engines.flower.teller import Teller, say
 from ubsmoe.errors import printable
 from ubsmoe.messages import Dropped, Profile, Reply, Task, Update
 from ubsmoe.server.federation import Federation, build_server
 from ubsmoe.server.origin import made_with
 from ubsmoe.server.run import run
-from ubsmoe.storage.record import loss_text
 from ubsmoe.storage.runfolder import RunFolder
 from ubsmoe.wire.codec import decode_announcements, decode_update, encode_task
 from ubsmoe.wire.packed import Packed, WireError, enclose
@@ -71,6 +71,8 @@ class FlowerEngine:
         self._settings = federation.settings
         self._roster = Roster(federation, log)
         self._patience = 0.0  # seconds that a round waits for the clients of a quorum
+        self.note: Callable[[list[dict[str, Any]]], None] = lambda nodes: None  # told of the roster when it has changed
+        self._noted: list[dict[str, Any]] = []
         self._greeted: set[int] = set()
         self._unanswered: dict[str, int] = {}
 
@@ -103,7 +105,11 @@ class FlowerEngine:
 
     def clients(self) -> list[Profile]:
         """The clients that have joined and are online; as long as they are too few for a round, it waits for others to return."""
-        return self._wait_for(self._quorum, self._patience)
+        there = self._wait_for(self._quorum, self._patience)
+        if (nodes := self._roster.nodes()) != self._noted:
+            self._noted = nodes
+            self.note(nodes)
+        return there
 
     def exchange(self, tasks: Iterable[Task]) -> Iterator[Reply]:
         """Send every task, yield replies in the order of the tasks.
@@ -270,28 +276,15 @@ def server_app(run_file: Path) -> ServerApp:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         federation = build_server(settings)
-        engine = FlowerEngine(grid, federation, _print)
+        engine = FlowerEngine(grid, federation, say)
+        tell = Teller(settings.train.rounds)
         seconds, setting = settings.rounds.longest_wait
-        _print(f"a client that does not answer within {seconds:g} s is dropped ({setting})")
+        say(f"a client that does not answer within {seconds:g} s is dropped ({setting})")
         with RunFolder.open_or_create(str(context.run_config["out"]), to_json(settings), made_with(settings)) as folder:
+            engine.note = lambda nodes: folder.events.append("nodes", None, nodes=nodes)
             engine.join(float(context.run_config["join-seconds"]))
-            summary = run(federation, folder, engine, _tell)
-        _print(f"adapter {folder.path / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}")
+            summary = run(federation, folder, engine, tell.on_event)
+        say(f"adapter {folder.path / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}")
 
     app.main()(main)
     return app
-
-
-def _tell(event: str, round: int, fields: dict[str, Any]) -> None:
-    if event == "dropped":
-        _print(f"round {round}: {fields['client']} dropped ({fields['stage']}): {fields['reason']}")
-    elif event == "warning":
-        _print(f"round {round}: {fields['client']} {fields['reason']}")
-    elif event == "round":
-        _print(f"round {round}: loss {loss_text(fields['loss'])} in {fields['seconds']:.1f} s")
-    elif event == "evaluated":
-        _print(f"round {round}: tier {fields['tier'] + 1} evaluated")
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)

@@ -1,0 +1,75 @@
+"""What `ubsmoe flower status` tells from a run's events."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from drawn_runs import write_run
+from e2e.test_cli import ubsmoe as command
+from ubsmoe.report.federation import follow, in_a_line, seconds_left, status_of, status_table, write_prometheus
+from ubsmoe.storage.events import EventLog
+from ubsmoe.storage.runfolder import EVENTS, read_run
+
+
+def deployed(folder: Path, finished: bool = False) -> Path:
+    write_run(folder, finished=finished)
+    places = [
+        {"client": f"client-{i}", "node": 70 + i, "online": i != 2, "tier": i, "examples": 40 + i} for i in range(5)
+    ]
+    with EventLog(folder / EVENTS) as log:
+        log.append("nodes", None, nodes=places)
+    return folder
+
+
+def test_a_status_tells_nodes_work_and_drops(tmp_path: Path) -> None:
+    status = status_of(read_run(deployed(tmp_path / "run")), [])
+    first, _, away, _, never = status.clients
+    assert (first.client, first.node, first.online, first.tier, first.last_round) == ("client-0", "70", True, 1, 3)
+    assert (first.counted, first.dropped, first.seconds, away.online) == (3, 0, 0.2, False)
+    assert (never.counted, never.dropped, never.why) == (0, 3, "round 3, deadline: answered < too late")
+    assert in_a_line(status).startswith("round 3 of 3, 4 of 5 clients online, loss 0.3333, accuracy 77.5%, about ")
+    console = Console(width=100, record=True)
+    console.print(status_table(status, 100))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 100 and any("client-2" in line and "away" in line for line in lines)
+
+
+def test_time_left_is_the_mean_of_the_last_five_rounds() -> None:
+    ends = [0, 100, 110, 120, 130, 140, 150]
+    events = [
+        {"event": "round", "round": i + 1, "time": f"2026-01-01T00:{s // 60:02}:{s % 60:02}+00:00"}
+        for i, s in enumerate(ends)
+    ]
+    assert seconds_left(events, 9) == 2 * 10
+    assert seconds_left(events[:1], 9) == 0
+
+
+def test_following_shows_every_change_until_the_end(tmp_path: Path) -> None:
+    running = status_of(read_run(deployed(tmp_path / "a")), [])
+    ended = status_of(read_run(deployed(tmp_path / "b", finished=True)), [])
+    looks, shown = iter([running, running, ended]), []
+    follow(lambda: next(looks), shown.append, lambda: None)
+    assert shown == [running, ended]
+
+
+def test_the_verb_finds_the_run_of_an_app_and_prints_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    app, run = tmp_path / "app", deployed(tmp_path / "out")
+    app.mkdir()
+    assert command(monkeypatch, "flower", "status", app) == 2
+    (app / "pyproject.toml").write_text(f'[tool.flwr.app.config]\nout = "{run}"\n')
+    capsys.readouterr()
+    assert command(monkeypatch, "flower", "status", app, "--json") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["round"] == 3 and json.loads(line)["clients"][0]["planned_bytes"] > 0
+
+
+def test_prometheus_gets_gauges_of_run_and_clients(tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client", reason="needs the extra prometheus")
+    write_prometheus(status_of(read_run(deployed(tmp_path / "run")), []), tmp_path / "ubsmoe.prom")
+    said = (tmp_path / "ubsmoe.prom").read_text()
+    assert "ubsmoe_round 3.0" in said and 'ubsmoe_client_online{client="client-2"} 0.0' in said
