@@ -288,12 +288,10 @@ class SparseModel:
         given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
         mask, inputs = given.get("attention_mask"), given.get("input_ids")
         inputs = given.get("inputs_embeds") if inputs is None else inputs
-        # in a decoding step the mask covers the cache too
-        mask = (
-            mask[:, -inputs.shape[1] :] if isinstance(mask, Tensor) and mask.dim() == 2 and inputs is not None else None
-        )
-        if mask is not None and mask.all():
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or inputs is None or mask[:, -inputs.shape[1] :].all():
             mask = None
+        else:  # in a decoding step the mask covers the cache too
+            mask = mask[:, -inputs.shape[1] :]
         real, read = positions(mask), positions(self._keep)
         # they stay beyond the forward pass, for layers that run again in the backward pass
         for layer in self.layers:
