@@ -12,6 +12,7 @@ import torch
 
 from ubsmoe.client.node_config import EXPERTS, SECURE_STEPS, UNSIGNED, NodeConfig
 from ubsmoe.client.node_config import TRAIN as SECURE_TRAIN
+from ubsmoe.client.task_checks import REFUSED, checking_tasks
 from ubsmoe.client.train import ClientFailure, Trainer, make_trainer, train
 from ubsmoe.config import ConfigError, RunSettings
 from ubsmoe.costs.workload import ExpertFormat, NamedFormat
@@ -52,7 +53,7 @@ class Machine:
         if experts not in self._trainers:
             settings, model = self.settings, self._bases(experts)
             check_sha256(settings.model, model.sha256)
-            method = chosen_method(settings, shape_of_model(settings, model))
+            method = checking_tasks(chosen_method(settings, shape_of_model(settings, model)))
             self._trainers[experts] = make_trainer(settings, model, method, self._bases.tokenizer, model.sha256)
         return self._trainers[experts]
 
@@ -125,11 +126,13 @@ class Node:
 
         Raises:
             ConfigError: if the client is not one of this node's.
-            ClientFailure: if training fails.
+            ClientFailure: if training fails, or the task is none that this run's server sends.
         """
         client = task.profile.client
         if client not in self._examples:
             raise ConfigError(f"client {client!r} is not on this machine, which has {', '.join(self._examples)}")
+        if task.profile.tier >= len(self._settings.tiers.budgets):
+            raise ClientFailure(f"{REFUSED}tier {task.profile.tier}, there are {len(self._settings.tiers.budgets)}")
         try:
             return train(self._machine.trainer(task.profile.experts), task, self._examples[client])
         except (MemoryError, torch.OutOfMemoryError) as error:

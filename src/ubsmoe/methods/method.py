@@ -198,9 +198,9 @@ class Method:
     the bytes of a client's tensors, at most where they vary, `side_elements` the float32 numbers of a side factor. `weigh`
     gives the weights by which `aggregate` averages adapters, so that a client can add its part to a sum; a method that needs
     more than sums refuses `secure_aggregation`. `ranges` says where the values of an extra lie, by its name or by what its name
-    begins with; an update outside is dropped. `validate_update` says what else is wrong with the values of an update whose
-    names and shapes are right, or nothing. `skipped` says what stands for skipped experts, and costs; `calibration` what the
-    server fits.
+    begins with; an update outside is dropped, and a machine refuses a task outside. `validate_update` says what else is wrong
+    with the values of an update whose names and shapes are right, or nothing. `skipped` says what stands for skipped experts,
+    and costs; `calibration` what the server fits.
     """
 
     name: str
@@ -229,11 +229,15 @@ class Method:
 
     def fault(self, update: Update) -> str | None:
         """What is wrong with the values of an update whose names and shapes are right; None if nothing is."""
-        for name, value in update.extras.items():
+        return self.out_of_range(update.extras) or self.validate_update(update)
+
+    def out_of_range(self, extras: Tensors) -> str | None:
+        """Which of these, up or down, lies outside its range; None if none does."""
+        for name, value in extras.items():
             low, high = self.extras_range(name)
-            if not bool(((value >= low) & (value <= high)).all()):
+            if (low, high) != (-math.inf, math.inf) and not bool(((value >= low) & (value <= high)).all()):
                 return f"{name} reaches from {value.min():g} to {value.max():g}, expected {low:g} to {high:g}"
-        return self.validate_update(update)
+        return None
 
     def varies_top_k(self, shape: RunShape) -> bool:
         """Whether a tier's budget sets its experts per token under this method."""

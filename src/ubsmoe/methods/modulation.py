@@ -77,6 +77,8 @@ def with_modulation(method: Method, shape: RunShape, settings: Modulation) -> Me
     if settings.phi_min >= settings.phi_max:
         raise ValueError(f"dmr.phi_min must be below dmr.phi_max, got {settings.phi_min} and {settings.phi_max}")
     trained, size = settings.phi == "trained", (shape.num_layers, shape.num_experts)
+    beyond = (settings.phi_max - settings.phi_min) / 2  # the penalty begins at the range's ends, it does not stop there
+    ends = min(settings.phi_min, -1.0) - beyond, max(settings.phi_max, 1.0) + beyond
 
     def start(adapter: dict[str, Tensor]) -> State:
         return method.start(adapter).having(ModulationState(torch.zeros(size), torch.zeros(size)))
@@ -115,13 +117,15 @@ def with_modulation(method: Method, shape: RunShape, settings: Modulation) -> Me
         means = mean.result({"utilization": torch.zeros(size, dtype=torch.float64), "phi": before.phi.double()})
         target = routing.phi_target(means["utilization"], settings.epsilon)
         phi = routing.phi_update(means["phi"], target, settings.momentum)
-        return after.having(ModulationState(phi.float(), means["utilization"].float()))
+        phi = phi.float().clamp(
+            *ends
+        )  # the noise of [privacy] can lead a trained phi out, and machines refuse one there
+        return after.having(ModulationState(phi, means["utilization"].float()))
 
     def event(state: State) -> dict[str, Any]:
         return {**method.event(state), "phi": state.of(ModulationState).phi.tolist()}
 
     phi_size = shape.num_layers * shape.num_experts
-    beyond = (settings.phi_max - settings.phi_min) / 2  # the penalty begins at the range's ends, it does not stop there
     return replace(
         method,
         start=start,
@@ -130,6 +134,6 @@ def with_modulation(method: Method, shape: RunShape, settings: Modulation) -> Me
         aggregate=aggregate,
         event=event,
         keeps=(*method.keeps, ModulationState),
-        ranges={**method.ranges, "phi": (min(settings.phi_min, -1.0) - beyond, max(settings.phi_max, 1.0) + beyond)},
+        ranges={**method.ranges, "phi": ends},
         traffic=sending(method.traffic, down=phi_size, up=trained * phi_size),
     )
