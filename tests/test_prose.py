@@ -13,8 +13,7 @@ import pytest
 from documents import FENCE, PAGES, ROOT
 
 HISTORY = {ROOT / "docs/log.md", ROOT / "docs/changelog.md"}
-BEING_REWRITTEN = {ROOT / "README.md", ROOT / "docs/compensation.md"}
-CHECKED = [page for page in PAGES if page not in HISTORY | BEING_REWRITTEN]
+CHECKED = [page for page in PAGES if page not in HISTORY]
 MOST_WORDS = 40
 
 FORBIDDEN = {  # what is not said: what is said instead

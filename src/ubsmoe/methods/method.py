@@ -122,8 +122,7 @@ class RunShape:
     `attention` that attention projections have LoRA too. `mean` makes the running mean that methods average with: plain, or
     Byzantine-robust. `weigh` gives the weights of that mean to methods that have none of their own.
     `side_rank` is the most directions that all rounds of the run can fold into a side factor, None for no bound. `top_ks` are the K
-    in use, 0 for a budget below one expert; with `elastic` budgets a client may run any of them up to its own. `rank_at_budget`: a
-    method that varies the rank varies K too, so that a tier trains and answers at its own cost.
+    in use, 0 below one expert; with `elastic` a client may run any up to its own. `rank_at_budget`: rank varies, and K with it.
     """
 
     num_layers: int
@@ -159,9 +158,8 @@ class Calibration:
 class Hooks:
     """What a method does inside a client's step.
 
-    `before_training` sees the client's examples in batches before the first step. `penalties` are added to the loss of every
-    micro-batch; `before_step` runs between backward and the optimiser's step;
-    `parameters` are trained beside the adapter; `extras` is read when training ends and travels in Update.extras. On a model
+    `before_training` sees the client's examples in batches. `penalties` are added to the loss of every micro-batch;
+    `before_step` runs between backward and the optimiser's step; `parameters` are trained beside the adapter; `extras` is read when training ends and travels in Update.extras. On a model
     without numbers (the meta device) installing must work too: that is how a server learns what an update looks like.
     """
 
@@ -235,7 +233,7 @@ class Method:
         """Which of these, up or down, lies outside its range; None if none does."""
         for name, value in extras.items():
             low, high = self.extras_range(name)
-            if (low, high) != (-math.inf, math.inf) and not bool(((value >= low) & (value <= high)).all()):
+            if (low, high) != (-math.inf, math.inf) and not ((value >= low) & (value <= high)).all():
                 return f"{name} reaches from {value.min():g} to {value.max():g}, expected {low:g} to {high:g}"
         return None
 
