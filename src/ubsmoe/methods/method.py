@@ -160,8 +160,7 @@ class Hooks:
 
     `before_training` sees the client's examples in batches. `penalties` are added to the loss of every micro-batch; `before_step`
     runs between backward and the optimiser's step; `parameters` are trained beside the adapter; `extras` is read when training ends
-    and travels in Update.extras. On a model without numbers (the meta device) installing must work too: that is how a server
-    learns what an update looks like.
+    and travels in Update.extras. Installing must work on the meta device too: so a server learns what an update looks like.
     """
 
     before_training: list[Callable[[Iterator[Mapping[str, Tensor]]], None]] = field(default_factory=list)
