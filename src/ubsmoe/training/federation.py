@@ -102,10 +102,9 @@ class Federation:
             raise UserError(
                 f"all {run.done} rounds are done (train.rounds); for more of them: run(more_rounds=...) or train(...)"
             )
-        self._events.clear()
         run.round()
         self._finish_if_done(run)
-        return next(event for event in self._events if event["event"] == "round")
+        return next(event for event in list(self._new_events()) if event["event"] == "round")
 
     def run(self, more_rounds: int = 0) -> Iterator[Event]:
         """Train the rounds that are left, round by round, then write adapter and summary.
