@@ -34,7 +34,7 @@ def measure(keep: bool) -> dict[str, float]:
         "data.synthetic.train_examples": 800,
         "data.synthetic.test_examples": 8,
     }
-    federation = build_federation(load_run(ROOT / "runs" / "quickstart.toml", changes))
+    federation = build_federation(load_run(ROOT / "runs" / "study" / "small.toml", changes))
     state, times = start_state(federation), {}
     for repeat in range(REPEATS + 1):
         for profile in federation.clients[:4]:

@@ -37,7 +37,7 @@ from ubsmoe.server.rounds import evaluate_tier, one_round
 from ubsmoe.server.start import start_state
 
 LIARS = ("client-3", "client-7")  # of client-0 to client-9; both in the top tier, and all of it
-TESTBED = Path(__file__).parents[1] / "runs" / "quickstart.toml"
+TESTBED = Path(__file__).parents[1] / "runs" / "study" / "small.toml"
 RESULTS = Path(__file__).with_name("results") / "attacks.jsonl"
 HONEST, ATTACKED = 20, 3
 CHANGES = {

@@ -3,7 +3,7 @@
     python bench/honest.py [--rounds 3] [--methods fedavg,flame] [--out FILE]
 
 First, for every run file of runs/ whose data are on this machine: the most examples of a client over the clients' median. Then, for
-methods of all kinds on runs/quickstart.toml and runs/tiers.toml: the largest size of a tensor's change over the median of the
+methods of all kinds on runs/study/small.toml and runs/tiers.toml: the largest size of a tensor's change over the median of the
 round's first clients (server/peers.py), and how many updates the defaults drop, which must be none.
 """
 

@@ -28,7 +28,7 @@ from ubsmoe.server.privacy import spent
 from ubsmoe.server.rounds import evaluate_tier, one_round
 from ubsmoe.server.start import noise_key, start_state
 
-TESTBED = Path(__file__).parents[1] / "runs" / "quickstart.toml"
+TESTBED = Path(__file__).parents[1] / "runs" / "study" / "small.toml"
 RESULTS = Path(__file__).with_name("results") / "privacy.jsonl"
 CHANGES = {
     "clients.count": 128,

@@ -36,7 +36,7 @@ def pretraining_questions() -> dict[str, list[Example]]:
 
 def base_losses(mode: str) -> dict[str, float]:
     """Nats per answer token of the untrained base, by K."""
-    federation = build_federation(load_run(ROOT / "runs" / "quickstart.toml", {**CHANGES, "tiers.rescale": mode}))
+    federation = build_federation(load_run(ROOT / "runs" / "study" / "small.toml", {**CHANGES, "tiers.rescale": mode}))
     settings = federation.settings
     questions = prepare(pretraining_questions(), federation.tokenizer, settings.data, settings.evaluate)
     losses = {}
@@ -51,7 +51,7 @@ def base_losses(mode: str) -> dict[str, float]:
 def trained_losses(mode: str, seed: int) -> dict[str, float]:
     """Nats per answer token of each tier after a short naive run on a new world, and accuracy."""
     changes = {**CHANGES, "tiers.rescale": mode, "seed": seed}
-    federation = build_federation(load_run(ROOT / "runs" / "quickstart.toml", changes))
+    federation = build_federation(load_run(ROOT / "runs" / "study" / "small.toml", changes))
     state, engine = start_state(federation), LocalEngine(federation.trainer, federation.examples, federation.clients)
     for number in range(1, federation.settings.train.rounds + 1):
         state = one_round(federation, engine, state, number, lambda *_, **__: None)

@@ -28,7 +28,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 MEMORY_CLAIM, FRAME_CLAIM = 1.1, 0.05
-QUICKSTART, QUICKSTART_EXAMPLES = (10, 16), 3000  # steps and batch of runs/quickstart.toml
+QUICKSTART, QUICKSTART_EXAMPLES = (10, 16), 3000  # steps and batch of runs/study/small.toml
 
 
 def one_round_of(clients: int, workers: int, steps: int, batch_size: int, examples: int) -> dict[str, Any]:
