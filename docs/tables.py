@@ -27,7 +27,7 @@ COMPARISONS = {
         ),
         "fedavg",
     ),
-    "formats_study-base": "fedavg, plain",
+    "formats_study": "fedavg, plain",
 }
 """CSV files that hold every row of one `ubsmoe compare`, and the method that the others are compared with."""
 
