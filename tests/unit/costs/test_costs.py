@@ -430,6 +430,7 @@ def test_a_cost_is_json_with_the_promised_keys():
         "budget",
         "top_k",
         "rank",
+        "experts",
         "forward_flops_per_token",
         "backward_flops_per_token",
         "train_flops_per_token",
