@@ -24,6 +24,17 @@ def printable(text: str, longest: int = 300) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)[:longest]
 
 
+def harmless(text: str, longest: int = 4000) -> str:
+    r"""What is said of somebody's file or folder: its lines stay, no other character of it acts on a terminal.
+
+    >>> print(harmless("field '\x1b[2J'\nexpected text"))
+    field '\x1b[2J'
+    expected text
+    """
+    shown = text if len(text) <= longest else f"{text[:longest]} ..."
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in shown)
+
+
 def require(module: str, extra: str, instead: str = "") -> None:
     """Check that an optional dependency is installed; nothing is imported.
 

@@ -204,6 +204,15 @@ def test_a_record_without_its_fields_is_named_by_file_and_line(
     assert "mine.jsonl" in message and "2" in message and "completion" in message
 
 
+def test_a_refusal_shows_what_a_file_says_and_no_terminal_obeys_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tiny_run: dict, write_toml: WriteToml, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"\x1b[2J\x07": 1, **dict.fromkeys(map(str, range(9000)), 1)}))
+    assert ubsmoe(monkeypatch, "run", write_toml(with_overrides(tiny_run, {"data.train": "mine.jsonl"}))) == 2
+    said = capsys.readouterr().err
+    assert r"it has \x1b[2J\x07, 0, 1," in said and "\x1b" not in said and len(said) < 5000
+
+
 def test_a_dense_model_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: Any,

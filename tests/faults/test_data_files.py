@@ -149,6 +149,38 @@ def test_a_shard_that_is_missing_or_of_another_split_is_named(tmp_path: Path, to
         read_folder(shards(tmp_path / "b", "train-00000-of-00001", "test-00000-of-00001"), tokenizer)
 
 
+def test_shards_of_two_data_sets_in_one_folder_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+    """Left behind by an upload that was repeated: both would count."""
+    names = ("train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002")
+    with pytest.raises(ConfigError, match="holds shards of 00001 and 00002 of train; remove those of the older"):
+        read_folder(shards(tmp_path / "a", *names), tokenizer)
+
+
+def test_a_link_to_nothing_is_no_file_less_and_one_to_a_folder_is_read(tmp_path: Path, tokenizer: Any) -> None:
+    folder = shards(tmp_path / "real", "mine")
+    (tmp_path / "linked").symlink_to(folder)
+    assert len(read_folder(tmp_path / "linked", tokenizer)) == 1
+    (folder / "more.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(ConfigError, match=r"more\.jsonl is a link to a file that is not there"):
+        read_folder(folder, tokenizer)
+
+
+@pytest.mark.parametrize("task", ["macro", "a\x1b[2Jb", "two\nlines"])
+def test_a_task_that_would_hide_the_mean_or_act_on_a_terminal_is_refused(
+    task: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b", "task": task}))
+    with pytest.raises(ConfigError, match=r"a\.jsonl line 1: the task is called '.*'; expected printable"):
+        read_file(tmp_path / "a.jsonl", tokenizer)
+
+
+def test_a_candidate_that_is_listed_twice_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    record = {"prompt": "a", "completion": "b", "answer": "b", "candidates": ["b", "c", "b"]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="line 1: field 'candidates' has a text twice"):
+        read_file(tmp_path / "a.jsonl", tokenizer)
+
+
 # C11: answers longer than data.max_length
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import typer
 
 from ubsmoe.cli.app import app
-from ubsmoe.errors import UserError
+from ubsmoe.errors import UserError, harmless
 
 # importing a module adds its verbs, here in the order of the help page
 # isort: off
@@ -34,5 +34,5 @@ def _exit_codes() -> Iterator[None]:
     except (UserError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             raise
-        typer.echo(f"ubsmoe: {error}", err=True)
+        typer.echo(f"ubsmoe: {harmless(str(error))}", err=True)
         sys.exit(2)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ubsmoe.config import ConfigError
-from ubsmoe.errors import require
+from ubsmoe.errors import printable, require
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz", ".parquet")
 NOTES = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
@@ -40,17 +40,23 @@ def stem(name: str) -> str:
 
 
 def record_files(folder: Path) -> list[Path]:
-    """The record files of a folder, in the order of their names. Raises ConfigError if a shard is missing or splits are mixed."""
-    paths = sorted(
+    """The record files of a folder, in the order of their names. Raises ConfigError if one is missing or sets are mixed."""
+    named = [
         path for path in folder.iterdir()
-        if path.name.endswith(SUFFIXES) and path.is_file() and not path.name.startswith(".") and path.name not in NOTES
-    )  # fmt: skip
+        if path.name.endswith(SUFFIXES) and not path.name.startswith(".") and path.name not in NOTES
+    ]  # fmt: skip
+    if nowhere := sorted(path for path in named if not path.exists()):
+        raise ConfigError(f"{nowhere[0]} is a link to a file that is not there; copy the file, or remove the link")
+    paths = sorted(path for path in named if path.is_file())
     shards: dict[str, list[tuple[int, int]]] = {}
     for path in paths:
         if found := _SHARD.search(_without_suffix(path.name)):
             shards.setdefault(stem(path.name), []).append((int(found[1]), int(found[2])))
     for name, numbers in shards.items():
         there, count = {number for number, _ in numbers}, max(count for _, count in numbers)
+        if len(sizes := sorted({size for _, size in numbers})) > 1:
+            sets = " and ".join(f"{size:05d}" for size in sizes)
+            raise ConfigError(f"{folder} holds shards of {sets} of {name}; remove those of the older data set")
         if missing := [number for number in range(count) if number not in there]:
             raise ConfigError(f"{folder} lacks shard {missing[0]:05d} of {count:05d} of {name}; copy all of them")
     if len(splits := sorted(SPLITS & shards.keys())) > 1:
@@ -120,8 +126,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         names = parquet.read_schema(path).names
         rows = parquet.read_table(path).to_pylist() if len(set(names)) == len(names) else []
-    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are among these
-        raise ConfigError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, NotImplementedError, ArithmeticError) as error:  # pyarrow's own are among these
+        raise ConfigError(f"{path} cannot be read as Parquet: {printable(str(error))}") from None
     _once(names, str(path))
     for number, row in enumerate(rows, 1):
         yield f"{path} row {number}", {name: value for name, value in row.items() if value is not None}

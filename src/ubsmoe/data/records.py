@@ -113,7 +113,7 @@ def _example(record: Any, where: str, name: str, tokenizer: "PreTrainedTokenizer
     else:
         prompt, completion = _pair(record, where)
     candidates = _listed(record, where) or _candidates(prompt)
-    task = _text(record, "task", where, optional=True) or _infer_task(name, candidates)
+    task = _task(_text(record, "task", where, optional=True) or _infer_task(name, candidates), where)
     answer = _answer(record, completion, candidates, where)
     if not answer:
         candidates = ()  # nothing says which one is right, so the completion is free text
@@ -188,6 +188,8 @@ def _listed(record: dict[str, Any], where: str) -> tuple[str, ...]:
         return ()
     if not isinstance(listed, list) or len(listed) < 2 or not all(isinstance(one, str) and one for one in listed):
         raise ConfigError(f"{where}: field 'candidates' must be a list of two or more texts, got {listed!r}")
+    if len({*listed}) < len(listed):
+        raise ConfigError(f"{where}: field 'candidates' has a text twice, in {listed!r}; expected different ones")
     return tuple(_plain(one, "candidates", where) for one in listed)
 
 
@@ -210,6 +212,15 @@ def _answer(record: dict[str, Any], completion: str, candidates: tuple[str, ...]
     if candidates and answer not in candidates:
         raise ConfigError(f"{where}: field 'answer' is {answer!r}, expected one of {', '.join(candidates)}")
     return answer
+
+
+def _task(name: str, where: str) -> str:
+    """A task's name, which tables and terminals show."""
+    if name == "macro" or not name.isprintable():
+        raise ConfigError(
+            f"{where}: the task is called {name!r}; expected printable characters, and not 'macro', the mean over tasks"
+        )
+    return name
 
 
 def _infer_task(name: str, candidates: tuple[str, ...]) -> str:

@@ -76,8 +76,8 @@ PRIVATE = {
     "rounds.quorum": 0.0,
     "train.rounds": 3,
     "train.local_steps": 1,
-    "evaluate.max_examples": 1,
-    "evaluate.max_new_tokens": 1,
+    "evaluate.before": False,
+    "evaluate.after": False,
 }
 
 

@@ -18,7 +18,8 @@ from ubsmoe.study.alignment import fixed_batch, layer_signals, probe_run
 
 
 def federation_of(tiny_run: dict[str, Any], **changes: Any) -> Federation:
-    return build_federation(parse_run(with_overrides(tiny_run, changes)))
+    unscored = {"evaluate.before": False, "evaluate.after": False}
+    return build_federation(parse_run(with_overrides(tiny_run, unscored | changes)))
 
 
 def finished(federation: Federation, folder: Path) -> Path:
@@ -79,7 +80,8 @@ def test_only_kept_states_can_be_probed(tiny_run: dict[str, Any], tmp_path: Path
 
 
 def test_what_cannot_be_probed_is_refused(tiny_run: dict[str, Any], tmp_path: Path) -> None:
-    folder = finished(federation_of(tiny_run, **{"method.name": "hfedmoe"}), tmp_path / "hfedmoe")
+    short = {"method.name": "hfedmoe", "train.rounds": 1, "train.local_steps": 1}
+    folder = finished(federation_of(tiny_run, **short), tmp_path / "hfedmoe")
     with pytest.raises(ConfigError, match="hfedmoe selects the experts that learn"):
         next(probe_run(folder))
     settings = federation_of(tiny_run).settings
