@@ -91,9 +91,11 @@ def rounds(folder: Path) -> int:
     return sum(json.loads(line)["event"] == "round" for line in lines)
 
 
+@pytest.mark.thorough
 def test_a_server_app_that_was_killed_goes_on_to_the_same_adapter(
     acting_run: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
 ) -> None:
+    """One more federation of servers; the same resume in this process: test_same_bits.py."""
     table = acting_run | {"tiers": {"budgets": [0.5, 1.0], "ranks": [1, 2]}}
     run_file, app = write_toml(table), tmp_path / "app"
     changes = {"train.rounds": 3, "evaluate.max_examples": 1, "model.dtype": "bfloat16"}

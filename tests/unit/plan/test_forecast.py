@@ -81,7 +81,7 @@ def test_the_flops_of_a_round_are_those_torch_counts(tiny_run: dict[str, Any], c
     ],
 )
 def test_bytes_are_those_of_the_events(tiny_run: dict[str, Any], tmp_path: Path, changes: dict[str, Any]) -> None:
-    settings = settings_of(tiny_run, **changes)
+    settings = settings_of(tiny_run, **changes, **{"evaluate.before": False, "evaluate.after": False})
     federation, plan = build_federation(settings), forecast(settings, flops_per_second=1e9)
     with RunFolder.open_or_create(tmp_path / "run", to_json(settings)) as folder:
         run(
