@@ -71,7 +71,7 @@ def status_command(
         Path | None, typer.Option(help="also write a file for the textfile collector of Prometheus' node exporter")
     ] = None,
 ) -> None:
-    """Show who is there, what each client did last, and how far the run is.
+    """Show the nodes, their last round and the progress.
 
     Reads the run folder that the server writes, so it needs no connection.
     """

@@ -55,7 +55,7 @@ def check_command(
     base: Annotated[str, typer.Argument(help="the base it is for, as model.base takes it", show_default=False)],
     json_: AsJson = False,
 ) -> None:
-    """Try an adapter on its base: does it arrive, and do the same merged and in PEFT?
+    """Check that an adapter takes effect on its base.
 
     Prints what it found, then one sentence per failure; exit code 2 if there is one.
     """

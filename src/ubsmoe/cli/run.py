@@ -62,7 +62,7 @@ def run_command(
         Path | None, typer.Option("--from", help="begin where this finished run ended, server state and all")
     ] = None,
 ) -> None:
-    """Fine-tune across clients; resume where an existing run stopped, or let it go on."""
+    """Fine-tune across clients, or resume a run."""
     place, changes = out or _place_of(run_file), overrides(set_)
     if from_:
         changes["adapter.start"] = str(from_.absolute())

@@ -34,6 +34,7 @@ def adds(a: Float[Tensor, "M r in"], b: Float[Tensor, "M out r"]) -> Bool[Tensor
 def untouched(adapter: Mapping[str, Tensor]) -> Untouched:
     """The experts that an adapter leaves as they are; matrices of which it changes every expert are left out.
 
+    >>> import torch
     >>> a, b = torch.ones(3, 1, 2), torch.ones(3, 4, 1)
     >>> b[1] = 0
     >>> untouched({"layers.0.up.A": a, "layers.0.up.B": b})

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, ValidationError, validate_call
 
 from ubsmoe.config.plug_ins import load
 from ubsmoe.errors import UserError
+from ubsmoe.methods import table
 from ubsmoe.methods.table import METHODS as METHODS
 from ubsmoe.methods.table import PARTS, check_names
 
@@ -62,7 +63,7 @@ def _composed(name: str, shape: "RunShape", own: dict[str, Any], parts: dict[str
         "pg": with_pseudo_gradient,
         "compensation": with_compensation,
     }
-    known = name in METHODS
+    known = name in table.METHODS
     builder = getattr(import_module(f"ubsmoe.methods.{name}"), name) if known else load(name, "method.name")
     taken = {key: part for key, part in parts.items() if key in signature(builder).parameters}
     checked = validate_call(config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))(builder)

@@ -54,8 +54,8 @@ class Score:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
-        """Everything but the answers."""
-        return {name: value for name, value in asdict(self).items() if name != "answers"}
+        """Everything but the answers, and the numbers of plug-ins where there are none."""
+        return {name: value for name, value in asdict(self).items() if name != "answers" and value != {}}
 
 
 def prepare(
@@ -184,12 +184,12 @@ def _right_answers(example: Example) -> tuple[str, ...]:
 
 def _macro(scores: Sequence[Score]) -> Score:
     """The unweighted mean over tasks; the number of examples is their sum."""
-    columns = {name: [score.figures()[name] for score in scores] for name in scores[0].figures()}
+    columns = {name: [score.figures().get(name) for score in scores] for name in scores[0].figures()}
     means = {
         name: None if None in values else statistics.fmean(values)
         for name, values in columns.items()
-        if name not in ("examples", "answers", "metrics")
+        if name not in ("examples", "metrics")
     }
-    own = {name: [one[name] for one in columns["metrics"] if name in one] for name in columns["metrics"][0]}
-    metrics = {name: statistics.fmean(values) for name, values in own.items()}
+    names = [name for score in scores[:1] for name in score.metrics]
+    metrics = {name: statistics.fmean(one.metrics[name] for one in scores if name in one.metrics) for name in names}
     return Score(examples=sum(columns["examples"]), metrics=metrics, **means)  # type: ignore[arg-type]

@@ -150,7 +150,7 @@ def test_warm_up_evens_out_the_use_of_experts_and_touches_routers_alone() -> Non
 @pytest.mark.parametrize(
     ("changes", "arguments", "sentence"),
     [
-        ({"attention_bias": True}, {}, "attention_bias, for which a mixture"),
+        ({"attention_bias": True}, {}, "attention_bias, which a mixture"),
         ({"mlp_bias": True}, {}, "mlp_bias"),
         ({}, {"top_k": 6}, "--top-k in 1..experts, got 5 and 6"),
         ({}, {"drop": 1.0}, "--drop"),

@@ -17,7 +17,7 @@ from ubsmoe.model.quantised import format_of
 from ubsmoe.plan.forecast import forecast
 from ubsmoe.plan.tiers import run_costs
 from ubsmoe.server.federation import Federation, assign_tier, build_federation
-from ubsmoe.server.rounds import run
+from ubsmoe.server.run import run
 from ubsmoe.server.start import start_state
 from ubsmoe.storage.runfolder import RunFolder, read_run
 

@@ -35,12 +35,12 @@ def node(machine: Machine) -> Node:
 
 
 def task_of(machine: Machine, change: Callable[[Payload], object] = lambda sent: None, **claims: int) -> Task:
-    method = machine.trainer.method
-    fresh = machine.trainer.model.fresh_adapter(8, torch.Generator(), shared_a=True)
+    method = machine.trainer(None).method
+    fresh = machine.trainer(None).model.fresh_adapter(8, torch.Generator(), shared_a=True)
     sent = method.dispatch(method.start(fresh), PROFILE)
     sent = {name: value.clone() for name, value in sent.items()}
     change(sent)
-    return Task(1, replace(PROFILE, **claims), sent, "run", machine.trainer.base_sha256)
+    return Task(1, replace(PROFILE, **claims), sent, "run", machine.trainer(None).base_sha256)
 
 
 PROFILE = Profile("client-0", 1, 1.0, 4, 8, 4)
@@ -62,7 +62,7 @@ def test_a_task_that_no_honest_server_sends_is_refused(name: str, machine: Machi
     change, claims, sentence = SPOILT[name]
     with pytest.raises(ClientFailure, match=f"^the server's task is refused: .*{sentence}"):
         node.answer("train", encode_task(task_of(machine, change, **claims)))
-    assert not machine.trainer.model.adapter
+    assert not machine.trainer(None).model.adapter
 
 
 def test_an_honest_one_is_carried_out(machine: Machine, node: Node) -> None:

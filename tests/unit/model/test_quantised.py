@@ -101,7 +101,8 @@ def test_quantised_weights_are_no_place_to_merge_into(tmp_path):
     for _, experts in find_blocks(model):
         quantise_in_place(experts, matrix_names(experts), "nf4")
     sparse = SparseModel(model)
-    sparse.load_adapter(sparse.fresh_adapter(2, torch.Generator().manual_seed(0), shared_a=True), 4.0)
+    fresh = sparse.fresh_adapter(2, torch.Generator().manual_seed(0), shared_a=True)
+    sparse.load_adapter({name: value + 0.01 for name, value in fresh.items()}, 4.0)  # an adapter of zeros is no export
     installed, origin = read_installed(sparse), Origin(ModelSettings(base="tiny", experts="nf4"), "0" * 64, "fedavg")
     with pytest.raises(UserError, match="with quantised experts; use `ubsmoe export RUN --format merged`"):
         write(sparse, None, installed, origin, "merged", tmp_path / "out")
