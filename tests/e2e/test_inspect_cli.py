@@ -38,10 +38,10 @@ def test_a_report_shows_the_last_scores_and_the_noted_costs(
     page = out.read_text(encoding="utf-8")
     assert capsys.readouterr().out == f"{out}\n"
     assert page.startswith("<!doctype html>") and page.count('<td data-value="5.0">5.00</td>') == 1
-    rows = re.findall(
-        r"<tr><td>fedavg</td>.*?</tr>", page[page.index("Mean over tasks") : page.index("Per task")], re.S
-    )
-    assert [float(re.findall(r'data-value="([^"]+)"', row)[3]) for row in rows] == pytest.approx([70, 75, 80, 85])
+    assert re.findall('<strong class="accuracy">(.*?)</strong>', page) == ["70.0", "75.0", "80.0", "85.0"]
+    assert ubsmoe(monkeypatch, "report", run, "--out", out) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert ubsmoe(monkeypatch, "report", run, "--out", out, "--overwrite") == 0
 
 
 def test_watching_prints_every_event_of_a_run_once(

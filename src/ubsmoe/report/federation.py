@@ -123,9 +123,9 @@ def status_table(status: Status, width: int) -> Table:
     """A row per client; the last reason only where the terminal has room for it."""
     wide = width >= 110
     words = ["client", "node", "state"]
-    table = empty_table(in_a_line(status), ("tier", "examples", "round", "s", "counted", "drops", "GB"), words=words)
+    table = empty_table(in_a_line(status), ("tier", "examples", "round", "s", "done", "drops", "MB"), words=words)
     table.padding = (0, 1, 0, 0)
-    table.caption = "round, s: of the last update that counted; GB: planned peak of memory"
+    table.caption = "round, s: of the last update that counted; done: updates that counted; MB: planned peak of memory"
     if wide:
         table.add_column("last drop", overflow="ellipsis", no_wrap=True, max_width=width - 76)
     for one in status.clients:
@@ -138,7 +138,7 @@ def status_table(status: Status, width: int) -> Table:
             "–" if one.seconds is None else f"{one.seconds:.3g}",
             str(one.counted),
             str(one.dropped),
-            "–" if one.planned_bytes is None else f"{one.planned_bytes / 1e9:.2g}",
+            "–" if one.planned_bytes is None else f"{one.planned_bytes / 1e6:.0f}",
             *([printable(one.why, 200)] if wide else []),
         )
     return table

@@ -331,8 +331,24 @@ def test_a_private_round_has_no_loss_to_tell(capsys: Any) -> None:
     tell("round", 1, {"loss": None, "seconds": 1.0})
     tell("round", 2, {"loss": 0.5, "seconds": 1.0})
     assert [line.split("loss ")[1] for line in capsys.readouterr().out.splitlines()] == [
-        "– in 1.0 s",
-        "0.5000 in 1.0 s",
+        "– in 1.0 s, 0 updates",
+        "0.5000 in 1.0 s, 0 updates",
+    ]
+
+
+def test_the_stream_tells_drops_accuracy_and_the_time_left(capsys: Any) -> None:
+    now = iter([0.0, 10.0, 400.0])
+    tell = Teller(4, lambda: next(now)).on_event
+    tell("client", 1, {})
+    tell("dropped", 1, {"client": "b", "stage": "deadline", "reason": "late"})
+    tell("round", 1, {"loss": 0.5, "seconds": 9.0})
+    tell("evaluated", 1, {"tier": 2, "top_k": 4, "scores": {"macro": {"accuracy": 0.25}}})
+    tell("round", 2, {"loss": 0.25, "seconds": 390.0})
+    assert capsys.readouterr().out.splitlines() == [
+        "round 1/4: b dropped (deadline): late",
+        "round 1/4: loss 0.5000 in 9.0 s, 1 updates, 1 dropped, about 30 s left",
+        "round 1/4: tier 3 (K=4) accuracy 25.0%",
+        "round 2/4: loss 0.2500 in 390.0 s, 0 updates, about 7 min left",
     ]
 
 

@@ -33,7 +33,7 @@ IDLE_SECONDS = 600  # how long a resident process stays without work
 STOP_SECONDS = 10.0
 LOOK_SECONDS = 0.5
 SUPERLINK = "superlink"
-COMPLETED = "finished:completed"  # what Flower calls the status of a run that did not fail
+FAILED = ("finished:failed", "finished:stopped")  # what Flower calls the status of a run that came to nothing
 
 
 class FlowerFailure(UserError):
@@ -87,7 +87,7 @@ class LocalFederation:
         if process.returncode:
             raise FlowerFailure(f"flwr run failed; see above, and the logs in {self.home}")
         last = max(self.flwr("list")["runs"], key=lambda run: str(run["pending-at"]), default={"status": "unknown"})
-        if last["status"] != COMPLETED:  # flwr run itself ends with 0
+        if last["status"] in FAILED:  # flwr run itself ends with 0
             raise FlowerFailure(
                 f"the run ended as {last['status']!r}; the lines above say why, or {self.home}/superlink.log"
             )

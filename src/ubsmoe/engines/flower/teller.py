@@ -23,7 +23,9 @@ class Teller:
     def on_event(self, event: str, round: int, fields: dict[str, Any]) -> None:
         """One event of the run, after it was written."""
         where = f"round {round}/{self._rounds}"
-        if event == "resumed":
+        if event == "started":
+            self._began = self._clock()  # not before: nodes are waited for
+        elif event == "resumed":
             self._first = round
             say(f"goes on after round {round} of {self._rounds}")
         elif event == "client":
@@ -43,7 +45,9 @@ class Teller:
         each = (self._clock() - self._began) / max(round - self._first, 1)
         left = each * (self._rounds - round)
         lost = f", {self._dropped} dropped" if self._dropped else ""
-        ahead = f", about {left / 60:.0f} min left" if left >= 120 else f", about {left:.0f} s left" if left else ""
+        ahead = (
+            f", about {left / 60:.0f} min left" if left >= 120 else f", about {left:.0f} s left" if left >= 1 else ""
+        )
         say(
             f"{where}: loss {loss_text(fields['loss'])} in {fields['seconds']:.1f} s, {self._counted} updates{lost}{ahead}"
         )
