@@ -65,7 +65,7 @@ def test_a_private_run_tells_no_loss_and_every_reader_of_its_events_shows_it(
     assert "round 2/2  loss –" in capsys.readouterr().out
     assert ubsmoe(monkeypatch, "report", out, "--watch") == 0
     assert "round 2/2  loss –" in capsys.readouterr().out
-    assert ubsmoe(monkeypatch, "report", out) == 0
+    assert ubsmoe(monkeypatch, "report", out, "--out", tmp_path / "report.html") == 0
 
 
 def test_a_finished_run_can_be_scored_again(
@@ -268,8 +268,8 @@ def test_a_run_folder_of_other_settings_is_refused(
     assert ubsmoe(monkeypatch, "run", write_toml(tiny_run), "--out", out, "--set", "train.rounds=1") == 0
     before = (out / "adapter.safetensors").read_bytes()
     capsys.readouterr()
-    assert ubsmoe(monkeypatch, "run", write_toml(tiny_run), "--out", out) == 2
-    assert "train.rounds (there 1, asked 2)" in capsys.readouterr().err
+    assert ubsmoe(monkeypatch, "run", write_toml(tiny_run), "--out", out, "--set", "train.local_steps=9") == 2
+    assert "train.local_steps (there " in capsys.readouterr().err
     assert (out / "adapter.safetensors").read_bytes() == before
 
 

@@ -22,6 +22,7 @@ from ubsmoe.training.asked import Sections
 QUICK = {
     "threads": 1,
     "clients.count": 2,
+    "data.synthetic.test_examples": 24,
     "tiers": {"budgets": [0.25, 1.0], "ranks": [2, 3]},
     "train": {"rounds": 2, "local_steps": 1, "batch_size": 3},
     "evaluate": {"max_new_tokens": 1, "max_examples": 1, "before": False, "mc_accuracy": False},
@@ -60,7 +61,7 @@ def test_python_and_the_command_line_give_one_adapter(
     # a run that has ended prints its table at once
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr("ubsmoe.server.federation.load_base", None)  # whoever loads weights fails
+        patch.setattr("ubsmoe.server.federation.Bases", None)  # whoever loads weights fails
         assert command(patch, "run", file, "--out", tmp_path / "line") == 0
         assert command(patch, "run", tmp_path / "line") == 0
     assert capsys.readouterr().out.count(sha256(tmp_path / "line")) == 2

@@ -143,7 +143,7 @@ NONSENSE = [
 ]  # fmt: skip
 WRONG = [
     ("fedavgg", {}, "method.name: no method 'fedavgg'; did you mean 'fedavg'?"),
-    ("fedavg", {"mu": 1.0}, "unknown setting 'method.mu' for fedavg; known: dmr, pg, compensation, averaging"),
+    ("fedavg", {"mu": 1.0}, "unknown setting 'method.mu' for fedavg; known: server, dmr, pg, compensation, averaging"),
     ("ubsmoe", {"pgg": True}, "unknown setting 'method.pgg' for ubsmoe; did you mean 'pg'?"),
     ("ubsmoe", {"pg": {"mod": "off"}}, "unknown setting 'method.pg.mod'; did you mean 'mode'?"),
     ("ubsmoe", {"pg": "off"}, "method.pg: expected true, false or a section [method.pg], got 'off'"),

@@ -184,7 +184,9 @@ def _right_answers(example: Example) -> tuple[str, ...]:
 
 def _macro(scores: Sequence[Score]) -> Score:
     """The unweighted mean over tasks; the number of examples is their sum."""
-    columns = {name: [score.figures().get(name) for score in scores] for name in scores[0].figures()}
+    columns: dict[str, list[Any]] = {
+        name: [score.figures().get(name) for score in scores] for name in scores[0].figures()
+    }
     means = {
         name: None if None in values else statistics.fmean(values)
         for name, values in columns.items()

@@ -146,8 +146,6 @@ class Federation:
         Returns:
             Scores by task of that tier; of all tiers by their number.
         """
-        from dataclasses import asdict
-
         from ubsmoe.server.rounds import evaluate_tier
 
         run, loaded = self._begun(), self._load()
@@ -155,7 +153,7 @@ class Federation:
         if tier is not None and tier not in numbers:
             raise ConfigError(f"tier must lie in 1..{len(loaded.tiers)}, got {tier!r}")
         scores = {
-            number: cast(Scores, {task: asdict(one) for task, one in found.items()})
+            number: cast(Scores, {task: one.figures() for task, one in found.items()})
             for number in ([tier] if tier else numbers)
             for found in [evaluate_tier(loaded, run.state, loaded.tiers[number - 1])]
         }
