@@ -24,6 +24,7 @@ from ubsmoe.storage.runfolder import RunFolder
 COMMAND = [sys.executable, "-c", "from ubsmoe.cli import main; main()", "run"]
 
 
+UNSCORED = {"evaluate.before": False, "evaluate.after": False}
 DTYPES = ["float32", pytest.param("bfloat16", marks=pytest.mark.thorough)]
 
 
@@ -60,7 +61,7 @@ def test_whole_resumed_and_in_two_and_three_processes_a_run_gives_one_adapter(
     method: str, dtype: str, acting_run: dict[str, Any], tmp_path: Path
 ) -> None:
     """With clients that drop out, which leaves another sum in every round."""
-    silent = {"simulation.dropout": 0.35, "model.dtype": dtype, "method.name": method, "evaluate.before": False}
+    silent = {"simulation.dropout": 0.35, "model.dtype": dtype, "method.name": method, **UNSCORED}
     federation = build_federation(parse_run(with_overrides(acting_run, silent)))
     whole = carry_out(federation, tmp_path / "whole")
     events = (tmp_path / "whole" / "events.jsonl").read_text()
@@ -82,7 +83,7 @@ def test_a_compensated_run_gives_one_adapter_too(
         "method.compensation": {"rank": 4, "tokens": 64, "every": 1, **fit},
         "tiers.elastic_share": 0.5,
         "train.gradient_checkpointing": True,
-        "evaluate.before": False,
+        **UNSCORED,
     }
     federation = build_federation(parse_run(with_overrides(acting_run, changes)))
     whole = carry_out(federation, tmp_path / "whole")
@@ -107,7 +108,7 @@ WITHOUT: list[dict[str, Any]] = [
 def test_every_option_acts_in_the_runs_that_are_compared(
     dtype: str, acting_run: dict[str, Any], tmp_path: Path
 ) -> None:
-    common = {"model.dtype": dtype, "simulation.dropout": 0.35, "evaluate.before": False, "evaluate.after": False}
+    common = {"model.dtype": dtype, "simulation.dropout": 0.35, **UNSCORED}
     runs = [parse_run(with_overrides(acting_run, common | {"train.rounds": 2} | more)) for more in [{}, *WITHOUT]]
     hashes = {carry_out(build_federation(one), tmp_path / str(i)) for i, one in enumerate(runs)}
     assert len(hashes) == len(runs)
