@@ -106,11 +106,11 @@ def test_ctrl_c_says_what_is_saved_and_the_same_command_goes_on(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     ) as running:
         while not list(out.glob("checkpoints/round-0000[2-9]")):
-            assert running.poll() is None
+            assert running.poll() is None, running.communicate()[1]
             time.sleep(0.05)
         running.send_signal(signal.SIGINT)
         said = running.communicate(timeout=60)[1]
-    assert running.returncode == 130
+    assert running.returncode == 130, said
     stopped = re.fullmatch(
         rf"ubsmoe: stopped after round (\d+) of 500, saved in {re.escape(str(out))}; .* goes on .*\n", said
     )
