@@ -70,7 +70,7 @@ def with_clients_sums(method: Method, shape: RunShape, settings: FormSettings, s
     wanted = torch.tensor(small)
 
     def start(adapter: dict[str, Tensor]) -> State:
-        return method.start(adapter).having(FitState(torch.tensor(0), torch.tensor(False)))
+        return method.start(adapter).having(FitState(torch.tensor(0), torch.tensor(0)))
 
     def is_due(state: State) -> bool:
         own = state.of(FitState)
@@ -93,15 +93,20 @@ def with_clients_sums(method: Method, shape: RunShape, settings: FormSettings, s
 
     def aggregate(state: State, contributions: Iterable[Contribution]) -> State:
         totals: dict[str, Tensor] = {}
+        seen = 0
 
         def see(one: Contribution) -> None:
+            nonlocal seen
+            seen += 1
             own = {name: value for name, value in one.extras.items() if name.startswith(f"{SUMS}.")}
             totals.update({name: totals[name] + value if totals else value for name, value in own.items()})
 
         after = method.aggregate(state, observing(contributions, see))
+        if not seen:
+            return after
         own = after.of(FitState)
         found = _fit(totals, shape.num_layers, small, settings) if totals else None
-        after = after.having(FitState(own.rounds + 1, own.fitted | (found is not None)))
+        after = after.having(FitState(own.rounds + 1, torch.tensor(int(bool(own.fitted) or found is not None))))
         return keep(after, *found) if found else after
 
     def traffic(base: ModelShape, rank: int, trained: Trained, wire_dtype: WireDtype) -> Traffic:
