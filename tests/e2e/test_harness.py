@@ -4,6 +4,7 @@ import json
 import random
 import sys
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def finished(monkeypatch: pytest.MonkeyPatch, tiny_run: dict, write_toml: WriteT
     draw = random.Random(0)
     records = []
     for i in range(40):
-        options = [" ".join(draw.sample(WORDS, 2)) for _ in range(3)]
+        options = [" ".join(words) for words in draw.sample(list(permutations(WORDS, 2)), 3)]
         record = {"instruction": f"Number {i}?", "output": f"it is {options[i % 3]}", "answer": options[i % 3]}
         records.append(record | {"candidates": options, "task": "colours"})
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
