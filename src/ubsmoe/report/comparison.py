@@ -120,7 +120,7 @@ def _macro(rows: Sequence[Row], reference: str) -> tuple[list[Row], list[str]]:
 def _introduction(macro: Sequence[Row]) -> str:
     count = len(_distinct(macro, "seed"))
     return (
-        f"Mean over tasks ± 95 % interval over {count} seed{'s' if count > 1 else ''}; tiers at their own budgets (last table). "
+        f"Mean over tasks ± 95 % interval over {count} seed{'s' if count > 1 else ''}; tiers at their own budgets. "
         f"Chance: {_percent(macro, 'chance')} %."
     )
 
