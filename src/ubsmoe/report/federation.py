@@ -170,12 +170,13 @@ def write_prometheus(status: Status, out: Path) -> None:
     from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 
     registry = CollectorRegistry()
+    gauges: dict[str, Gauge] = {}
 
     def gauge(name: str, what: str, value: float | None, **labels: str) -> None:
         if value is not None:
-            found = registry._names_to_collectors.get(f"ubsmoe_{name}")
-            one = found or Gauge(f"ubsmoe_{name}", what, list(labels), registry=registry)
-            (one.labels(**labels) if labels else one).set(value)
+            if name not in gauges:  # one for all clients
+                gauges[name] = Gauge(f"ubsmoe_{name}", what, list(labels), registry=registry)
+            (gauges[name].labels(**labels) if labels else gauges[name]).set(value)
 
     gauge("round", "rounds done", status.round)
     gauge("rounds_planned", "rounds of the run", status.rounds)
