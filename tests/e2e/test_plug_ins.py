@@ -148,3 +148,35 @@ def test_the_page_names_every_place_that_takes_a_plug_in() -> None:
     (run_file,) = (tomllib.loads(block.text) for block in blocks(PAGE) if block.title == "own.toml")
     named = {key.removesuffix(".0") for key in plug_ins(run_file)}
     assert named == {*registry.KEYS, *registry.LISTS} - {"data.test"}
+
+
+def test_a_run_folder_names_no_code_that_its_reader_does_not_name(
+    page: Path, random_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    run, mark = tmp_path / "theirs", tmp_path / "mark"
+    quick = SMALL | {"train": {"rounds": 1, "local_steps": 1, "batch_size": 2}, "method": "fedavg"}
+    Federation(model=str(random_base), data="synthetic", out=run, **quick).train()
+    (run / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\n\n\ndef f(*given):\n    return 1.0\n")
+    config = json.loads((run / "config.json").read_text())
+    config["evaluate"]["metrics"] = [f"{run}/evil.py:f"]
+    (run / "config.json").write_text(json.dumps(config))
+    sentence = "evil.py:f' (evaluate.metrics.0), which is code"
+    for verb in (["eval", run], ["run", run, "--more-rounds", "1"], ["generate", run, "Who?"]):
+        assert command(monkeypatch, *verb) == 2
+        assert sentence in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"evil\.py:f' \(evaluate\.metrics\.0\), which is code"):
+        Federation.resume(run)
+    assert not mark.exists()
+    monkeypatch.setenv("UBSMOE_PLUG_INS", f"mine:f, {run}/evil.py:f")
+    assert command(monkeypatch, "eval", run, "--tier", "1") == 0
+    assert mark.exists()
+
+
+def test_a_dotted_plug_in_is_found_without_importing_its_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "__init__.py").write_text("raise RuntimeError\n")
+    (tmp_path / "theirs" / "inner.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert registry.source_of("theirs.inner:f", "x") == tmp_path / "theirs" / "inner.py"

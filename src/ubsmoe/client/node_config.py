@@ -31,13 +31,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ubsmoe.config import ConfigError, RunSettings, parse_run, with_overrides
+from ubsmoe.config.plug_ins import ANY as ANY
 from ubsmoe.config.plug_ins import plug_ins
 from ubsmoe.costs.workload import NamedFormat
 
 NodeConfig = Mapping[str, str | int | float | bool]
 
 UNSIGNED, EXPERTS = "unsigned", "model.experts"
-PLUG_INS, ANY = "plug-ins", "*"
+PLUG_INS = "plug-ins"
 IDENTITY_KEYS = ("partition-id", "num-partitions", "client", "budget", EXPERTS, "signing-key", "peer-keys", UNSIGNED)
 LOCATION_KEYS = ("model.base", "model.device", "data.train", "threads")
 WORK_KEYS = ("train.micro_batch", "train.gradient_checkpointing")  # the same work in less memory; [tiers] has them too

@@ -1,12 +1,14 @@
 """Plug-ins: functions of one's own, which a run file names as "module:function" or by the name of an entry point.
 
 A plug-in is code. Only the run file on this machine may name one: a node of a federation runs one of a run file that came over the
-network only if its own configuration names it too (client/node_config.py). `identities` goes into the run folder.
+network only if its own configuration names it too (client/node_config.py), and one that a run folder names, which may be another
+person's, runs only if the environment does (`require_trusted`). `identities` goes into the run folder.
 """
 
 import hashlib
 import importlib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -35,6 +37,8 @@ KEYS = (
 )
 """Settings that may name a plug-in, beside the lists of `LISTS`."""
 LISTS = ("evaluate.metrics",)
+TRUSTED, ANY = "UBSMOE_PLUG_INS", "*"
+"""The environment variable that names the plug-ins of run folders, with commas between them, and what stands for all of them."""
 NAME = re.compile(r"(?P<module>[A-Za-z_]\w*(\.\w+)*|.+\.py):(?P<function>[A-Za-z_]\w*)")
 
 
@@ -84,16 +88,34 @@ def source_of(value: str, key: str) -> Path:
     found = NAME.fullmatch(plug_in(value) or "")
     assert found is not None, value
     module = found["module"]
-    try:
-        spec = None if module.endswith(".py") else importlib.util.find_spec(module)
-    except ImportError:
-        spec = None
-    place = Path(module if module.endswith(".py") else (spec and spec.origin) or "")
-    if not place.is_file():
+    place = Path(module) if module.endswith(".py") else _file_of(module)
+    if place is None or not place.is_file():
         raise UserError(
             f"{key}: {value} names no module that is there; put {module.partition('.')[0]}.py beside the run file, or install it"
         )
     return place
+
+
+def _file_of(module: str) -> Path | None:
+    """The file of a module; `find_spec` would import the packages that a dotted name lies in."""
+    top, *inner = module.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None or not inner:
+        return Path(spec.origin) if spec and spec.origin else None
+    stems = [Path(place, *inner) for place in spec.submodule_search_locations or ()]
+    files = [file for stem in stems for file in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py")]
+    return next((file for file in files if file.is_file()), None)
+
+
+def require_trusted(table: dict[str, Any], folder: str | Path) -> None:
+    """Raise UserError for a plug-in that the settings of a run folder name and the environment does not; nothing is imported."""
+    trusted = {name.strip() for name in os.environ.get(TRUSTED, "").split(",")}
+    for key, name in plug_ins(table).items():
+        if not {name, ANY} & trusted:
+            raise UserError(
+                f"{folder} names the plug-in {name!r} ({key}), which is code, and a run folder may be another person's; "
+                f"to run it set the environment variable {TRUSTED}={name}"
+            )
 
 
 def identities(named: dict[str, str]) -> dict[str, str]:

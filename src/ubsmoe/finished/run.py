@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from ubsmoe.config import ConfigError, RunSettings, parse_run, with_overrides
+from ubsmoe.config.plug_ins import require_trusted
 from ubsmoe.export import save_load as exports
 from ubsmoe.export.installed import read_installed
 from ubsmoe.export.sidecar import Format, Sidecar
@@ -177,7 +178,9 @@ def evaluate_run(
 
 def settings_of_run(path: Path, changes: dict[str, Any]) -> RunSettings:
     """A run's settings with these changes, and its number of threads in force: other sums would round differently."""
-    settings = parse_run(with_overrides(read_run(path).config, changes))
+    config = read_run(path).config
+    require_trusted(config, path)
+    settings = parse_run(with_overrides(config, changes))
     if settings.threads:
         torch.set_num_threads(settings.threads)
     return settings

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from ubsmoe.config import ConfigError, RunSettings, parse_table, read_toml
+from ubsmoe.config.plug_ins import require_trusted
 from ubsmoe.methods.table import check_names
 from ubsmoe.storage.layout import RECORDS
 from ubsmoe.storage.runfolder import is_run, read_config
@@ -78,6 +79,7 @@ def _table_of(path: Path) -> tuple[dict[str, Any], Path]:
     if not is_run(path):
         return read_toml(path), path.parent
     table = read_config(path)
+    require_trusted(table, path)
     for key in ("train", "test"):  # the folder may have been copied since
         own = path.absolute() / RECORDS / f"{key}.jsonl"
         if own.exists():
