@@ -57,7 +57,13 @@ def write_records(data: Path, out: Path) -> None:
         ("commonsense_15k.jsonl.gz", "train"), *((f"test/{task}.json.gz", task) for task in TESTS),
     ):  # fmt: skip
         records = map(in_words, read_file(data / name, AutoTokenizer))
-        (out / f"{target}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        # one question of the training set has the same text for two of its options
+        clear = [
+            json.dumps(record) + "\n"
+            for record in records
+            if len(set(record["candidates"])) == len(record["candidates"])
+        ]
+        (out / f"{target}.jsonl").write_text("".join(clear))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ et al. 2025, arXiv 2502.19261). Ours: which dimensions are shared, and the route
 """
 
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def load_dense(place: str) -> tuple[Any, Any]:
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     source = str(path.parent) if gguf else place
     with one_sentence(lambda reason: f"cannot load a dense model from {place}: {reason}"):
-        check_place(source)
+        check_file(path) if gguf else check_place(place)
         tokenizer = AutoTokenizer.from_pretrained(source, **gguf, **READ)
         if not gguf:
             read_config(source, place)
@@ -122,6 +123,14 @@ def load_dense(place: str) -> tuple[Any, Any]:
     check_tensors(found, place)
     check_finite(model.named_parameters(), place)
     return model.eval(), tokenizer
+
+
+def check_file(path: Path) -> None:
+    """Raise ValueError unless a .gguf file can be read here."""
+    if not path.is_file():
+        raise ValueError("no such file")
+    if not find_spec("gguf"):
+        raise ValueError("a .gguf file needs the gguf package: pip install 'ubsmoe[gguf]'")
 
 
 @torch.no_grad()

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from ubsmoe.bases.upcycle import upcycle, upcycle_checkpoint
+from ubsmoe.bases.upcycle import load_dense, upcycle, upcycle_checkpoint
 from ubsmoe.bases.warm_up import mean_activations, warm_up
-from ubsmoe.config import ModelSettings
+from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.errors import UserError
 from ubsmoe.maths.balance import normalised_entropy
 from ubsmoe.model.load import load_base, shipped_path
@@ -185,3 +185,18 @@ def test_the_folder_is_a_base_and_a_sparse_model_is_no_dense_one(tmp_path: Path,
     with pytest.raises(UserError, match=r"Llama-shaped dense model .* got olmoe"):
         upcycle_checkpoint(str(random_base), tmp_path / "other", **how, seed=0)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_gguf_file_is_read_or_refused_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a dense model is read from is not what a sparse one may be: a .gguf file is no reason to refuse it."""
+    path = tmp_path / "dense.gguf"
+    with pytest.raises(ConfigError, match=r"cannot load a dense model from .*dense\.gguf: no such file$"):
+        load_dense(str(path))
+    path.write_bytes(b"GGUF")
+    monkeypatch.setattr("ubsmoe.bases.upcycle.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs the gguf package: pip install 'ubsmoe\[gguf\]'$"):
+        load_dense(str(path))
+    monkeypatch.setattr("ubsmoe.bases.upcycle.find_spec", lambda name: True)
+    with pytest.raises(ConfigError) as refused:
+        load_dense(str(path))
+    assert "the checkpoint it was made from" not in str(refused.value)
