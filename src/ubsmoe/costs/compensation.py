@@ -58,21 +58,21 @@ class Skipped:
         return (self.elastic or 1) * FLOAT32 * self.numbers(shape) + INT64 * self.channels(shape)
 
     def held_bytes(self, shape: ModelShape, top_k: int, dtype_bytes: int) -> int:
-        """Bytes in a client's memory: what it was sent, in the base's dtype beside that, and the slices of every expert.
+        """Bytes in a client's memory: what it was sent, in the base's dtype beside that, and one expert's matrix as a slice.
 
         >>> skipped = Skipped("map", 64, 2, 8)  # a map of 64 (2 2048 + 64) + 2048 numbers, 64 experts of 512 channels
         >>> shape = ModelShape(1, 1, 2048, 1024, 64, 8, 16, 16, 128, vocab=10)
-        >>> skipped.held_bytes(shape, 1, 2) - (4 + 2) * 268288 - 3 * 8 * 64 * 512  # half of 64 x 3 x 2048 x 1024 in bfloat16
-        402653184
+        >>> skipped.held_bytes(shape, 1, 2) - (4 + 2) * 268288 - 3 * 8 * 64 * 512  # 2048 x 2 x 512 in bfloat16
+        4194304
         """
         if top_k >= self.k_max and not self.elastic:
             return 0
         placed = dtype_bytes if dtype_bytes < FLOAT32 else 0  # float32 is used where it was received
         numbers = (self.elastic or 1) * self.numbers(shape)
-        sliced = shape.num_moe_layers * shape.num_experts * shape.expert_weights // self.slices
-        copies = INT64 * shape.up_matrices * self.channels(shape) + dtype_bytes * sliced
+        columns = INT64 * shape.up_matrices * self.channels(shape)  # for autograd, of every layer
+        matrix = dtype_bytes * shape.hidden * shape.up_matrices * (shape.expert_width // self.slices)
         least = 1 if self.elastic else top_k
-        return self.sent_bytes(shape) + placed * numbers + copies * (self.runs(least) > least)
+        return self.sent_bytes(shape) + placed * numbers + (columns + matrix) * (self.runs(least) > least)
 
     def channels(self, shape: ModelShape) -> int:
         """Numbers that say which channels a slice keeps, over all layers."""

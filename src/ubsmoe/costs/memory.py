@@ -39,7 +39,7 @@ class Memory:
 def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memory:
     """Bytes of the base, the task as received, the adapter in training, its optimiser, and what one step adds to them.
 
-    What stands for skipped experts is counted by itself; slices are copies of a part of every expert.
+    What stands for skipped experts is counted by itself.
 
     A step has two peaks, and the higher one is returned: where backward begins (all activations, and the working space of the
     loss or of one layer), and where the optimiser steps (all gradients, two copies of the largest tensor). In between gradients

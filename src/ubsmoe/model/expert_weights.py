@@ -8,20 +8,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ubsmoe.model.quantised import QuantisedExperts, format_of, quantised_matrix
+from ubsmoe.model.on_demand import OnDemand
+from ubsmoe.model.quantised import format_of, quantised_matrix
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
     """A layer's frozen experts in one orientation.
 
-    `up` and `down` are views, input first, or quantised; `pre` is 2 f where a gate stands beside the up projection, else f.
-    `activation` is the family's own; `is_swiglu` says that it is the plain silu(gate) * up with gate and up side by side, whose
-    gradient the kernel knows.
+    `up` and `down` are views, input first, or made when they are read; `pre` is 2 f where a gate stands beside the up
+    projection, else f. `activation` is the family's own; `is_swiglu` says that it is the plain silu(gate) * up with gate and up
+    side by side, whose gradient the kernel knows.
     """
 
-    up: Float[Tensor, "M h pre"] | QuantisedExperts
-    down: Float[Tensor, "M f h"] | QuantisedExperts
+    up: Float[Tensor, "M h pre"] | OnDemand
+    down: Float[Tensor, "M f h"] | OnDemand
     up_bias: Float[Tensor, "M pre"] | None
     down_bias: Float[Tensor, "M h"] | None
     activation: Callable[[Float[Tensor, "n pre"]], Float[Tensor, "n f"]]

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from ubsmoe.model.expert_weights import ExpertWeights, Lora
-from ubsmoe.model.quantised import InScratch, QuantisedExperts
+from ubsmoe.model.on_demand import InScratch, OnDemand
 
 PerExpert = tuple[Float[Tensor, "_ _"], ...]
 """Views of a fused tensor, one per expert, made in one call."""
@@ -218,7 +218,7 @@ class _Matrices:
     @classmethod
     def of(
         cls,
-        weight: Float[Tensor, "M in out"] | QuantisedExperts,
+        weight: Float[Tensor, "M in out"] | OnDemand,
         a: Float[Tensor, "M r in"],
         b: Float[Tensor, "M out r"],
         scale: float,

@@ -17,19 +17,21 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm, pad
 
 from ubsmoe.model.expert_weights import ExpertWeights, Lora
-from ubsmoe.model.quantised import QuantisedExperts
+from ubsmoe.model.on_demand import OnDemand
+from ubsmoe.model.slices import NarrowedExperts
 
 ROW_BYTES = 16
 """Every row must begin at a multiple of it."""
 
 
 def can_group(hidden: Float[Tensor, "T h"], base: ExpertWeights) -> bool:
-    """Whether the operator takes these experts. It reads whole matrices side by side: none that are dequantised one by one."""
-    if isinstance(base.up, QuantisedExperts) or isinstance(base.down, QuantisedExperts):
+    """Whether the operator takes these experts. It reads matrices side by side: none that are dequantised one by one."""
+    whole = [one.whole if isinstance(one, NarrowedExperts) else one for one in (base.up, base.down)]
+    if not all(isinstance(one, Tensor) and one.dtype == hidden.dtype for one in whole):
         return False
     sizes = (*base.up.shape[1:], *base.down.shape[1:])
     aligned = all(size * hidden.element_size() % ROW_BYTES == 0 for size in sizes)
-    return base.up.dtype == hidden.dtype and (aligned or hidden.dtype == torch.float64)
+    return aligned or hidden.dtype == torch.float64
 
 
 def run_grouped(
@@ -60,15 +62,19 @@ def run_grouped(
 
 def _with_lora(
     x: Float[Tensor, "N in"],
-    weight: Float[Tensor, "M in out"] | QuantisedExperts,
+    weight: Float[Tensor, "M in out"] | OnDemand,
     a: Float[Tensor, "M r in"],
     b: Float[Tensor, "M out r"],
     scale: float,
     ends: Int[Tensor, " M"],
 ) -> Float[Tensor, "N out"]:
     """x W + s (x A^T) B^T, each row by its own expert; ranks are filled up with zeros."""
-    assert isinstance(weight, Tensor)
-    y: Float[Tensor, "N out"] = _Product.apply(x, weight.detach(), ends)
+    y: Float[Tensor, "N out"]
+    if isinstance(weight, NarrowedExperts):
+        y = _NarrowedProduct.apply(x, weight, ends)
+    else:
+        assert isinstance(weight, Tensor)
+        y = _Product.apply(x, weight.detach(), ends)
     if not a.shape[1]:
         return y
     more = -a.shape[1] % (ROW_BYTES // 2)  # of bfloat16; no more work than without
@@ -98,6 +104,22 @@ class _Product(torch.autograd.Function):
         # of an expert without rows the operator promises nothing
         d_weight = _grouped(x.t(), d_y, ends).masked_fill_(~has_rows.view(-1, 1, 1), 0)
         return d_x, d_weight, None
+
+
+class _NarrowedProduct(torch.autograd.Function):
+    """x W by groups of rows, for slices of a frozen weight, which are gathered again to go backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Float[Tensor, "N in"], weight: NarrowedExperts, ends: Int[Tensor, " M"]
+    ) -> Float[Tensor, "N out"]:
+        ctx.weight, ctx.ends = weight, ends
+        return _grouped(x, weight.all_at_once(), ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Float[Tensor, "N out"]) -> tuple[Tensor, None, None]:
+        return _grouped(grads[0].contiguous(), ctx.weight.all_at_once().transpose(1, 2), ctx.ends), None, None
 
 
 def _grouped(a: Float[Tensor, "_ _"], b: Float[Tensor, "..."], ends: Int[Tensor, " M"]) -> Float[Tensor, "..."]:

@@ -50,7 +50,6 @@ class SparseLayer:
         self.convention = observe_router(router, self.num_experts)
         self.rescale: Rescale = "none"
         self.counting = self.recomputing = False
-        self._slices: Slices | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -112,10 +111,8 @@ class SparseLayer:
         own = self.routing.compensation
         if not self.is_sliced or own is None or own.channels is None:
             return base, lora
-        # kept from one client to the next, as long as the channels are the same
-        if self._slices is None or not torch.equal(self._slices.channels, own.channels):
-            self._slices = Slices.of(base, own.channels)
-        return self._slices.weights, self._slices.lora(lora)
+        slices = Slices.of(base, own.channels)
+        return slices.weights, slices.lora(lora)
 
     def shift(self, hidden: Float[Tensor, "T h"], logits: Float[Tensor, "T M"]) -> Float[Tensor, "T M"]:
         """The router's logits as this client sees them: plus a trained difference of the router, plus phi on the candidates."""

@@ -7,11 +7,10 @@ bitsandbytes computes the same numbers as maths/nf4.py, about four times as fast
 """
 
 import logging
-import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -20,20 +19,16 @@ from torch import Tensor, nn
 from ubsmoe.costs.workload import ExpertFormat
 from ubsmoe.maths.nf4 import BLOCK, dequantise_nf4, quantise_nf4
 from ubsmoe.maths.quantise import quantise
+from ubsmoe.model.on_demand import OnDemand
 
 PACKED_DTYPE: dict[ExpertFormat, torch.dtype] = {"int8": torch.int8, "nf4": torch.uint8}
 SCALES: dict[ExpertFormat, str] = {"int8": "scale", "nf4": "absmax"}
 """What scales are called, after gate_up_ or down_. For nf4 as in bitsandbytes' Experts4bit, where what is packed keeps its name."""
 
-_scratch = threading.local()
-
 
 @dataclass(frozen=True)
-class QuantisedExperts:
-    """One matrix of every expert; it stands where the kernel takes a tensor [M, in, out].
-
-    `stored` is (rows, columns) as the family stores the matrix, `is_transposed` says that rows are inputs.
-    """
+class QuantisedExperts(OnDemand):
+    """Each matrix dequantised when it is read. `stored` is as the family stores it."""
 
     format: ExpertFormat
     packed: Shaped[Tensor, "M bytes"]
@@ -46,43 +41,18 @@ class QuantisedExperts:
         return len(self.packed)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(M, in, out)."""
-        return (len(self), *(self.stored if self.is_transposed else self.stored[::-1]))
+    def kind(self) -> tuple[torch.dtype, torch.device]:
+        """The dtype that it is dequantised to."""
+        return self.dtype, self.packed.device
 
-    def __getitem__(self, expert: int) -> Float[Tensor, "in out"]:
-        return self.dequantised(expert, torch.empty(self.stored, dtype=self.dtype, device=self.packed.device))
-
-    def unbind(self) -> "InScratch":
-        """One matrix at a time, as the kernel reads them: each is gone when the next one is read."""
-        return InScratch(self)
-
-    def dequantised(self, expert: int, out: Float[Tensor, "rows columns"]) -> Float[Tensor, "in out"]:
-        """One expert's matrix, where it can be in `out`."""
+    def read(self, expert: int, out: Float[Tensor, "rows columns"]) -> Float[Tensor, "in out"]:
+        """One expert's matrix, dequantised; int8 into `out`."""
         packed, scales = self.packed[expert], self.scales[expert]
         if self.format == "int8":
             matrix = out.copy_(packed.view(self.stored)).mul_(scales.to(out.dtype).unsqueeze(1))
         else:
             matrix = _dequantise_nf4(packed, scales, self.stored, out.dtype)
         return matrix if self.is_transposed else matrix.t()
-
-
-@dataclass(frozen=True)
-class InScratch:
-    """The matrices of `QuantisedExperts` in one piece of memory that all layers of a thread share."""
-
-    experts: QuantisedExperts
-    memory: Float[Tensor, "rows columns"] = field(init=False)
-
-    def __post_init__(self) -> None:
-        kind = self.experts.dtype, self.experts.packed.device
-        size, held = torch.Size(self.experts.stored).numel(), cast(Any, _scratch.__dict__)
-        if kind not in held or held[kind].numel() < size:
-            held[kind] = torch.empty(size, dtype=kind[0], device=kind[1])
-        object.__setattr__(self, "memory", held[kind][:size].view(self.experts.stored))
-
-    def __getitem__(self, expert: int) -> Float[Tensor, "in out"]:
-        return self.experts.dequantised(expert, self.memory)
 
 
 def quantised(

@@ -2,17 +2,58 @@
 
     E_i(x) = sum_j act(pre_j) W2_j     a slice keeps the j of one expert's own list, f / n of f channels
 
-The narrowed matrices are copies: products read no more than they need, and of a base that is mapped from disk the rest is never
-read again.
+The narrowed matrices are gathered one by one when they are read, so slices take no memory beside the base's, however that is
+stored.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ubsmoe.model.expert_weights import ExpertWeights, Lora
+from ubsmoe.model.on_demand import OnDemand
+
+
+@dataclass(frozen=True)
+class NarrowedExperts(OnDemand):
+    """One matrix of every expert with some of its outputs (`of_outputs`) or inputs, laid out in memory as the whole one is."""
+
+    whole: Float[Tensor, "M in out"] | OnDemand
+    kept: Int[Tensor, "M kept"]
+    of_outputs: bool
+    is_transposed: bool = field(init=False)
+    stored: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        whole, (_, rows, columns), kept = self.whole, self.whole.shape, self.kept.shape[1]
+        by_rows = whole.is_transposed if isinstance(whole, OnDemand) else whole.stride(2) == 1
+        narrowed = (rows, kept) if self.of_outputs else (kept, columns)
+        object.__setattr__(self, "is_transposed", by_rows)
+        object.__setattr__(self, "stored", narrowed if by_rows else narrowed[::-1])
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    @property
+    def kind(self) -> tuple[torch.dtype, torch.device]:
+        """As of the whole ones."""
+        return self.whole.kind if isinstance(self.whole, OnDemand) else (self.whole.dtype, self.whole.device)
+
+    def read(self, expert: int, out: Float[Tensor, "rows columns"]) -> Float[Tensor, "in out"]:
+        """One expert's slice, copied into `out`."""
+        whole = self.whole.unbind()[expert] if isinstance(self.whole, OnDemand) else self.whole[expert]
+        kept = self.kept[expert]
+        if self.is_transposed:
+            return torch.index_select(whole, int(self.of_outputs), kept, out=out)
+        return torch.index_select(whole.t(), int(not self.of_outputs), kept, out=out).t()
+
+    def all_at_once(self) -> Float[Tensor, "M in out"]:
+        """All of them in memory, for an accelerator's grouped product."""
+        assert isinstance(self.whole, Tensor)
+        index = self.kept.unsqueeze(1) if self.of_outputs else self.kept.unsqueeze(2)
+        return torch.take_along_dim(self.whole, index, dim=1 + self.of_outputs)
 
 
 @dataclass(frozen=True)
@@ -25,7 +66,7 @@ class Slices:
 
     @classmethod
     def of(cls, base: ExpertWeights, channels: Int[Tensor, "M kept"]) -> "Slices":
-        """Copy these channels of every expert.
+        """These channels of every expert.
 
         Raises:
             ValueError: for an activation whose gate and linear part stand in an order of their own.
@@ -33,8 +74,8 @@ class Slices:
         columns = first_matrix_columns(base, channels)
         narrowed = replace(
             base,
-            up=torch.stack([base.up[i].T.index_select(0, own) for i, own in enumerate(columns)]).transpose(1, 2),
-            down=torch.stack([base.down[i].index_select(0, own) for i, own in enumerate(channels)]),
+            up=NarrowedExperts(base.up, columns, of_outputs=True),
+            down=NarrowedExperts(base.down, channels, of_outputs=False),
             up_bias=None if base.up_bias is None else base.up_bias.gather(1, columns),
         )
         return cls(channels, columns, narrowed)

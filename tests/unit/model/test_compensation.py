@@ -11,8 +11,9 @@ from ubsmoe.costs.memory import peak_memory_bytes
 from ubsmoe.costs.workload import Batch, Workload
 from ubsmoe.model.compensation import PREFIX, Compensation, LayerCompensation, compensation_tensors, layer_compensations
 from ubsmoe.model.compensation_fit import Form, FormSettings, fit_compensation
-from ubsmoe.model.expert_weights import up_name
+from ubsmoe.model.expert_weights import ExpertWeights, up_name
 from ubsmoe.model.presets import shape_from_config
+from ubsmoe.model.slices import Slices
 from ubsmoe.model.surgery import SparseModel
 from unit.model.families import FAMILIES, HIDDEN, WIDTH, tiny, words
 
@@ -160,9 +161,12 @@ def test_what_is_sent_and_held_takes_the_bytes_that_are_planned(dtype: torch.dty
     placed = (
         0 if dtype == torch.float32 else sum(2 * value.numel() for value in sent.values() if value.is_floating_point())
     )
-    slices = [layer._slices for layer in sparse.layers if layer._slices]
-    copies = sum(part.nbytes for one in slices for part in (one.weights.up, one.weights.down, one.columns))
-    assert skipped.held_bytes(shape, 1, dtype.itemsize) == skipped.sent_bytes(shape) + placed + copies
+    slices = [
+        Slices.of(ExpertWeights.of(layer.experts), layer.routing.compensation.channels)  # type: ignore[union-attr, arg-type]
+        for layer in sparse.layers
+    ]
+    made = sum(one.columns.nbytes for one in slices) + slices[0].weights.up[0].nbytes
+    assert skipped.held_bytes(shape, 1, dtype.itemsize) == skipped.sent_bytes(shape) + placed + made
     assert skipped.held_bytes(shape, 4, dtype.itemsize) == 0
     least = replace(skipped, elastic=2).held_bytes(shape, 4, dtype.itemsize)  # a client at K_max has all of it then
     assert least == skipped.held_bytes(shape, 1, dtype.itemsize) + skipped.numbers(shape) * (4 + (placed and 2))
