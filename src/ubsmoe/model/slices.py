@@ -44,10 +44,12 @@ class NarrowedExperts(OnDemand):
     def read(self, expert: int, out: Float[Tensor, "rows columns"]) -> Float[Tensor, "in out"]:
         """One expert's slice, copied into `out`."""
         whole = self.whole.unbind()[expert] if isinstance(self.whole, OnDemand) else self.whole[expert]
-        kept = self.kept[expert]
-        if self.is_transposed:
-            return torch.index_select(whole, int(self.of_outputs), kept, out=out)
-        return torch.index_select(whole.t(), int(not self.of_outputs), kept, out=out).t()
+        as_stored, kept = whole if self.is_transposed else whole.t(), self.kept[expert]
+        if self.of_outputs == self.is_transposed:  # columns: twice as fast as index_select in bfloat16
+            torch.gather(as_stored, 1, kept.expand(len(as_stored), -1), out=out)
+        else:
+            torch.index_select(as_stored, 0, kept, out=out)
+        return out if self.is_transposed else out.t()
 
     def all_at_once(self) -> Float[Tensor, "M in out"]:
         """All of them in memory, for an accelerator's grouped product."""
