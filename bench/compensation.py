@@ -35,7 +35,7 @@ from ubsmoe.model.compensation_fit import FormSettings, fit_compensation
 from ubsmoe.model.presets import model_shape, shape_from_config
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.plan.tiers import run_workload
-from ubsmoe.server.calibration import in_batches, written_by_base
+from ubsmoe.server.calibration import in_one_batch, written_by_base
 from ubsmoe.server.evaluate import evaluate, prepare
 from ubsmoe.server.federation import build_server
 from ubsmoe.server.start import start_state
@@ -150,11 +150,11 @@ def main() -> None:
         install_adapter(model, adapter, profile, settings.adapter.alpha)
         score("today", "", profile.top_k, explained=0.0, fit_seconds=0.0)
     for text, written in texts.items():
-        batches = in_batches(written, pad_id(tokenizer))
+        batch = in_one_batch(written, pad_id(tokenizer))
         print(text, sum(len(one.input_ids) for one in written), "tokens", flush=True)
         for form in forms if text == "base" else forms[-2:]:
             began = time.process_time()
-            fitted = fit_compensation(model, batches, top_ks, form)
+            fitted = fit_compensation(model, batch, top_ks, form)
             seconds = time.process_time() - began
             for top_k in top_ks[:-1]:
                 model.set_top_k(top_k)

@@ -34,7 +34,7 @@ from ubsmoe.model.compensation_fit import FormSettings, fit_compensation, missin
 from ubsmoe.model.layer import SparseLayer
 from ubsmoe.model.routing import Passing
 from ubsmoe.model.surgery import SparseModel
-from ubsmoe.server.calibration import in_batches, written_by_base
+from ubsmoe.server.calibration import in_one_batch, written_by_base
 from ubsmoe.server.federation import build_server
 from ubsmoe.server.start import start_state
 
@@ -123,7 +123,9 @@ def main() -> None:
     torch.set_num_threads(1)
     settings = parse_run({"model": {"base": args.base}, "data": {"train": "synthetic"}})
     server = build_server(settings, weights=True)
-    text = in_batches(written_by_base(server.model, server.tokenizer, settings, args.tokens), pad_id(server.tokenizer))
+    text = in_one_batch(
+        written_by_base(server.model, server.tokenizer, settings, args.tokens), pad_id(server.tokenizer)
+    )
     asked = tokenize(
         SyntheticQA(0, 48, "pretraining").examples("test", args.questions, seed=1),
         server.tokenizer,

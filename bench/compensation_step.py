@@ -92,9 +92,7 @@ def use(model: SparseModel, tensors: Mapping[str, Tensor] | None) -> None:
 def fitted(width: str, form: FormSettings) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The tensors, and what fitting them took."""
     model, generator = one_layer(width), torch.Generator().manual_seed(1)
-    text = [
-        {n: v for n, v in batch_of(8, generator).items() if n != "labels"} for _ in range(form.tokens // LENGTH // 8)
-    ]
+    text = {n: v for n, v in batch_of(form.tokens // LENGTH, generator).items() if n != "labels"}
     found: dict[str, float] = {}
     began = time.process_time()
     with private_peak(found):

@@ -16,7 +16,7 @@ from ubsmoe.data.synthetic import SyntheticQA
 from ubsmoe.data.tokens import pad_id
 from ubsmoe.methods.method import install_adapter
 from ubsmoe.model.compensation_fit import FormSettings, fit_compensation
-from ubsmoe.server.calibration import in_batches, written_by_base
+from ubsmoe.server.calibration import in_one_batch, written_by_base
 from ubsmoe.server.evaluate import evaluate, prepare
 from ubsmoe.server.federation import build_server
 from ubsmoe.server.start import start_state
@@ -42,7 +42,7 @@ def main() -> None:
     model, known = server.model, SyntheticQA(0, 48, "pretraining")
     asked = {"known": known.examples("test", args.questions, seed=1)}
     questions = prepare(asked, server.tokenizer, settings.data, settings.evaluate)
-    batches = in_batches(written_by_base(model, server.tokenizer, settings, 4096), pad_id(server.tokenizer))
+    text = in_one_batch(written_by_base(model, server.tokenizer, settings, 4096), pad_id(server.tokenizer))
     install_adapter(model, start_state(server).adapters, server.tiers[-1], settings.adapter.alpha)
     with model.counting(), torch.no_grad():
         for batch in batches:
@@ -56,7 +56,7 @@ def main() -> None:
             for layer in model.layers:
                 layer.routing = replace(layer.routing, compensation=None)
             if form == "map":
-                fit_compensation(model, batches, top_ks, FormSettings(form="map", rank=64))
+                fit_compensation(model, text, top_ks, FormSettings(form="map", rank=64))
             for top_k in top_ks if form == "without" else top_ks[:-1]:
                 model.set_top_k(top_k)
                 found = evaluate(model, server.tokenizer, questions, settings.evaluate)["macro"]

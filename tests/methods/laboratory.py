@@ -75,7 +75,7 @@ class Lab:
         if method.calibration is None:
             return state
         ids = torch.arange(2, 2 + 24).reshape(4, 6)
-        text = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+        text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return method.calibration.fit(state, self.model, text, self.profile(method, TOP), generator(5))
 
     def profile(self, method: Method, tier: int, client: str = "someone") -> Profile:

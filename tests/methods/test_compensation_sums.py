@@ -65,7 +65,7 @@ def test_the_lowest_layers_map_is_the_servers_own_on_the_same_text(lab: Lab, met
     found = maps(aggregated(method, state, updates(lab, method, state)))
     profile = lab.profile(method, 3)
     method.install(lab.model, method.dispatch(state, profile), profile, torch.Generator())
-    text = [{n: v for n, v in collate(EXAMPLES, 0).items() if n != "labels"}]
+    text = {n: v for n, v in collate(EXAMPLES, 0).items() if n != "labels"}
     server = fit_compensation(lab.model, text, [1, 2], FormSettings(rank=5)).tensors
     lab.model.clear()
     for top_k in (1, 2):

@@ -30,7 +30,7 @@ from ubsmoe.messages import Profile, Tensors
 from ubsmoe.methods.compensation_sums import with_clients_sums
 from ubsmoe.methods.method import Calibration, Hooks, Method, RunShape, State, refuse
 from ubsmoe.model.compensation import PREFIX
-from ubsmoe.model.compensation_fit import Batches, FormSettings, fit_compensation
+from ubsmoe.model.compensation_fit import FormSettings, Text, fit_compensation
 from ubsmoe.model.surgery import SparseModel
 
 
@@ -83,7 +83,7 @@ def with_compensation(method: Method, shape: RunShape, settings: FormSettings) -
             model.set_compensation(own)
         return method.install(model, payload, profile, generator)
 
-    def fit(state: State, model: SparseModel, text: Batches, profile: Profile, generator: torch.Generator) -> State:
+    def fit(state: State, model: SparseModel, text: Text, profile: Profile, generator: torch.Generator) -> State:
         try:
             method.install(model, method.dispatch(state, profile), profile, generator)
             found = fit_compensation(model, text, small, settings)

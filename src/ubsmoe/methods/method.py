@@ -10,7 +10,7 @@ it needs inside the loop it returns as hooks. A part, such as Dynamic Modulated 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -149,7 +149,7 @@ class Calibration:
     tier's.
     """
 
-    fit: Callable[[State, SparseModel, Sequence[Mapping[str, Tensor]], Profile, torch.Generator], State]
+    fit: Callable[[State, SparseModel, Mapping[str, Tensor], Profile, torch.Generator], State]
     tokens: int
     every: int
 

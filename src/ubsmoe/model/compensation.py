@@ -19,6 +19,7 @@ Source: ours, but for `constant` (MoNE, arXiv 2507.00390) and `elementwise`, our
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -58,15 +59,20 @@ class Compensation:
             out = out + hidden * (skipped @ self.e)
         return out
 
+    def to(self, dtype: torch.dtype) -> "Compensation":
+        """The same, in another dtype."""
+        return Compensation(**{name: part if part is None else part.to(dtype) for name, part in vars(self).items()})
+
 
 @dataclass(frozen=True)
 class LayerCompensation:
     """What a client has of one layer: C for each K it may run, and the channels of each expert when it runs slices.
 
-    `by_top_k` holds one C per K. `channels` [M, f / n] are each expert's channels, n slices to an expert.
+    `by_top_k` holds one C per K; a fit adds to it while the layer runs. `channels` [M, f / n] are each expert's channels, n
+    slices to an expert.
     """
 
-    by_top_k: Mapping[int, Compensation]
+    by_top_k: dict[int, Compensation]
     channels: Int[Tensor, "M kept"] | None = None
     slices: int = 1
 

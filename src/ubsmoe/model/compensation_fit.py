@@ -1,14 +1,16 @@
 """Fit a compensation on the activations of a base: layer by layer, on what the reduced model itself puts into each layer.
 
-For every K in use, and every layer in turn: run the calibration text at this K, everything below already compensated, up to
-the layer; there compute what is missing, y = sum over T(x) of w_i E_i(x) minus what is run; fit the form to it, put it in place.
-Labels and test data are never seen. The adapter and the modulation that are in place stay there: a later fit follows them.
+For every K in use, in one forward pass of the calibration text at this K: where the text arrives at a layer, everything below is
+compensated already; there compute what is missing, y = sum over T(x) of w_i E_i(x) minus what is run; fit the form to it, put it
+in place, and let the layer answer with it. Labels and test data are never seen. The adapter and the modulation that are in place
+stay there: a later fit follows them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -21,13 +23,14 @@ from ubsmoe.model.compensation import PREFIX, Compensation
 from ubsmoe.model.expert_weights import ExpertWeights, Lora
 from ubsmoe.model.kernel_choice import run_assignments
 from ubsmoe.model.layer import SparseLayer
-from ubsmoe.model.routing import Passing, Probe
+from ubsmoe.model.routing import Passing
 from ubsmoe.model.slices import channels_by_importance
 from ubsmoe.model.surgery import SparseModel
 
+Seen = TypeVar("Seen")
 Form = Literal["map", "stand_ins", "elementwise", "constant", "none"]
-Batches = Sequence[Mapping[str, Tensor]]
-"""input_ids and attention_mask of each batch."""
+Text = Mapping[str, Tensor]
+"""input_ids and attention_mask [B, T] of all texts to fit on, padded."""
 
 
 @checked(frozen=True, config=ConfigDict(allow_inf_nan=False))
@@ -59,12 +62,12 @@ class Fitted:
 
 
 @torch.no_grad()
-def fit_compensation(model: SparseModel, batches: Batches, top_ks: Iterable[int], settings: FormSettings) -> Fitted:
+def fit_compensation(model: SparseModel, text: Text, top_ks: Iterable[int], settings: FormSettings) -> Fitted:
     """Fit every K below K_max on calibration text.
 
     Args:
         model: with an adapter in place, and whatever moves its routing. Its K and its compensation are changed.
-        batches: of text; a few thousand tokens do.
+        text: a few thousand tokens do.
         top_ks: the budgets in use.
         settings: the form.
 
@@ -74,14 +77,13 @@ def fit_compensation(model: SparseModel, batches: Batches, top_ks: Iterable[int]
     tensors: dict[str, Tensor] = {}
     explained: dict[int, list[float]] = {}
     if settings.slices > 1:
-        tensors |= _channels(model, batches, settings.slices)
+        tensors |= _channels(model, text, settings.slices)
     for top_k in sorted({k for k in top_ks if k < model.k_max}):
-        explained[top_k] = []
-        for layer in model.layers:
-            model.set_compensation(tensors)
-            model.set_top_k(top_k)
-            found, share = _fit(layer, _passing(model, layer, batches), settings)
-            explained[top_k].append(share)
+        model.set_compensation(tensors)
+        model.set_top_k(top_k)
+        fitted = _at_every_layer(model, text, partial(_fit_in_place, settings=settings))
+        explained[top_k] = [share for _, share in fitted]
+        for layer, (found, _) in zip(model.layers, fitted, strict=True):
             tensors |= {f"{PREFIX}{layer.index}.{top_k}.{n}": t for n, t in vars(found).items() if t is not None}
     model.set_compensation(tensors)
     return Fitted({name: value.cpu() for name, value in tensors.items()}, explained)
@@ -93,10 +95,12 @@ def missing_sum(layer: SparseLayer, seen: Passing) -> Float[Tensor, "T h"]:
     return (whole - experts_sum(seen.hidden, seen.run, seen.run_gates, *layer.run_weights(seen.hidden))).float()
 
 
-def _fit(layer: SparseLayer, seen: Passing, settings: FormSettings) -> tuple[Compensation, float]:
-    """The form of one layer, and the share of the missing sum that it explains."""
-    missing = missing_sum(layer, seen)
+def _fit_in_place(layer: SparseLayer, seen: Passing, settings: FormSettings) -> tuple[Compensation, float]:
+    """The form of one layer, which acts from now on, and the share of the missing sum that it explains."""
+    missing, own = missing_sum(layer, seen), layer.routing.compensation
+    assert own is not None
     found = _FORMS[settings.form](layer, seen, missing, settings)
+    own.by_top_k[layer.routing.top_k] = found.to(seen.hidden.dtype)
     left = missing - found(seen.hidden.to(missing.dtype), seen.skipped)
     return found, 1 - float(left.square().sum() / missing.square().sum().clamp_min(1e-30))
 
@@ -154,18 +158,18 @@ _FORMS = {
 }
 
 
-def _channels(model: SparseModel, batches: Batches, slices: int) -> dict[str, Tensor]:
+def _channels(model: SparseModel, text: Text, slices: int) -> dict[str, Tensor]:
     """The channels of every expert that send most into its output, on the tokens that choose it: |w act_j| || W2_j ||."""
     model.set_compensation({})
     model.set_top_k(model.k_max)
-    found = {}
-    for layer in model.layers:
-        width = layer.shapes()["down"][1]
-        if width % slices:
-            raise ValueError(f"slices must divide the experts' width {width}, got {slices}")
-        importance = _importance(layer, _passing(model, layer, batches))
-        found[f"{PREFIX}{layer.index}.channels"] = channels_by_importance(importance, slices)
-    return found
+    widths = [layer.shapes()["down"][1] for layer in model.layers]
+    if odd := [width for width in widths if width % slices]:
+        raise ValueError(f"slices must divide the experts' width {odd[0]}, got {slices}")
+    importance = _at_every_layer(model, text, _importance)
+    return {
+        f"{PREFIX}{layer.index}.channels": channels_by_importance(own, slices)
+        for layer, own in zip(model.layers, importance, strict=True)
+    }
 
 
 def _importance(layer: SparseLayer, seen: Passing) -> Float[Tensor, "M f"]:
@@ -181,33 +185,27 @@ def _importance(layer: SparseLayer, seen: Passing) -> Float[Tensor, "M f"]:
 
 
 class _Enough(Exception):
-    """The layer was reached; the layers above need not run."""
+    """The last layer was reached; what comes after it need not run."""
 
 
-def _passing(model: SparseModel, layer: SparseLayer, batches: Batches) -> Passing:
-    """What goes through one layer's experts, over all batches."""
-    seen: list[Passing] = []
+def _at_every_layer(model: SparseModel, text: Text, look: Callable[[SparseLayer, Passing], Seen]) -> list[Seen]:
+    """What `look` makes of what goes through each layer's experts, before they answer, in one forward pass."""
+    found: list[Seen] = []
 
-    def probe(passing: Passing) -> None:
-        seen.append(passing)
-        raise _Enough
+    def probe(layer: SparseLayer, passing: Passing) -> None:
+        found.append(look(layer, passing))
+        if layer is model.layers[-1]:
+            raise _Enough
 
-    with _probing(layer, probe):
-        for batch in batches:
-            try:
-                model.model(**{name: value.to(model.device) for name, value in batch.items()}, use_cache=False)
-            except _Enough:
-                continue
-    return Passing(*(torch.cat([getattr(one, name) for one in seen]) for name in vars(seen[0])))
-
-
-@contextmanager
-def _probing(layer: SparseLayer, probe: Probe) -> Iterator[None]:
-    layer.routing = replace(layer.routing, probe=probe)
+    for layer in model.layers:
+        layer.routing = replace(layer.routing, probe=partial(probe, layer))
     try:
-        yield
+        with suppress(_Enough):
+            model.model(**{name: value.to(model.device) for name, value in text.items()}, use_cache=False)
     finally:
-        layer.routing = replace(layer.routing, probe=None)
+        for layer in model.layers:
+            layer.routing = replace(layer.routing, probe=None)
+    return found
 
 
 def experts_sum(

@@ -45,11 +45,10 @@ def written_by_base(model: SparseModel, tokenizer: object, settings: RunSettings
     return texts
 
 
-def in_batches(texts: Sequence[Tokens], pad: int) -> list[Mapping[str, Tensor]]:
-    """input_ids and attention_mask, texts of like length together."""
-    texts = sorted(texts, key=lambda text: len(text.input_ids))
-    made = [collate(list(texts[i : i + BATCH]), pad, False) for i in range(0, len(texts), BATCH)]
-    return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in made]
+def in_one_batch(texts: Sequence[Tokens], pad: int) -> Mapping[str, Tensor]:
+    """input_ids and attention_mask of all texts."""
+    batch = collate(texts, pad)
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 def _until_end(ids: list[int], prompt: int, eos: int) -> Tokens:

@@ -15,7 +15,7 @@ from ubsmoe.messages import Profile, in_order
 from ubsmoe.methods.method import Method, State
 from ubsmoe.methods.state import pack, unpack, with_stored
 from ubsmoe.seeds import generator_for
-from ubsmoe.server.calibration import in_batches
+from ubsmoe.server.calibration import in_one_batch
 from ubsmoe.server.federation import Federation
 from ubsmoe.storage.runfolder import is_run, read_adapter, read_config
 
@@ -101,7 +101,7 @@ def calibrated(federation: Federation, state: State, number: int) -> State:
         return state
     if number == 1 and _goes_on_alike(settings):
         return state
-    text = in_batches(federation.calibration_text, pad_id(federation.tokenizer))
+    text = in_one_batch(federation.calibration_text, pad_id(federation.tokenizer))
     top = max(federation.tiers, key=lambda profile: profile.budget)
     draw = generator_for(settings.seed, number, "calibration")
     fitted = calibration.fit(state, federation.model, text, top, draw)

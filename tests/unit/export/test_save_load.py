@@ -120,7 +120,7 @@ def test_the_sidecar_carries_phi_scale_and_k(family: str, format: Format, tmp_pa
 def test_an_export_carries_its_compensation_at_every_budget(family: str, format: Format, tmp_path: Path) -> None:
     sparse = adapted(family, routed=True, router=True)
     ids = words()
-    text = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     slices = 2 if family in ("olmoe", "mixtral") else 1
     compensation = fit_compensation(sparse, text, [1, 2], FormSettings(rank=3, slices=slices)).tensors
     sparse.set_compensation(compensation)
@@ -142,7 +142,7 @@ def test_an_export_carries_its_compensation_at_every_budget(family: str, format:
 
 def test_an_output_scale_beside_a_compensation_stays_out_of_merged_weights(tmp_path: Path) -> None:
     sparse, ids = adapted("gpt_oss"), words()
-    text = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     sparse.set_compensation(fit_compensation(sparse, text, [2], FormSettings(rank=3)).tensors)
     sparse.set_output_scale(torch.tensor([1.5, 0.6]))
     sparse.set_top_k(2)

@@ -19,7 +19,7 @@ from unit.model.families import FAMILIES, HIDDEN, WIDTH, tiny, words
 
 FORMS: tuple[Form, ...] = ("map", "stand_ins", "elementwise", "constant", "none")
 IDS = words()
-BATCHES = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}]
+TEXT = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 
 
 def adapted(family: str, seed: int = 0) -> SparseModel:
@@ -41,7 +41,7 @@ def test_at_k_max_nothing_changes_to_the_bit(family: str) -> None:
     sparse = adapted(family)
     before = logits(sparse)
     for form in FORMS:
-        fitted = fit_compensation(sparse, BATCHES, [1, 2], FormSettings(form=form, rank=5))
+        fitted = fit_compensation(sparse, TEXT, [1, 2], FormSettings(form=form, rank=5))
         sparse.set_compensation(fitted.tensors)
         sparse.set_top_k(sparse.k_max)
         assert torch.equal(logits(sparse), before)
@@ -54,7 +54,7 @@ def test_where_the_fit_can_be_exact_a_small_budget_answers_as_k_max(family: str)
     whole = logits(sparse)
     sparse.set_top_k(1)
     off = (logits(sparse) - whole).abs().max()
-    fitted = fit_compensation(sparse, BATCHES, [1], FormSettings(rank=64, ridge=1e-9))
+    fitted = fit_compensation(sparse, TEXT, [1], FormSettings(rank=64, ridge=1e-9))
     sparse.set_compensation(fitted.tensors)
     sparse.set_top_k(1)
     assert min(fitted.explained[1]) > 0.999
@@ -66,7 +66,7 @@ def test_without_any_expert_a_map_answers_alone_and_reads_none(family: str) -> N
     """The experts' weights are garbage after the fit: a budget below one expert must not notice."""
     sparse = adapted(family)
     whole = logits(sparse)
-    fitted = fit_compensation(sparse, BATCHES, [0], FormSettings(rank=64, ridge=1e-9))
+    fitted = fit_compensation(sparse, TEXT, [0], FormSettings(rank=64, ridge=1e-9))
     sparse.set_compensation(fitted.tensors)
     sparse.set_top_k(0)
     assert min(fitted.explained[0]) > 0.999 and sparse.num_run == 0
@@ -86,7 +86,7 @@ def test_no_form_explains_less_than_nothing_and_clearing_leaves_no_trace(family:
     stock = logits(sparse)
     adapter = sparse.fresh_adapter(3, torch.Generator().manual_seed(5), shared_a=True)
     sparse.load_adapter(adapter, 6.0)
-    fitted = fit_compensation(sparse, BATCHES, [1, 2], FormSettings(form=form, rank=4))
+    fitted = fit_compensation(sparse, TEXT, [1, 2], FormSettings(form=form, rank=4))
     assert all(
         share > (-1e-6 if form in ("map", "none") else -1.0) for own in fitted.explained.values() for share in own
     )
@@ -98,7 +98,7 @@ def test_no_form_explains_less_than_nothing_and_clearing_leaves_no_trace(family:
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "deepseek_v3", "gpt_oss"])
 def test_counts_are_of_the_experts_that_run(family: str) -> None:
     sparse = adapted(family)
-    fitted = fit_compensation(sparse, BATCHES, [1, 2], FormSettings(rank=4, slices=2 if family == "olmoe" else 1))
+    fitted = fit_compensation(sparse, TEXT, [1, 2], FormSettings(rank=4, slices=2 if family == "olmoe" else 1))
     sparse.set_compensation(fitted.tensors)
     for top_k in range(1, sparse.k_max + 1):
         sparse.set_top_k(top_k)
@@ -120,7 +120,7 @@ def test_channels_that_send_nothing_can_be_left_out() -> None:
             dead[index, expert] = set(gone.tolist())
     sparse = SparseModel(model)
     sparse.load_adapter(sparse.fresh_adapter(3, torch.Generator().manual_seed(5), shared_a=True), 6.0)
-    fitted = fit_compensation(sparse, BATCHES, [1, 2], FormSettings(form="none", slices=2))
+    fitted = fit_compensation(sparse, TEXT, [1, 2], FormSettings(form="none", slices=2))
     for layer in sparse.layers:
         channels = fitted.tensors[f"{PREFIX}{layer.index}.channels"]
         assert all(set(row.tolist()).isdisjoint(dead[layer.index, e]) for e, row in enumerate(channels))
@@ -152,7 +152,7 @@ def test_a_router_that_renormalises_learns_at_one_expert_only_with_the_weights_o
 def test_what_is_sent_and_held_takes_the_bytes_that_are_planned(dtype: torch.dtype) -> None:
     sparse, skipped = adapted("olmoe"), Skipped("map", 2, 2, 4)
     shape, sparse.model = shape_from_config(sparse.model.config), sparse.model.to(dtype)
-    fitted = fit_compensation(sparse, BATCHES, [1, 2], FormSettings(form="map", rank=2, slices=2)).tensors
+    fitted = fit_compensation(sparse, TEXT, [1, 2], FormSettings(form="map", rank=2, slices=2)).tensors
     sent = {name: value for name, value in fitted.items() if name.split(".")[2] in ("1", "channels")}
     assert skipped.k_max == sparse.k_max and skipped.sent_bytes(shape) == sum(value.nbytes for value in sent.values())
     sparse.set_compensation(sent)
@@ -178,7 +178,7 @@ def test_what_is_sent_and_held_takes_the_bytes_that_are_planned(dtype: torch.dty
 def test_gradients_reach_what_lies_below_through_the_map() -> None:
     """With every expert's own path cut, the adapter of the lower layer still learns: through C of the upper one."""
     sparse = adapted("olmoe")
-    fitted = fit_compensation(sparse, BATCHES, [1], FormSettings(rank=8))
+    fitted = fit_compensation(sparse, TEXT, [1], FormSettings(rank=8))
     sparse.set_compensation(fitted.tensors)
     sparse.set_top_k(1)
     out = sparse.model(input_ids=IDS, use_cache=False).logits.sum()
@@ -207,7 +207,7 @@ def test_the_first_matrix_of_every_family_can_be_sliced_or_says_why_not() -> Non
     for family in FAMILIES:
         sparse = adapted(family)
         assert getattr(sparse.layers[0].experts, up_name(sparse.layers[0].experts)) is not None
-        fitted = fit_compensation(sparse, BATCHES, [1], FormSettings(rank=4, slices=2))
+        fitted = fit_compensation(sparse, TEXT, [1], FormSettings(rank=4, slices=2))
         sparse.set_compensation(fitted.tensors)
         sparse.set_top_k(1)
         assert torch.isfinite(logits(sparse)).all()
