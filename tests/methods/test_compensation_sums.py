@@ -1,11 +1,12 @@
 """The fit by clients' sums: pooled least squares, in any order of clients, asked for when due, refused where it cannot be."""
 
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
 import torch
 
-from methods.laboratory import Lab, aggregated
+from methods.laboratory import EXPERTS, HIDDEN, K_MAX, LAYERS, Lab, aggregated, generator
 from ubsmoe.client.train import Trainer, train
 from ubsmoe.config import TierSettings, TrainSettings
 from ubsmoe.data.tokens import Tokens, collate
@@ -17,6 +18,9 @@ from ubsmoe.methods.compensation_sums import FitState
 from ubsmoe.methods.method import Method, State
 from ubsmoe.model.compensation import PREFIX
 from ubsmoe.model.compensation_fit import FormSettings, fit_compensation
+from ubsmoe.model.compensation_sums import no_sums, passed_sums
+from ubsmoe.model.routing import Passing
+from ubsmoe.model.surgery import SparseModel
 from ubsmoe.wire.codec import decode_update, encode_update
 
 EXAMPLES = [Tokens(tuple(2 + (7 * i + i * j * j) % 30 for j in range(4 + i % 5)), prompt_length=2) for i in range(24)]
@@ -74,6 +78,39 @@ def test_the_lowest_layers_map_is_the_servers_own_on_the_same_text(lab: Lab, met
         torch.testing.assert_close(found[f"0.{top_k}.v"] @ found[f"0.{top_k}.u"], product, rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_sums_leave_out_is_what_a_client_at_that_k_leaves_out(model: SparseModel, biased: bool) -> None:
+    """The lowest layer again: its gate weights of skipped experts, one pass at K_max against a pass at each K."""
+    adapter, text = model.fresh_adapter(3, generator(1), shared_a=True), collate(EXAMPLES[:9], 0)
+
+    def put(top_k: int) -> None:
+        model.load_adapter(adapter, 6.0)
+        if biased:
+            model.set_selection_bias(torch.linspace(0, 0.02, LAYERS * EXPERTS).reshape(LAYERS, EXPERTS))
+        if top_k < K_MAX:
+            model.set_compensation({})
+        model.set_top_k(top_k)
+
+    put(K_MAX)
+    found = passed_sums(model, [text], [1, 2], tokens=64)
+    for top_k in (1, 2):
+        put(top_k)
+        seen: list[Passing] = []
+        model.layers[0].routing = replace(model.layers[0].routing, probe=seen.append)
+        model.model(input_ids=text["input_ids"], attention_mask=text["attention_mask"])
+        skipped = found[0, top_k].features[HIDDEN:]
+        torch.testing.assert_close(skipped, seen[0].skipped.double().sum(0))
+        assert skipped.count_nonzero() > 1
+        model.clear()
+
+
+def test_sums_lie_where_the_base_does(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An accelerator's sums are not added to those of no token on a CPU."""
+    monkeypatch.setattr(lab.skeleton, "device", torch.device("meta"))
+    for sums in no_sums(lab.skeleton, [1, 2]).values():
+        assert {value.device.type for value in [*vars(sums).values(), *sums.fixed().values()]} == {"meta"}
+
+
 def test_the_largest_tier_is_asked_until_it_has_answered_and_again_when_it_is_due(lab: Lab) -> None:
     method = build("fedavg", lab.shape, {"compensation": {**OWN["compensation"], "every": 2}})
     state, asked, sent = lab.start(method), [], []
@@ -122,3 +159,5 @@ def test_what_sums_cannot_do_is_refused_with_the_reason(lab: Lab, method: Method
         with pytest.raises(UserError, match=r"compensation\.fit 'clients' .* or fit = 'server'"):
             build("fedavg", lab.shape, {"compensation": {**OWN["compensation"], **more}})
     assert method.calibration is None  # the server needs no text, nor weights
+    with pytest.raises(UserError, match=r"clients that run K_max = 3 experts, and no tier does; add budget 1"):
+        build("fedavg", replace(lab.shape, top_ks=(1, 2)), OWN)

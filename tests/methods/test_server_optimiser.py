@@ -6,7 +6,8 @@ import torch
 from ubsmoe.errors import UserError
 from ubsmoe.methods import build
 from ubsmoe.methods.method import Contribution, RunShape, State
-from ubsmoe.methods.state import pack, unpack
+from ubsmoe.methods.server_optimiser import OptimiserState
+from ubsmoe.methods.state import pack, unpack, with_stored
 
 SHAPE = RunShape(num_layers=2, num_experts=6, k_max=3, rank=4, alpha=6.0)
 
@@ -53,6 +54,17 @@ def test_adam_and_yogi_by_hand() -> None:
 def test_without_memory_and_at_full_step_it_is_the_method_inside() -> None:
     (moved,) = rounds({"rule": "momentum", "beta1": 0.0}, (0.25, -0.5, 0.75))
     assert near(moved, 1.25, 1.5, 3.75)
+
+
+@pytest.mark.parametrize("rule", ["momentum", "adam"])
+def test_a_run_that_begins_where_another_ended_has_its_memory(rule: str) -> None:
+    """Momentum keeps no squares, and a mapping without an entry leaves no trace in a file."""
+    method = build("fedavg", SHAPE, {"server": {"rule": rule}})
+    fresh = method.start({"w": torch.ones(1, 3)})
+    ended = method.aggregate(fresh, [client("a", 1.0, 1.0, 2.0, 3.0)])
+    begun = with_stored(fresh, pack(ended), method.keeps)
+    assert pack(begun).keys() == pack(ended).keys() and begun.of(OptimiserState).change_mean
+    assert not with_stored(fresh, {"w": torch.ones(1, 3)}, method.keeps).of(OptimiserState).change_mean
 
 
 @pytest.mark.parametrize("rule", ["momentum", "adam", "yogi"])

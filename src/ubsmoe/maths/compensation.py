@@ -46,13 +46,13 @@ class Sums:
     def of(cls, z: Float[Tensor, "T d"], y: Float[Tensor, "T h"]) -> "Sums":
         """The sums over these tokens."""
         z, y = z.double(), y.double()
-        count = torch.tensor(float(len(z)), dtype=torch.float64)
+        count = torch.tensor(float(len(z)), dtype=torch.float64, device=z.device)
         return cls(count, z.sum(0), y.sum(0), z.T @ z, z.T @ y, y.square().sum())
 
     @classmethod
-    def zero(cls, d: int, h: int) -> "Sums":
+    def zero(cls, d: int, h: int, device: torch.device | None = None) -> "Sums":
         """The sums over no tokens."""
-        return cls.of(torch.zeros(0, d), torch.zeros(0, h))
+        return cls.of(torch.zeros(0, d, device=device), torch.zeros(0, h, device=device))
 
     @staticmethod
     def elements(d: int, h: int) -> int:
@@ -61,7 +61,7 @@ class Sums:
 
     def fixed(self) -> dict[str, Int[Tensor, "..."]]:
         """By name, as whole numbers of 2^-24: they add up without rounding, in any order."""
-        return {name: (value * FIXED_POINT).round().to(torch.int64).cpu() for name, value in vars(self).items()}
+        return {name: (value * FIXED_POINT).round().to(torch.int64) for name, value in vars(self).items()}
 
     @classmethod
     def of_fixed(cls, fixed: Mapping[str, Int[Tensor, "..."]]) -> "Sums":

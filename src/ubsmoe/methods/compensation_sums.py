@@ -60,12 +60,17 @@ def with_clients_sums(method: Method, shape: RunShape, settings: FormSettings, s
         keep: puts what was fitted into a state.
 
     Raises:
-        ValueError: for a form that is more than one map.
+        ValueError: for a form that is more than one map, or where no tier runs K_max experts.
     """
     if settings.form != "map" or settings.slices > 1:
         raise ValueError(
             f"compensation.fit 'clients' sums what one whole map needs, got form {settings.form!r} with slices "
             f"{settings.slices}; set form = 'map' and slices = 1, or fit = 'server'"
+        )
+    if shape.k_max not in shape.top_ks:
+        raise ValueError(
+            f"compensation.fit 'clients' asks clients that run K_max = {shape.k_max} experts, and no tier does; add budget 1 to "
+            "tiers.budgets, or set fit = 'server'"
         )
     wanted = torch.tensor(small)
 

@@ -72,11 +72,17 @@ def with_stored(state: State, tensors: Mapping[str, Tensor], kinds: Sequence[typ
     """The state with a stored adapter in the place of its own, and with those of its parts that were stored beside it."""
     adapters = {name: value for name, value in tensors.items() if not name.startswith(PREFIX)}
     fields_there = {name.removeprefix(PREFIX).partition(".")[0] for name in tensors if name.startswith(PREFIX)}
-    stored = [kind for kind in kinds if {field.name for field in fields(kind)} <= fields_there]
     state = replace(state, adapters={**adapters, **{n: v for n, v in state.adapters.items() if n not in adapters}})
-    for kind in stored:
-        state = state.having(_part(kind, tensors))
+    for kind in kinds:
+        if _is_stored(kind, fields_there):
+            state = state.having(_part(kind, tensors))
     return state
+
+
+def _is_stored(kind: type, fields_there: set[str]) -> bool:
+    """Whether something of a part was stored, and every tensor; of a mapping that was empty nothing is."""
+    needed = {field.name for field in fields(kind) if field.type is Tensor}
+    return needed <= fields_there and not fields_there.isdisjoint(field.name for field in fields(kind))
 
 
 def _part(kind: type, tensors: Mapping[str, Tensor]) -> Any:

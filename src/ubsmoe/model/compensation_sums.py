@@ -25,7 +25,8 @@ Place = tuple[int, int]
 def no_sums(model: SparseModel, top_ks: Sequence[int]) -> dict[Place, Sums]:
     """The sums over no tokens."""
     hidden = model.layers[0].shapes()["up"][1]
-    return {(layer.index, k): Sums.zero(hidden + layer.num_experts, hidden) for layer in model.layers for k in top_ks}
+    zero = Sums.zero(hidden + model.num_experts, hidden, model.device)
+    return {(layer.index, top_k): zero for layer in model.layers for top_k in top_ks}
 
 
 @torch.no_grad()
@@ -65,8 +66,11 @@ def passed_sums(
 
 
 def _sums(layer: SparseLayer, seen: Passing, top_k: int) -> Sums:
-    """What A(x) of this K leaves out of T(x): the K of largest gate weight."""
-    left_out = seen.gates.topk(seen.gates.shape[1] - top_k, dim=-1, largest=False).indices
+    """What A(x) of this K leaves out of T(x): all but the K of largest gate weight, or of largest score plus bias."""
+    by = seen.gates
+    if layer.routing.selection_bias is not None:  # experts then stand in the order of that sum, and weights in another
+        by = -torch.arange(by.shape[1], device=by.device).expand_as(by)
+    left_out = by.topk(by.shape[1] - top_k, dim=-1, largest=False).indices
     index, gates = seen.considered.gather(-1, left_out), seen.gates.gather(-1, left_out)
     skipped = seen.hidden.new_zeros(seen.skipped.shape).scatter(-1, index, gates.to(seen.hidden.dtype))
     missing = experts_sum(seen.hidden, index, gates, *layer.whole_weights(seen.hidden))
