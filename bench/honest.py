@@ -68,7 +68,7 @@ def spread_of_changes(work: str, method: str, rounds: int) -> dict[str, Any]:
             for task in tasks:
                 (reply,) = super().exchange([task])
                 assert isinstance(reply, Update)
-                sizes.append(sizes_of(reply, task.payload))
+                sizes.append(sizes_of(reply, task.payload, federation.method.judged))
                 yield reply
             limits = Limits(sizes[:WINDOW], 1.0)
             for name, own in ((name, own) for client in sizes for name, own in client.items()):
