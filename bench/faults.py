@@ -68,6 +68,8 @@ def main() -> None:
     )
     chosen = parser.parse_args()
     families = chosen.only or "".join(FAMILIES).replace("G" if chosen.quick else "", "")
+    if unknown := set(families) - set(FAMILIES):
+        parser.error(f"--only: there is no family {', '.join(sorted(unknown))}; there are {', '.join(FAMILIES)}")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
         found = matrix(families, chosen.quick, Path(root))

@@ -3,7 +3,7 @@
     python bench/honest.py [--rounds 3] [--methods fedavg,flame] [--out FILE]
 
 First, for every run file of runs/ whose data are on this machine: the most examples of a client over the clients' median. Then, for
-methods of all kinds on runs/study/small.toml and runs/tiers.toml: the largest size of a tensor's change over the median of the
+methods of all kinds on runs/quickstart.toml and runs/tiers.toml: the largest size of a tensor's change over the median of the
 round's first clients (server/peers.py), and how many updates the defaults drop, which must be none.
 """
 
@@ -24,7 +24,7 @@ from ubsmoe.messages import Reply, Task, Update
 from ubsmoe.server.federation import build_federation
 from ubsmoe.server.peers import WINDOW, Limits, kind_of, sizes_of
 from ubsmoe.server.rounds import one_round
-from ubsmoe.server.start import start_state
+from ubsmoe.server.start import calibrated, start_state
 from ubsmoe.storage.disk import atomic_write
 from ubsmoe.storage.json_text import encode_json
 
@@ -34,8 +34,8 @@ METHODS = ("ubsmoe", "fedavg", "hetlora", "flora", "flexlora", "fed_sb", "ffa_lo
 WORK: dict[str, dict[str, Any]] = {
     "quickstart": {},
     "tiers": {},
-    "tiers, one epoch": {"train.local_steps": None, "train.local_epochs": 0.25},
     "tiers, sgd": {"train.optimizer": "sgd", "train.learning_rate": 0.1},
+    "tiers, one epoch": {"train.local_steps": None, "train.local_epochs": 0.25},
     "tiers, one step": {"train.local_steps": 1},
 }
 
@@ -68,7 +68,7 @@ def spread_of_changes(work: str, method: str, rounds: int) -> dict[str, Any]:
             for task in tasks:
                 (reply,) = super().exchange([task])
                 assert isinstance(reply, Update)
-                sizes.append(sizes_of(reply, task.payload))
+                sizes.append(sizes_of(reply, task.payload, federation.method.judged))
                 yield reply
             limits = Limits(sizes[:WINDOW], 1.0)
             for name, own in ((name, own) for client in sizes for name, own in client.items()):
@@ -83,6 +83,7 @@ def spread_of_changes(work: str, method: str, rounds: int) -> dict[str, Any]:
 
     state, engine = start_state(federation), Measuring(federation.trainer, federation.examples, federation.clients)
     for number in range(1, rounds + 1):
+        state = calibrated(federation, state, number)
         state = one_round(federation, engine, state, number, note)
     rms, entry = ({"ratio": round(ratio, 2), "tensor": kind} for ratio, kind in worst)
     return {"work": work, "method": method, "rounds": rounds, "rms": rms, "entry": entry, "dropped": dropped}

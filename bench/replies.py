@@ -152,7 +152,7 @@ def outcome(packed: Packed, task: Task, form: UpdateSpec, dtype: Any) -> str:
     """What the server makes of a reply: "wire" or "validation", which are drops, "read", or what it died of."""
     try:
         update = decode_update(packed, MAX_MESSAGE_BYTES, task.payload, form, dtype)
-        check_update(update, task, form, max_change=1.0, elastic=False, most_tokens=10_000)
+        check_update(update, task, form, max_change=1.0, run=(task.profile.top_k,), most_tokens=10_000)
         return "read"
     except WireError:
         return "wire"

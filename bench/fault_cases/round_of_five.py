@@ -15,6 +15,7 @@ from ubsmoe.engines.simulated import SimulatedEngine
 from ubsmoe.maths.means import Mean, WeightedMean
 from ubsmoe.messages import Dropped, Engine, Profile, Reply, Task, Update
 from ubsmoe.methods import build
+from ubsmoe.methods.chosen import tier_profiles
 from ubsmoe.methods.method import RunShape, State, contribution
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
@@ -51,8 +52,9 @@ class Round:
     def federation(self, settings: RunSettings, mean: Callable[[], Mean] = WeightedMean) -> Federation:
         """A run of these clients, without data and questions."""
         method = build("fedavg", replace(self.shape, mean=mean))
+        tiers = tier_profiles(settings, method, self.shape)
         return Federation(
-            settings, self.model, self.model, None, method, self.shape, self.profiles, [], {}, {}, None, "base", None
+            settings, self.model, self.model, None, method, self.shape, self.profiles, tiers, {}, {}, None, "base", None
         )
 
     def encode(self, update: Update) -> Packed:

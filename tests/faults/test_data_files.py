@@ -1,7 +1,9 @@
 """C6, C9-C12 of the faults found by trial: whatever a data file or run file holds ends in examples or in one sentence."""
 
 import json
+import os
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from ubsmoe.config import ConfigError, load_run, parse_run
+from ubsmoe.data import file_formats
 from ubsmoe.data.card import data_card
 from ubsmoe.data.records import read_file, read_folder
 from ubsmoe.data.sources import load_examples, load_test, load_training
@@ -74,6 +77,46 @@ def test_a_bad_field_is_refused_with_file_line_and_field(name: str, tmp_path: Pa
 def replace_template(tokenizer: Any) -> Any:
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     return tokenizer
+
+
+def test_a_field_name_acts_on_no_terminal_and_fills_none(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"\x1b[2J": 1, **{f"f{i}": 1 for i in range(999)}}))
+    with pytest.raises(ConfigError, match=r"it has \\x1b\[2J, f0, .*f8 and 990 more$"):
+        read_file(tmp_path / "mine.jsonl", None)  # type: ignore[arg-type]
+
+
+# Files that are made to fill the memory, or never end
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".csv.gz"])
+def test_a_packed_file_that_holds_far_more_than_text_can_is_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"bomb{suffix}"
+    path.write_bytes(zlib.compress(bytes(101 << 20), 9, 31))
+    with pytest.raises(ConfigError, match="hold more than 100 times as many bytes"):
+        read_file(path, None)  # type: ignore[arg-type]
+
+
+def test_parquet_that_declares_far_more_rows_than_bytes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(file_formats, "LEAST", 1)
+    same = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 400_000, pyarrow.int8()), pyarrow.array(["same"]))
+    parquet.write_table(pyarrow.table({"prompt": same, "completion": same}), tmp_path / "a.parquet", compression="zstd")
+    with pytest.raises(ConfigError, match="hold more than 100 times as many rows"):
+        read_file(tmp_path / "a.parquet", None)  # type: ignore[arg-type]
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "mine.jsonl")
+    with pytest.raises(ConfigError, match="no plain file"):
+        read_file(tmp_path / "mine.jsonl", None)  # type: ignore[arg-type]
+
+
+def test_a_header_of_many_columns_is_looked_at_once(tmp_path: Path) -> None:
+    path = csv(tmp_path, ",".join(f"c{i}" for i in range(40_000)) + ",c7\n")
+    with pytest.raises(ConfigError, match="there are several columns 'c7'"):
+        read_file(path, None)  # type: ignore[arg-type]
 
 
 # C9: CSV
@@ -225,6 +268,21 @@ def test_dropping_changes_nothing_where_everything_fits(long_answers: dict[str, 
 
 
 # C12: run files and prompts
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"x = {'[' * 9000}", "not valid TOML: its tables or lists lie too deep"),
+        (f"[{'a.' * 4000}a]", "not valid TOML|a: unknown setting|unknown setting 'a'"),
+        (f"{'a.' * 20_000}a = 1", "a line of 40005 characters; expected at most 10000"),
+        (f"[train]\nrounds = {DIGITS}", "not valid TOML: Exceeds the limit"),
+    ],
+)
+def test_a_run_file_that_is_made_to_stop_its_reader_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        load_run(tmp_path / "run.toml")
 
 
 def test_a_byte_order_mark_before_a_run_file_is_no_fault(tmp_path: Path) -> None:

@@ -129,6 +129,14 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an unknown rope type": (
         lambda p: change(p / "config.json", rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}), "'spiral'"
     ),
+    "attention from the hub": (
+        lambda p: change(p / "config.json", _attn_implementation="somebody/kernel"), "'somebody/kernel', and no code that"
+    ),
+    "experts from the hub": (
+        lambda p: change(p / "config.json", experts_implementation="sonicmoe"), "experts_implementation 'sonicmoe', and no"
+    ),
+    "a billion layers": (lambda p: change(p / "config.json", num_hidden_layers=10**9), "has 1000000000 layers of 6 experts"),
+    "a trillion experts": (lambda p: change(p / "config.json", num_experts=2**40), "layers of 1099511627776 experts"),
     "an unknown activation": (lambda p: change(p / "config.json", hidden_act="smelu"), "smelu"),
     "a size is text": (lambda p: change(p / "config.json", hidden_size="wide"), "model.base"),
     "heads do not divide": (lambda p: change(p / "config.json", num_attention_heads=0), "model.base"),

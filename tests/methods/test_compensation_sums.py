@@ -1,6 +1,8 @@
 """The fit by clients' sums: pooled least squares, in any order of clients, asked for when due, refused where it cannot be."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import permutations
 
 import pytest
@@ -11,7 +13,7 @@ from ubsmoe.client.train import Trainer, train
 from ubsmoe.config import TierSettings, TrainSettings
 from ubsmoe.data.tokens import Tokens, collate
 from ubsmoe.errors import UserError
-from ubsmoe.messages import Task
+from ubsmoe.messages import Task, Update
 from ubsmoe.methods import build
 from ubsmoe.methods.compensation import CompensationState
 from ubsmoe.methods.compensation_sums import FitState
@@ -21,6 +23,7 @@ from ubsmoe.model.compensation_fit import FormSettings, fit_compensation
 from ubsmoe.model.compensation_sums import no_sums, passed_sums
 from ubsmoe.model.routing import Passing
 from ubsmoe.model.surgery import SparseModel
+from ubsmoe.server.peers import without_outliers
 from ubsmoe.wire.codec import decode_update, encode_update
 
 EXAMPLES = [Tokens(tuple(2 + (7 * i + i * j * j) % 30 for j in range(4 + i % 5)), prompt_length=2) for i in range(24)]
@@ -134,16 +137,43 @@ def test_sums_cross_the_wire_to_the_bit(lab: Lab, method: Method) -> None:
     assert update.extras["sums.1.2.gram"].any()
 
 
-@pytest.mark.parametrize("value", [0, 2**55, -(2**55)])
-def test_sums_that_nobody_can_have_change_no_map(lab: Lab, method: Method, value: int) -> None:
+def lying(update: Update, **changed: Callable[[torch.Tensor], torch.Tensor]) -> Update:
+    """The update, sums of these names changed in every place."""
+    lies = {name: changed[end](v) for name, v in update.extras.items() if (end := name.split(".")[-1]) in changed}
+    return replace(update, extras={**update.extras, **lies})
+
+
+@pytest.mark.parametrize(
+    ("said", "lie"),
+    [
+        ("are those of no tokens", dict.fromkeys(("count", "features", "outputs", "gram", "cross", "energy"), torch.zeros_like)),
+        ("are those of no tokens", {"gram": torch.neg}),
+        ("more than their energy", {"cross": lambda cross: cross + 2**40}),
+        ("a client looks at 4160", {"count": lambda count: count + 2**50}),
+    ],
+)  # fmt: skip
+def test_sums_that_no_tokens_have_are_their_clients_drop(
+    lab: Lab, said: str, lie: dict[str, Callable[[torch.Tensor], torch.Tensor]]
+) -> None:
+    method = build("fedavg", replace(lab.shape, batch_tokens=64), OWN)
+    for update in updates(lab, method, lab.start(method)):
+        assert method.fault(update) is None
+        assert said in str(method.fault(lying(update, **lie)))
+
+
+def test_sums_of_far_larger_states_than_the_others_are_found_beside_them(lab: Lab, method: Method) -> None:
+    """True sums of tokens that nobody has: only the others' tell."""
     state = lab.start(method)
-    good = aggregated(method, state, updates(lab, method, state))
-    (update,) = updates(lab, method, state, [EXAMPLES])
-    update.extras.update({name: torch.full_like(one, value) for name, one in update.extras.items()})  # type: ignore[attr-defined]
-    after = aggregated(method, good, [update])
-    assert all(torch.equal(one, maps(after)[name]) for name, one in maps(good).items()) or all(
-        one.isfinite().all() for one in maps(after).values()
-    )
+    honest = updates(lab, method, state, [EXAMPLES[i::4] for i in range(4)])
+    squared = {name: 400 for name in ("gram", "cross", "energy")} | {name: 20 for name in ("features", "outputs")}
+    liar = lying(honest[3], **{name: partial(torch.mul, other=times) for name, times in squared.items()})
+    assert method.fault(liar) is None
+    task = Task(1, lab.profile(method, 3), method.dispatch(state, lab.profile(method, 3)))
+    for last, dropped in ((honest[3], []), (liar, ["client-3"])):
+        lost: list[str] = []
+        answers = [(task, update) for update in (*honest[:3], last)]
+        list(without_outliers(answers, 8.0, lambda one, answer: lost.append(one.client), method.judged))  # noqa: B023
+        assert lost == dropped
 
 
 def test_a_client_whose_sums_overflow_is_dropped(lab: Lab, method: Method) -> None:

@@ -162,7 +162,8 @@ def _run_on_flower(run_file: Path, place: Path, changes: dict[str, Any], simulat
     settings = read_settings(run_file, changes)
     nodes = min(settings.clients.count, len(settings.tiers.budgets))
     with _resumable(place, settings.train.rounds), ended_in_order(), owned_folder() as folder:
-        write_app(run_file, folder / "run", changes, place)
+        # nodes that are started here come, however long a busy machine takes
+        write_app(run_file, folder / "run", changes, place, join_seconds=1800)
         # these nodes are on the machine of the run file, so that what it names is theirs
         config = {"resident-seconds": IDLE_SECONDS, "plug-ins": ",".join(plug_ins(settings.model_dump()).values())}
         with local_federation(folder / "run", nodes, simulated, typer.echo, lambda _: config) as federation:

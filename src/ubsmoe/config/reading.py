@@ -28,6 +28,9 @@ RENAMED = {
 """Keys of run files written before 0.2, and what they are called now."""
 
 
+LONGEST_LINE = 10_000  # characters; a key of many thousand dots takes tomllib minutes
+
+
 class ConfigError(UserError):
     """A run file that cannot be used; the message says what to change."""
 
@@ -61,13 +64,24 @@ def parse_run(table: dict[str, Any]) -> RunSettings:
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a run file. Raises ConfigError if it cannot be read or is not TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors of Windows put a mark in front
+        text = path.read_text(encoding="utf-8-sig")  # some editors of Windows put a mark in front
+        if (longest := max(map(len, text.splitlines()), default=0)) > LONGEST_LINE:
+            raise ConfigError(f"{path} has a line of {longest} characters; expected at most {LONGEST_LINE}")
+        return _toml(text)
     except FileNotFoundError:
         raise ConfigError(f"no such file: {path}") from None
     except OSError as error:
         raise ConfigError(f"cannot read run file {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def _toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text. Raises ValueError for all that is none, sections too deep to be any included."""
+    try:
+        return copy.deepcopy(tomllib.loads(text))  # tables too deep to be copied are too deep for all that follows
+    except RecursionError:
+        raise ValueError("its tables or lists lie too deep in one another") from None
 
 
 def validated(root: type[AnySettings], table: dict[str, Any]) -> AnySettings:
@@ -102,8 +116,8 @@ def parse_value(text: str) -> Any:
     (3, [0.25, 1], 'off')
     """
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return _toml(f"value = {text}")["value"]
+    except ValueError:
         return text
 
 

@@ -13,6 +13,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
 from io import StringIO
@@ -26,6 +27,8 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz", ".par
 NOTES = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 SPLITS = {"train", "test", "validation", "valid", "val", "dev"}
 MAX_DIGITS = 4300  # of an integer, as Python's own int() has it
+MOST_TIMES = 100  # text is packed to a fifth; the most that gzip packs is a thousandth
+LEAST = 1 << 20  # bytes of a file that may hold so many times more however small it is
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 _LISTS = {"messages", "candidates"}  # the fields of a record that are no text
 
@@ -70,6 +73,8 @@ def _without_suffix(name: str) -> str:
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Each record of a file with the words that say where it stands. Raises UserError if the file cannot be read."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no plain file; expected records on the disk, since they are read more than once")
     if path.suffix == ".parquet":
         yield from _parquet(path)
         return
@@ -114,7 +119,7 @@ def _header(names: list[str], path: Path) -> list[str]:
 
 
 def _once(names: list[str], where: str) -> None:
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise ConfigError(
             f"{where}: there are several columns {', '.join(map(repr, twice))}; rename or remove all but one"
         )
@@ -125,8 +130,15 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     parquet = import_module("pyarrow.parquet")
     try:
         names = parquet.read_schema(path).names
+        _check_unpacked(path, parquet.read_metadata(path).num_rows, "rows")
         rows = parquet.read_table(path).to_pylist() if len(set(names)) == len(names) else []
-    except (OSError, ValueError, NotImplementedError, ArithmeticError) as error:  # pyarrow's own are among these
+    except (
+        OSError,
+        ValueError,
+        NotImplementedError,
+        ArithmeticError,
+        MemoryError,
+    ) as error:  # pyarrow's are among them
         raise ConfigError(f"{path} cannot be read as Parquet: {printable(str(error))}") from None
     _once(names, str(path))
     for number, row in enumerate(rows, 1):
@@ -150,14 +162,31 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)!r} comes twice")
+        raise ValueError(f"field {Counter(names).most_common(1)[0][0]!r} comes twice")
     return record
+
+
+def _check_unpacked(path: Path, count: int, what: str) -> None:
+    """Raise ConfigError if a packed file holds so much that it is made to fill the memory."""
+    size = path.stat().st_size
+    if count > MOST_TIMES * max(size, LEAST):
+        raise ConfigError(
+            f"{path}: its {size} bytes hold more than {MOST_TIMES} times as many {what}; unpack it if that is meant"
+        )
+
+
+def _unpacked(path: Path) -> Iterator[bytes]:
+    count = 0
+    with gzip.open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            _check_unpacked(path, count := count + len(piece), "bytes")
+            yield piece
 
 
 def _read_text(path: Path) -> str:
     try:
-        raw = path.read_bytes()
-        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+        raw = b"".join(_unpacked(path)) if path.suffix == ".gz" else path.read_bytes()
+        return raw.decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ConfigError(
             f"{path} cannot be read as UTF-8 text{' in gzip' * (path.suffix == '.gz')}: {error}"

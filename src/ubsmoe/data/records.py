@@ -19,7 +19,7 @@ from ubsmoe.config.plug_ins import load
 from ubsmoe.data.file_formats import MAX_DIGITS, SPLITS, SUFFIXES, LongInteger, read_rows, record_files, stem
 from ubsmoe.data.hub import go_offline_without_network
 from ubsmoe.data.tasks import TASKS, Example
-from ubsmoe.errors import require
+from ubsmoe.errors import printable, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,12 +126,18 @@ def _pair(record: dict[str, Any], where: str) -> tuple[str, str]:
     """Prompt and completion of the two formats that spell them out."""
     present = [asks for asks in _KINDS if asks in record] or [asks for asks in _KINDS if _KINDS[asks] in record]
     if not present:
-        raise ConfigError(f"{where}: expected fields {_EXPECTED}; it has {', '.join(map(str, record)) or 'none'}")
+        raise ConfigError(f"{where}: expected fields {_EXPECTED}; it has {_some(record)}")
     asks = present[0]
     prompt, completion = _text(record, asks, where), _text(record, _KINDS[asks], where)
     # Empty in the commonsense data; in others it is the text that the instruction is about.
     context = _text(record, "input", where, optional=True) if asks == "instruction" else ""
     return (f"{prompt}\n\n{context}" if context else prompt), completion
+
+
+def _some(record: dict[str, Any]) -> str:
+    """The names of a record's first fields, as they can be shown."""
+    names = [printable(str(name), 40) for name in record]
+    return ", ".join(names[:10]) + f" and {len(names) - 10} more" * (len(names) > 10) or "none"
 
 
 def _text(record: dict[str, Any], key: str, where: str, optional: bool = False) -> str:

@@ -95,7 +95,7 @@ class ProcessPool:
                 else:
                     return
         finally:
-            for worker in busy:
+            for worker in set(busy) & set(self._workers):  # none are left if the pool was closed first
                 self._replace(worker)
 
     def close(self) -> None:

@@ -68,6 +68,29 @@ class Sums:
         """The reverse."""
         return cls(**{name: value.double() / FIXED_POINT for name, value in fixed.items()})
 
+    def fault(self) -> str | None:
+        """Why no tokens have such sums, as far as `fixed` tells; None if some have.
+
+        With z' = [1 ; z] there are tokens just when G' is symmetric and positive semidefinite, and tr(H'^T G'^-1 H') <= energy:
+        a regression explains no more than there is. What rounding may do is allowed for.
+
+        >>> true = Sums.of(torch.eye(2), torch.ones(2, 1))
+        >>> true.fault(), Sums(**{**vars(true), "energy": torch.tensor(1.0)}).fault()
+        (None, 'the outputs that its sums explain are more than their energy')
+        """
+        step = 1 / FIXED_POINT
+        first = torch.cat([self.count[None], self.features])[None]
+        gram = torch.cat([first, torch.cat([first[:, 1:].T, self.gram], 1)])
+        slack = 1e-9 * gram.diagonal().clamp_min(0) + len(gram) * step
+        factor, failed = torch.linalg.cholesky_ex(gram + torch.diag(slack))
+        skew = (self.gram - self.gram.T).abs().max()
+        if self.count < 1 or failed or skew > slack.max():
+            return "its sums of squares are those of no tokens"
+        cross = torch.cat([self.outputs[None], self.cross])
+        explained = torch.linalg.solve_triangular(factor, cross, upper=False).square().sum()
+        most = self.energy.clamp_min(0).sqrt() * (1 + 1e-6) + (cross.shape[1] * step) ** 0.5
+        return None if explained.sqrt() <= most else "the outputs that its sums explain are more than their energy"
+
     def __add__(self, other: "Sums") -> "Sums":
         """The sums over both."""
         return Sums(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))

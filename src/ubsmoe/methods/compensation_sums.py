@@ -7,10 +7,14 @@ Sums are whole numbers of 2^-24 (`Sums.fixed`): they add up without rounding, so
 clients, and that on the pooled examples but for those roundings. They are asked for in round 1, every `every` rounds, and as
 long as no client of the largest tier has answered; the round after has the map, and until then clients run as without one.
 
+One client's sums are in the fit with the weight of its tokens. So they must be those of some tokens, of no more than a client
+looks at, and the root mean squares of z and y are held against those of the round's first clients (server/peers.py).
+
 Source: ours.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +24,7 @@ from ubsmoe.costs.shape import ModelShape, Trained
 from ubsmoe.costs.traffic import Traffic
 from ubsmoe.costs.workload import WireDtype
 from ubsmoe.maths.compensation import Sums, fit_low_rank
-from ubsmoe.messages import Profile, Tensors
+from ubsmoe.messages import Profile, Tensors, Update
 from ubsmoe.methods.method import Contribution, Hooks, Method, RunShape, State, observing
 from ubsmoe.methods.refusals import Refusable
 from ubsmoe.model.compensation_fit import FormSettings
@@ -31,7 +35,7 @@ SUMS, WANTED = "sums", "fit.top_ks"
 INT64 = 8
 LARGEST = 2.0**56  # of a client's sum: those of a hundred clients still fit an int64
 REFUSES: Mapping[Refusable, str] = {
-    "robust": "no rule bounds what one client's outer products do to the sum; fit on the server, or leave [robust] out",
+    "robust": "its rules average weights, and no rule of it averages outer products; fit on the server, or leave [robust] out",
     "privacy": "noise on the mean of updates does not cover outer products of hidden states; fit on the server",
     "secure_aggregation": "words of secure sums have bounds that outer products of hidden states do not keep; fit on the server",
 }
@@ -114,6 +118,24 @@ def with_clients_sums(method: Method, shape: RunShape, settings: FormSettings, s
         after = after.having(FitState(own.rounds + 1, torch.tensor(int(bool(own.fitted) or found is not None))))
         return keep(after, *found) if found else after
 
+    most = math.inf if shape.batch_tokens is None else settings.tokens + shape.batch_tokens
+
+    def validate_update(update: Update) -> str | None:
+        for place, own in _places(update.extras):
+            if own.count > most:
+                return f"{place}.count is of {own.count:g} tokens, a client looks at {most:g} at most"
+            if fault := own.fault():
+                return f"{place}: {fault}"
+        return method.validate_update(update)
+
+    def judged(extras: Tensors) -> Tensors:
+        sizes = {
+            f"{place.replace('.', '-')}.{name}": (total / own.count).sqrt()
+            for place, own in _places(extras)
+            for name, total in (("z", own.gram.diagonal()), ("y", own.energy))
+        }
+        return {**method.judged(extras), **sizes}
+
     def traffic(base: ModelShape, rank: int, trained: Trained, wire_dtype: WireDtype) -> Traffic:
         per_place = Sums.elements(base.hidden + base.num_experts, base.hidden)
         up = INT64 * base.num_moe_layers * len(small) * per_place
@@ -134,6 +156,8 @@ def with_clients_sums(method: Method, shape: RunShape, settings: FormSettings, s
             "predicted_bytes": "clients of the largest tier alone send sums, in the rounds of a fit",
         },
         calibration=None,
+        validate_update=validate_update,
+        judged=judged,
     )
 
 
@@ -145,22 +169,26 @@ def _named(found: Mapping[tuple[int, int], Sums]) -> dict[str, Tensor]:
     }
 
 
+def _places(extras: Tensors) -> Iterator[tuple[str, Sums]]:
+    """The sums among extras, one place after another, under the beginning of its names."""
+    for place in sorted({name.rpartition(".")[0] for name in extras if name.startswith(f"{SUMS}.")}):
+        own = {name: value for name, value in extras.items() if name.rpartition(".")[0] == place}
+        yield place, Sums.of_fixed({name.rpartition(".")[2]: value for name, value in own.items()})
+
+
 def _fit(
     totals: Mapping[str, Tensor], layers: int, small: list[int], settings: FormSettings
 ) -> tuple[dict[str, Tensor], Tensor] | None:
     """The maps and what they explain; None if sums are such that no regression makes anything of them."""
     tensors: dict[str, Tensor] = {}
     explained = torch.zeros(len(small), layers)
-    for row, top_k in enumerate(small):
-        for layer in range(layers):
-            prefix = f"{SUMS}.{layer}.{top_k}."
-            sums = Sums.of_fixed(
-                {name.removeprefix(prefix): v for name, v in totals.items() if name.startswith(prefix)}
-            )
-            try:
-                own = fit_low_rank(sums, settings.rank, settings.ridge)
-            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                return None
-            tensors |= {f"{layer}.{top_k}.{name}": getattr(own, name).float() for name in ("u", "v", "c")}
-            explained[row, layer] = own.explained
+    for place, sums in _places(totals):
+        try:
+            own = fit_low_rank(sums, settings.rank, settings.ridge)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            return None
+        where = place.removeprefix(f"{SUMS}.")
+        layer, top_k = map(int, where.split("."))
+        tensors |= {f"{where}.{name}": getattr(own, name).float() for name in ("u", "v", "c")}
+        explained[small.index(top_k), layer] = own.explained
     return (tensors, explained) if all(value.isfinite().all() for value in tensors.values()) else None

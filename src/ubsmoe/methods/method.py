@@ -5,8 +5,8 @@
     install(model, payload, profile, generator) -> Hooks   put it on the shared base; leaves no trace after model.clear()
     aggregate(state, contributions)     -> State      consume the contributions one by one, in client order
 
-A method is one file that reads like its section of the paper, and one line in the table. It never copies the training loop: what
-it needs inside the loop it returns as hooks. A part, such as Dynamic Modulated Routing, takes a method and returns one.
+A method is one file that reads like its section of the paper, and one line in the table. What it needs inside the training loop it
+returns as hooks. A part, such as Dynamic Modulated Routing, takes a method and returns one.
 """
 
 import math
@@ -118,9 +118,9 @@ def observing(contributions: Iterable[Contribution], see: Callable[[Contribution
 class RunShape:
     """What a method may know about the run: sizes of the base and of the adapter, and how the run averages.
 
-    `seed` is the run's, for draws that server and clients make alike. `shared_a` says that all experts of a layer start from one A,
-    `attention` that attention projections have LoRA too. `mean` makes the running mean that methods average with: plain, or
-    Byzantine-robust. `weigh` gives the weights of that mean to methods that have none of their own.
+    `seed` is the run's, for draws that server and clients make alike. `batch_tokens` is the most tokens of one training batch.
+    `shared_a` says that all experts of a layer start from one A, `attention` that attention projections have LoRA too. `mean`
+    makes the running mean that methods average with: plain, or Byzantine-robust. `weigh` gives its weights where a method has none.
     `side_rank` is the most directions that all rounds of the run can fold into a side factor, None for no bound. `top_ks` are the K
     in use, 0 below one expert; with `elastic` a client may run any up to its own. `rank_at_budget`: rank varies, and K with it.
     """
@@ -139,14 +139,14 @@ class RunShape:
     top_ks: tuple[int, ...] = ()
     elastic: bool = False
     rank_at_budget: bool = False
+    batch_tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class Calibration:
     """What the server fits on text before round 1 and `every` so many rounds (0: no more): `tokens` of it, from the base.
 
-    `fit(state, model, batches, profile, generator)` gives the next state and leaves the base as it was; `profile` is the largest
-    tier's.
+    `fit(state, model, batches, profile, generator)` gives the next state, the base as it was; `profile` is the largest tier's.
     """
 
     fit: Callable[[State, SparseModel, Mapping[str, Tensor], Profile, torch.Generator], State]
@@ -190,15 +190,14 @@ class Method:
 
     `varies` says what a tier's budget sets: the experts per token or the LoRA rank. `keeps` names the classes of its state's parts.
     `exempt` names properties of the battery that this method does not have, `refuses` sections of a run file that make no sense
-    with it, each with the reason. `event` is what the method tells of its state in a round's event.
-    `pair_fraction` is the share of missing (token, expert) assignments that a client computes beside the routed ones, and
-    `pairs_reach_input` says whether they send a gradient to the layer's input too; costs charge for both. `traffic` counts
-    the bytes of a client's tensors, at most where they vary, `side_elements` the float32 numbers of a side factor. `weigh`
-    gives the weights by which `aggregate` averages adapters, so that a client can add its part to a sum; a method that needs
-    more than sums refuses `secure_aggregation`. `ranges` says where the values of an extra lie, by its name or by what its name
-    begins with; an update outside is dropped, and a machine refuses a task outside. `validate_update` says what else is wrong
-    with the values of an update whose names and shapes are right, or nothing. `skipped` says what stands for skipped experts,
-    and costs; `calibration` what the server fits.
+    with it, each with the reason. `event` is what the method tells of its state in a round's event. `pair_fraction` is the share
+    of missing (token, expert) assignments that a client computes beside the routed ones, and `pairs_reach_input` says whether
+    they send a gradient to the layer's input too; costs charge for both. `traffic` counts the bytes of a client's tensors, at
+    most where they vary, `side_elements` the float32 numbers of a side factor. `weigh` gives the weights by which `aggregate`
+    averages adapters, so that a client can add to a sum; a method that needs more refuses `secure_aggregation`. `ranges` says where
+    the values of an extra lie, by its name or by what its name begins with; an update outside is dropped, and a machine refuses a
+    task outside. `validate_update` says what else is wrong with the values of an update whose names and shapes are right, or
+    nothing. `judged`: what of extras updates are compared by; `skipped`: what stands for skipped experts; `calibration`: the fit.
     """
 
     name: str
@@ -220,6 +219,7 @@ class Method:
     skipped: Skipped | None = None
     calibration: Calibration | None = None
     validate_update: Callable[[Update], str | None] = lambda update: None
+    judged: Callable[[Tensors], Tensors] = lambda extras: {n: v for n, v in extras.items() if v.is_floating_point()}
 
     def extras_range(self, name: str) -> tuple[float, float]:
         """The smallest and the largest value that this extra may have."""

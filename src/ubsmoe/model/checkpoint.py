@@ -23,6 +23,18 @@ READ: dict[str, Any] = {"trust_remote_code": False}
 LOAD: dict[str, Any] = {**READ, "ignore_mismatched_sizes": True, "output_loading_info": True}
 """For weights: what is wrong with them comes back as a report, for `check_tensors`."""
 
+OWN_KERNELS = {
+    None,
+    "eager",
+    "sdpa",
+    "flex_attention",
+    "flash_attention_2",
+    "flash_attention_3",
+    "grouped_mm",
+    "batched_mm",
+}
+"""Implementations that are part of transformers, or of a package that this machine's user has installed."""
+
 INDEX = "model.safetensors.index.json"
 FLOAT8 = "F8_E4M3"
 _PLAIN = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}
@@ -97,6 +109,18 @@ def check_finite(tensors: Iterable[tuple[str, Shaped[Tensor, "*S"]]], base: str)
             raise ConfigError(
                 f"model.base: {base} has {int((~good).sum())} values in {name} that are NaN or infinite; download it again, or "
                 'use model.dtype = "float32" if it was saved in that'
+            )
+
+
+def check_kernels(config: Any, base: str) -> None:
+    """Raise ConfigError for a configuration that names code for its attention or experts, which transformers would fetch."""
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for part in ("attn", "experts"):
+        wanted = {getattr(one, f"_{part}_implementation_internal", None) for one in parts}
+        if foreign := sorted(map(str, wanted - OWN_KERNELS)):
+            raise ConfigError(
+                f"model.base: {base} asks for {part}_implementation {foreign[0]!r}, and no code that a model folder names is run; "
+                f"remove it from its config.json"
             )
 
 

@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.costs.workload import ExpertFormat
 from ubsmoe.data.tokens import check_tokenizer
-from ubsmoe.model.checkpoint import READ, check_rope, one_sentence
+from ubsmoe.model.checkpoint import READ, check_kernels, check_rope, one_sentence
 from ubsmoe.model.conventions import UnsupportedModel
 from ubsmoe.model.opened import checked_files, open_model, skeleton
 from ubsmoe.model.prepare import Preparation, prepared
@@ -140,6 +140,7 @@ def read_config(place: str | Path, base: str) -> Any:
     """The configuration at `place`. Raises UserError for one that no model can be built from."""
     config = AutoConfig.from_pretrained(place, **READ)
     refuse_quantised(config, base)
+    check_kernels(config, base)
     check_rope(config, ROPE_INIT_FUNCTIONS, base)
     return config
 

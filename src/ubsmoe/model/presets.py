@@ -25,6 +25,7 @@ PRESETS = {
 HUB_IDS = {"olmoe-1b-7b": "allenai/OLMoE-1B-7B-0924", "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B"}
 """Where the weights of a named base are, if they do not ship: the sizes of both are known offline."""
 
+MOST_LAYERS, MOST_EXPERTS = 1000, 1 << 16  # far above any model's; more is a file that is made to fill the memory
 QUANT_METHOD = "ubsmoe"
 """In the config.json of a base with quantised experts, so that transformers refuses it instead of reading bytes as weights."""
 
@@ -63,7 +64,13 @@ def model_shape(name_or_path: str | Path) -> ModelShape:
 
 def check_sparse(config: Config, name: str) -> None:
     """Raise UserError for the configuration of a dense model."""
-    if not _num_experts(config):
+    layers, experts = int(_first(_text(config), "num_hidden_layers") or 0), _num_experts(config)
+    if layers > MOST_LAYERS or experts > MOST_EXPERTS:
+        raise UserError(
+            f"model.base: {name} has {layers} layers of {experts} experts by its config.json; expected at most {MOST_LAYERS} of "
+            f"{MOST_EXPERTS}"
+        )
+    if not experts:
         raise UserError(
             f"{name} is a dense model ({config.model_type}): it has no experts to choose from. "
             f"Set model.base to a sparse mixture of experts, such as {', '.join(PRESETS)}"

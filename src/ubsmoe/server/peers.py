@@ -33,10 +33,11 @@ FEWEST = 3  # sizes that have a median
 ALL = "the adapter as a whole"
 Size = tuple[float, float]
 Sizes = Mapping[str, Size]
+Judged = Callable[[Tensors], Tensors]
 
 
 def without_outliers(
-    answers: Iterable[Answer], ratio: float, drop: Callable[[Dropped, Answer], None]
+    answers: Iterable[Answer], ratio: float, drop: Callable[[Dropped, Answer], None], judged: Judged
 ) -> Iterator[Answer]:
     """The answers in their order, without those that changed a tensor far more than the median of the first ones did.
 
@@ -44,13 +45,14 @@ def without_outliers(
         answers: valid ones, in client order.
         ratio: how many times the median is still honest.
         drop: hears of the others.
+        judged: the method's; what of extras is compared.
     """
     waiting = iter(answers)
     held = list(islice(waiting, WINDOW))
-    first = [sizes_of(update, task.payload) for task, update in held]
+    first = [sizes_of(update, task.payload, judged) for task, update in held]
     limits = Limits(first, ratio)
     sized = ((held.pop(0), sizes) for sizes in first)
-    rest = ((answer, sizes_of(answer[1], answer[0].payload)) for answer in waiting)
+    rest = ((answer, sizes_of(answer[1], answer[0].payload, judged)) for answer in waiting)
     for answer, sizes in chain(sized, rest):
         if fault := limits.fault(sizes):
             drop(Dropped(answer[1].client, answer[1].round, "robust", fault), answer)
@@ -58,10 +60,10 @@ def without_outliers(
             yield answer
 
 
-def sizes_of(update: Update, sent: Tensors) -> dict[str, Size]:
+def sizes_of(update: Update, sent: Tensors, judged: Judged) -> dict[str, Size]:
     """Root mean square and largest entry of what a client changed, by tensor, and of the adapter as a whole under `ALL`."""
     adapters = {name: _moved(value, sent.get(name)) for name, value in update.adapters.items()}
-    extras = {name: _moved(v, sent.get(name)) for name, v in update.extras.items() if v.is_floating_point()}
+    extras = {name: _moved(value, sent.get(name)) for name, value in judged(update.extras).items()}
     whole = tuple(map(sum, zip(*((square, count) for square, count, _ in adapters.values()), strict=True))) or (0.0, 0)
     largest = max((most for *_, most in adapters.values()), default=0.0)
     return {name: _size(*moved) for name, moved in {**adapters, **extras, ALL: (*whole, largest)}.items()}

@@ -85,7 +85,9 @@ def one_round(
     def answers() -> Iterator[Answer]:
         """The updates that count. Aggregation pulls them one at a time, so that few are in memory."""
         count, ratio = 0, None if settings.privacy else settings.rounds.max_ratio
-        judged = without_outliers(valid(), ratio, lambda lost, answer: drop(lost, answer[0])) if ratio else valid()
+        judged = valid()
+        if ratio:
+            judged = without_outliers(judged, ratio, lambda lost, answer: drop(lost, answer[0]), method.judged)
         for task, update in judged:
             log("client", number, **_client_fields(update, task, settings))
             count += 1

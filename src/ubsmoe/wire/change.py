@@ -103,8 +103,11 @@ def _unpack(name: str, parts: Mapping[str, Tensor], before: Tensor | None, max_b
         sent = dequantise(sent, scale)
     elif sent.dtype not in (torch.float32, torch.bfloat16):
         raise ChangeError(f"{name} is {sent.dtype}")
+    exact = parts["adapters"].dtype == torch.float32
+    if touched.all():  # nothing of the old stays, so that no copy adds to what a reply may cost
+        return sent if exact else sent.float().add_(old)
     after = old.clone()
-    after[touched] = sent if parts["adapters"].dtype == torch.float32 else old[touched] + sent.float()
+    after[touched] = sent if exact else old[touched] + sent.float()
     return after
 
 

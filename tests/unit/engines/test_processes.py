@@ -1,6 +1,7 @@
 """The process pool: answers in order, a bound on what exists at once, and a process that dies without stopping the others."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import time
@@ -83,6 +84,15 @@ def test_a_worker_killed_between_two_rounds_is_found_out() -> None:
         time.sleep(0.05)
         first, second = pool.map([[b"b"], [b"c"]])
         assert first == Died("its process was killed by SIGKILL") and second[0] == b"c"
+
+
+def test_answers_given_up_after_the_pool_was_closed_start_no_process() -> None:
+    pool = ProcessPool(2, square)
+    answers = pool.map(number(i) for i in range(9))
+    next(answers)
+    pool.close()
+    answers.close()  # type: ignore[attr-defined]
+    assert not multiprocessing.active_children()
 
 
 def test_a_bug_in_a_worker_is_raised_here_with_its_traceback() -> None:

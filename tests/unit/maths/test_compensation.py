@@ -1,5 +1,10 @@
 """Laws of the fit for skipped experts: sums add up, linear targets are met exactly, no map of the rank is better."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,3 +58,34 @@ def test_a_feature_that_never_varies_gets_no_weight() -> None:
     z[:, 2] = 0
     found = fit_low_rank(Sums.of(z, y), H, 1e-3)
     assert (found.v @ found.u)[:, 2].abs().max() < 1e-6 * (found.v @ found.u).abs().max()
+
+
+@given(st.integers(1, TOKENS), st.sampled_from([1e-3, 1.0, 1e3]), st.sampled_from([0.0, 1.0]), st.integers(0, 50))
+def test_sums_of_tokens_are_known_as_such(tokens: int, size: float, noise: float, seed: int) -> None:
+    """Few tokens leave the sums without full rank, a linear target with nothing unexplained; both are at the edge."""
+    z, y = data(seed, noise)
+    z = torch.cat([z[:, :-1], z[:, :1]], 1)  # two equal features
+    assert Sums.of_fixed(Sums.of(size * z[:tokens], size * y[:tokens]).fixed()).fault() is None
+
+
+LIES: dict[str, Callable[[Sums], dict[str, Any]]] = {
+    "no tokens": lambda true: {"count": 0 * true.count},
+    "tokens less than none": lambda true: {"count": -true.count},
+    "fewer tokens than sums need": lambda true: {"count": true.count / 9},
+    "squares below zero": lambda true: {"gram": -true.gram},
+    "one square below zero": lambda true: {"gram": true.gram - torch.diag(torch.eye(D)[2] * 1e4)},
+    "two features more than equal": lambda true: {"gram": true.gram + 1e5 * torch.eye(D).roll(1, 0).triu(1)},
+    "a lower half alone": lambda true: {"gram": true.gram.tril()},
+    "a mean without squares": lambda true: {"features": 50 * true.features},
+    "outputs without energy": lambda true: {"energy": 0 * true.energy},
+    "energy below zero": lambda true: {"energy": -true.energy},
+    "a mean without energy": lambda true: {"outputs": 50 * true.outputs},
+    "more explained than there is": lambda true: {"cross": 2 * true.cross},
+    "one output explained by nothing": lambda true: {"cross": true.cross + torch.eye(D, H) * 1e5},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_sums_that_no_tokens_have_are_told(lie: str) -> None:
+    true = Sums.of(*data(noise=1.0))
+    assert replace(true, **LIES[lie](true)).fault()

@@ -76,7 +76,9 @@ The result is in `{out}`, a run folder like any other.
 """
 
 
-def write_app(run_file: Path, app: Path, changes: Mapping[str, Any], out: Path | None = None) -> RunSettings:
+def write_app(
+    run_file: Path, app: Path, changes: Mapping[str, Any], out: Path | None = None, join_seconds: int = 120
+) -> RunSettings:
     """Write a Flower app that carries out a run file. The folder appears whole or not at all.
 
     Args:
@@ -84,6 +86,7 @@ def write_app(run_file: Path, app: Path, changes: Mapping[str, Any], out: Path |
         app: a folder that does not exist yet; letters, digits and hyphens, because Flower asks for that.
         changes: dotted settings that replace the file's.
         out: the run folder on the server; `out` inside the app's folder when left out.
+        join_seconds: how long a start waits for all clients, before a quorum of them does.
 
     Returns:
         The settings of the run.
@@ -100,7 +103,7 @@ def write_app(run_file: Path, app: Path, changes: Mapping[str, Any], out: Path |
     settings = load_run(run_file, dict(changes))
     check_fits_flower(settings)
     out = (out or app / "out").absolute()
-    config = {"out": str(out), "join-seconds": 120, **changes, **_found_paths(settings)}
+    config = {"out": str(out), "join-seconds": join_seconds, **changes, **_found_paths(settings)}
     words = {"name": app.name, "run_file": RUN_FILE, "out": out}
     pyproject = PYPROJECT.format(
         name=json.dumps(app.name),
