@@ -173,7 +173,7 @@ def _run_on_flower(run_file: Path, place: Path, changes: dict[str, Any], simulat
 @app.command("compare")
 def compare_command(
     run_file: RunFile,
-    methods: Annotated[str | None, typer.Option(help="names of methods, as in fedavg,ubsmoe")] = None,
+    methods: Annotated[str | None, typer.Option(help="names of methods, as in fedavg,ubsmoe,mine:method")] = None,
     variants: Annotated[
         Path | None, typer.Option(help="TOML file of [[variants]]: methods with settings of their own")
     ] = None,
@@ -199,7 +199,7 @@ def compare_command(
     from ubsmoe.study.variants import choose_variants
 
     console = Console()
-    chosen = choose_variants(methods, variants)
+    chosen = choose_variants(methods, variants, run_file.parent)
     labels = [variant.label for variant in chosen]
     against = reference or labels[0]
     if against not in labels:
@@ -207,8 +207,8 @@ def compare_command(
     place, total = out or Path("out") / f"{run_file.stem}-compare", len(chosen) * seeds
     if plan:
         return _estimate(settings, chosen, seeds, first_seed)
-    from ubsmoe.report.comparison import accuracy_markdown, comparison_markdown
-    from ubsmoe.report.paper import latex_table, markdown_table, own_metrics
+    from ubsmoe.report.comparison import accuracy_markdown, comparison_markdown, own_metrics
+    from ubsmoe.report.paper import latex_table, markdown_table
     from ubsmoe.storage.runfolder import atomic_write
     from ubsmoe.study.compare import compare
 
@@ -217,11 +217,12 @@ def compare_command(
 
     rows = compare(settings, chosen, range(first_seed, first_seed + seeds), place, jobs, done, track or [])
     atomic_write(place / "comparison.md", comparison_markdown(rows, against).encode())
-    metrics = ["accuracy", *own_metrics(rows)]
+    metrics = ["accuracy", *(metric.name for metric in own_metrics(rows))]
     for name, write in (("table.md", markdown_table), ("table.tex", latex_table)):
         atomic_write(place / name, "\n".join(write(rows, against, metric) for metric in metrics).encode())
     typer.echo(accuracy_markdown(rows, against))
     typer.echo(f"Losses, unparsed answers, use of experts and costs: {place / 'comparison.md'}")
+    typer.echo(f"For a paper: {place / 'table.tex'} and {place / 'table.md'}")
 
 
 def _estimate(settings: "RunSettings", variants: "list[Variant]", seeds: int, first_seed: int) -> None:

@@ -74,11 +74,18 @@ METRICS = (
     Metric("unparsed", "Unparsed answers, %", 100, 1),
     Metric("loss", "Loss, nats per token of the right answer", 1, 4),
 )
+OWN = "metric."
+"""How the columns of a plug-in's metrics begin."""
 BALANCE = (
     Metric("entropy", "entropy / ln M", 1, 3),
     Metric("gini", "Gini", 1, 3),
     Metric("dead_experts", "dead", 1, 1),
 )
+
+
+def own_metrics(rows: Sequence[Row]) -> list[Metric]:
+    """The metrics that a run file's plug-ins gave."""
+    return [Metric(name, name.removeprefix(OWN), 1, 3) for name in rows[0] if name.startswith(OWN)]
 
 
 def comparison_markdown(rows: Sequence[Row], reference: str) -> str:
@@ -93,7 +100,7 @@ def comparison_markdown(rows: Sequence[Row], reference: str) -> str:
     """
     macro, methods = _macro(rows, reference)
     lines = [_introduction(macro)]
-    for metric in METRICS:
+    for metric in (*METRICS, *own_metrics(rows)):
         lines += _scores(macro, reference, metric)
     lines += _balance(macro, methods)
     costs = [[m, *(_cost(macro, m, t) for t in _distinct(macro, "tier"))] for m in methods]
@@ -222,4 +229,4 @@ def _distinct(rows: Sequence[Row], key: str) -> list[Any]:
 
 
 def _of(row: Row, column: str) -> Any:
-    return row[column]  # type: ignore[literal-required]
+    return row.get(column)  # of a plug-in's metric there is none before training

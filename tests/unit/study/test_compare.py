@@ -32,6 +32,19 @@ def test_methods_are_plain_names() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "text", ["fedavg,mine:small", "[[variants]]\nmethod = 'fedavg'\n[[variants]]\nmethod = 'mine:small'"]
+)
+def test_a_method_of_ones_own_lies_beside_the_run_file(text: str, tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def small(shape): ...\n")
+    (tmp_path / "variants.toml").write_text(text)
+    given = (text, None) if text[0] != "[" else (None, tmp_path / "variants.toml")
+    variants = choose_variants(*given, tmp_path)
+    assert [one.label for one in variants] == ["fedavg", "small"]
+    cell = variants[1].settings_in(parse_run(tiny_run), 0)
+    assert cell.method.name == f"{tmp_path / 'mine.py'}:small" and cell.label is None
+
+
 def test_a_file_of_variants_has_methods_with_settings_changes_and_labels(tmp_path: Path) -> None:
     text = """
     [[variants]]
@@ -91,7 +104,7 @@ def test_what_is_no_list_of_names_is_refused_with_the_toml_for_settings(text: st
     [
         ("", r"expected \[\[variants\]\]"),
         ("variants = 3", r"expected \[\[variants\]\]"),
-        ("[[variants]]\nmethod = 'fedavg'", "variant 1: expected method = "),
+        ("[[variants]]\nmethod = 3", "variant 1: expected method = "),
         ("[[variants]]\nmethod = {name = 'fedavg'}\n[[variants]]\nlabel = 'x'", "variant 2: expected method = "),
         ("[[variants]]\nmethod = {name = 'fedavg'}\n" * 2, "different variants, got fedavg, fedavg"),
         ("[[variants]", "not valid TOML"),
