@@ -40,6 +40,7 @@ def run_shape(settings: RunSettings, num_layers: int, num_experts: int, k_max: i
         top_ks=_top_ks(settings.tiers, k_max),
         elastic=settings.tiers.elastic_share > 0,
         rank_at_budget=settings.tiers.rank_top_k == "budget",
+        num_clients=settings.clients.count,
     )
 
 
