@@ -160,6 +160,7 @@ def _run_on_flower(run_file: Path, place: Path, changes: dict[str, Any], simulat
     if run_file.is_dir():
         raise UserError(f"{run_file} is a folder; with --engine give the run file, and the folder as --out")
     settings = read_settings(run_file, changes)
+    _check_stateless(settings)
     nodes = min(settings.clients.count, len(settings.tiers.budgets))
     with _resumable(place, settings.train.rounds), ended_in_order(), owned_folder() as folder:
         write_app(run_file, folder / "run", changes, place)
@@ -168,6 +169,15 @@ def _run_on_flower(run_file: Path, place: Path, changes: dict[str, Any], simulat
         with local_federation(folder / "run", nodes, simulated, typer.echo, lambda _: config) as federation:
             federation.run()
     read_adapter(place)  # flwr run tells nobody that the server failed
+
+
+def _check_stateless(settings: "RunSettings") -> None:
+    """Refuse a method that nodes of Flower cannot carry out before a federation is started for it."""
+    from ubsmoe.methods import METHODS, build
+    from ubsmoe.methods.method import RunShape
+
+    if settings.method.name in METHODS:  # whether it keeps anything with clients depends on no size
+        build(settings.method.name, RunShape(1, 2, 1, rank=1, alpha=1.0)).check_stateless()
 
 
 @app.command("compare")

@@ -29,5 +29,5 @@ def test_what_is_damaged_is_named_and_no_older_one_taken(tmp_path: Path) -> None
     for round in (1, 2):
         memory.keep("a", round, {"x": torch.ones(5)})
     (tmp_path / "a" / "round-00002" / "state.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="round-00002 is damaged"):
+    with pytest.raises(UserError, match=r"round-00002.state\.safetensors is damaged"):
         memory.recall("a")
