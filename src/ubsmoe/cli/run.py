@@ -201,6 +201,7 @@ def compare_command(
     """Run several methods on the same work and compare their scores.
 
     Writes comparison.csv, comparison.md, and for a paper table.md and table.tex.
+    A seed draws data, partition and training; --set data.seed=0 fixes the first two.
     The same command resumes a comparison that was stopped.
     """
     settings = read_settings(run_file, overrides(set_))
@@ -226,11 +227,12 @@ def compare_command(
         console.print(f"{count}/{total}  {label}  seed {seed}", highlight=False, markup=False)
 
     rows = compare(settings, chosen, range(first_seed, first_seed + seeds), place, jobs, done, track or [])
-    atomic_write(place / "comparison.md", comparison_markdown(rows, against).encode())
+    fixed = settings.data.seed is not None
+    atomic_write(place / "comparison.md", comparison_markdown(rows, against, fixed).encode())
     metrics = ["accuracy", *(metric.name for metric in own_metrics(rows))]
     for name, write in (("table.md", markdown_table), ("table.tex", latex_table)):
         atomic_write(place / name, "\n".join(write(rows, against, metric) for metric in metrics).encode())
-    typer.echo(accuracy_markdown(rows, against))
+    typer.echo(accuracy_markdown(rows, against, fixed))
     typer.echo(f"Losses, unparsed answers, use of experts and costs: {place / 'comparison.md'}")
     typer.echo(f"For a paper: {place / 'table.tex'} and {place / 'table.md'}")
 

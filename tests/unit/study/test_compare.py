@@ -170,6 +170,7 @@ def row(method: str, seed: int, tier: int, accuracy: float | None, **more: Any) 
 def test_the_table_shows_means_and_differences_paired_by_seed() -> None:
     """Worked by hand. Differences b - a: +10 and +30 points, mean 20, half-width t(0.975, 1) * 10 = 127.06."""
     rows = [row("a", 0, 1, 0.2), row("a", 1, 1, 0.4), row("b", 0, 1, 0.3), row("b", 1, 1, 0.7)]
+    assert "the same for all seeds" in comparison_markdown(rows, "a", fixed=True)
     text = comparison_markdown(rows, reference="a")
     assert "over 2 seeds" in text and "Chance: 50.0 %" in text
     assert "| before training, K = 2 | 10.0 ± 0.0 |" in text and "| before training, K = 2 | 2.0000 ± 0.0000 |" in text
