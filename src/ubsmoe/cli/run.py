@@ -151,10 +151,9 @@ def _resumable(place: Path, rounds: int) -> Iterator[None]:
 
 def _run_on_flower(run_file: Path, place: Path, changes: dict[str, Any], simulated: bool) -> None:
     """The same on a federation that lives as long as the run."""
-    from ubsmoe.config.plug_ins import plug_ins
     from ubsmoe.engines.flower.app import write_app
     from ubsmoe.engines.flower.endings import ended_in_order, owned_folder
-    from ubsmoe.engines.flower.localhost import IDLE_SECONDS, local_federation
+    from ubsmoe.engines.flower.localhost import local_federation
     from ubsmoe.storage.runfolder import read_adapter
 
     if run_file.is_dir():
@@ -164,9 +163,7 @@ def _run_on_flower(run_file: Path, place: Path, changes: dict[str, Any], simulat
     nodes = min(settings.clients.count, len(settings.tiers.budgets))
     with _resumable(place, settings.train.rounds), ended_in_order(), owned_folder() as folder:
         write_app(run_file, folder / "run", changes, place)
-        # these nodes are on the machine of the run file, so that what it names is theirs
-        config = {"resident-seconds": IDLE_SECONDS, "plug-ins": ",".join(plug_ins(settings.model_dump()).values())}
-        with local_federation(folder / "run", nodes, simulated, typer.echo, lambda _: config) as federation:
+        with local_federation(folder / "run", nodes, simulated, typer.echo) as federation:
             federation.run()
     read_adapter(place)  # flwr run tells nobody that the server failed
 
