@@ -125,6 +125,8 @@ def test_phi_that_is_set_goes_to_the_clients_and_is_saved(quick: dict, tmp_path:
         fed.round()
     other.phi = before = other.phi + torch.linspace(-3, 3, 6)
     assert torch.equal(other.phi, before)
+    with pytest.raises(UserError, match=r"phi: expected \[2, 6\] finite numbers, got 'none'"):
+        fed.phi = "none"  # type: ignore[assignment]
     with pytest.raises(UserError, match=r"phi: expected \[2, 6\] finite numbers, got a tensor of \[6\]"):
         other.phi = torch.zeros(6)
     one.round()

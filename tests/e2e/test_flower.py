@@ -84,6 +84,39 @@ def test_secure_aggregation_gives_one_adapter_here_simulated_and_deployed_with_s
         assert '"dropped"' not in (folder / "events.jsonl").read_text()
 
 
+OWN = """
+from ubsmoe.methods.fedavg import fedavg as method
+
+
+def halves(examples, num_clients, seed):
+    return [list(range(i, len(examples), num_clients)) for i in range(num_clients)]
+
+
+def length(text, example):
+    return float(len(text))
+"""
+
+
+@pytest.mark.thorough
+def test_plug_ins_act_on_a_federation_and_it_goes_on_for_more_rounds(
+    tiny_run: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Method, partition and metric of one's own; one round, then another, as two at once in this process."""
+    (tmp_path / "mine.py").write_text(OWN)
+    data = {**tiny_run["data"], "partition": {"kind": "mine:halves"}}
+    table = tiny_run | {"threads": 1, "tiers": {"budgets": [0.5, 1.0], "ranks": [1, 2]}, "data": data}
+    run_file = write_toml(table | {"method": {"name": "mine:method"}})
+    common = ["--set", 'evaluate.metrics=["mine:length"]', "--set", "evaluate.before=false"]
+    there = ["run", run_file, "--out", tmp_path / "there", "--engine", "superlink", *common]
+    ubsmoe("run", run_file, "--out", tmp_path / "here", *common)
+    ubsmoe(*there, "--set", "train.rounds=1")
+    ubsmoe(*there, "--more-rounds", 1)
+    assert adapter(tmp_path / "there") == adapter(tmp_path / "here")
+    summary = json.loads((tmp_path / "there" / "summary.json").read_text())
+    assert summary["rounds"] == 2 and "length" in summary["after"][0]["macro"]["metrics"]
+    assert '"dropped"' not in (tmp_path / "there" / "events.jsonl").read_text()
+
+
 def rounds(folder: Path) -> int:
     """How many a run has done."""
     file = folder / "events.jsonl"

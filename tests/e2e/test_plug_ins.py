@@ -172,6 +172,14 @@ def test_a_run_folder_names_no_code_that_its_reader_does_not_name(
     assert mark.exists()
 
 
+def test_all_plug_ins_that_a_reader_has_to_name_are_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UBSMOE_PLUG_INS", "mine:a")
+    table = {"method": {"name": "mine:a"}, "data": {"train": "mine:b"}, "evaluate": {"metrics": ["mine:c", "mine:b"]}}
+    names = r"'mine:b' \(data.train\), 'mine:c' \(evaluate.metrics.0\), 'mine:b' \(evaluate.metrics.1\), which"
+    with pytest.raises(UserError, match=rf"run names the plug-ins {names}.* UBSMOE_PLUG_INS=mine:a,mine:b,mine:c$"):
+        registry.require_trusted(table, "run")
+
+
 def test_a_dotted_plug_in_is_found_without_importing_its_package(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from ubsmoe.engines.local import LocalEngine, process_pool, score_in
 from ubsmoe.engines.simulated import as_simulated
 from ubsmoe.server.federation import Federation, build_federation
 from ubsmoe.server.run import run
+from ubsmoe.storage.client_memory import ClientMemory
 from ubsmoe.storage.runfolder import RunFolder
 
 COMMAND = [sys.executable, "-c", "from ubsmoe.cli import main; main()", "run"]
@@ -35,6 +38,7 @@ class Stopped(Exception):
 def carry_out(federation: Federation, folder: Path, workers: int = 1, stop_in: int | None = None) -> str:
     """The adapter's hash. `stop_in` stops the run in that round, when its first update has come."""
     settings = federation.settings
+    federation = replace(federation, memory=ClientMemory(folder / "clients", settings.keep_checkpoints + 1))
 
     def report(event: str, round: int, fields: dict[str, Any]) -> None:
         if event == "client" and round == stop_in:
@@ -92,6 +96,20 @@ def test_a_compensated_run_gives_one_adapter_too(
     assert carry_out(federation, tmp_path / "two", workers=2) == whole
     plain = build_federation(parse_run(with_overrides(acting_run, {**changes, "method.compensation": False})))
     assert carry_out(plain, tmp_path / "plain") != whole
+
+
+def test_what_clients_keep_is_part_of_the_run(acting_run: dict[str, Any], tmp_path: Path) -> None:
+    """SCAFFOLD: clients that sit rounds out, one stopped in the middle of a round that some of them have done already."""
+    changes = {"method.name": "scaffold", "clients.per_round": 3, "simulation.dropout": 0.2, **UNSCORED}
+    federation = build_federation(parse_run(with_overrides(acting_run, changes)))
+    whole = carry_out(federation, tmp_path / "whole")
+    assert stopped_and_resumed(federation, tmp_path / "resumed", 1) == whole
+    assert stopped_and_resumed(federation, tmp_path / "two", 2) == whole
+    assert any(len(list(client.iterdir())) > 1 for client in (tmp_path / "whole" / "clients").iterdir())
+    with suppress(Stopped):
+        carry_out(federation, tmp_path / "lost", stop_in=3)
+    shutil.rmtree(tmp_path / "lost" / "clients")
+    assert carry_out(federation, tmp_path / "lost") != whole
 
 
 WITHOUT: list[dict[str, Any]] = [

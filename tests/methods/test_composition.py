@@ -134,6 +134,7 @@ OWN_WAY = (
     "fedrot",
     "lora_fair",
     "hfedmoe",
+    "scaffold",
 )
 NONSENSE = [
     ("hfedmoe", {"pg": True}, "[method.pg] cannot be combined with method hfedmoe: it chooses which experts learn"),

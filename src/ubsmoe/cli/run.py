@@ -151,30 +151,37 @@ def _resumable(place: Path, rounds: int) -> Iterator[None]:
 
 def _run_on_flower(run_file: Path, place: Path, changes: dict[str, Any], simulated: bool) -> None:
     """The same on a federation that lives as long as the run."""
-    from ubsmoe.config.plug_ins import plug_ins
     from ubsmoe.engines.flower.app import write_app
     from ubsmoe.engines.flower.endings import ended_in_order, owned_folder
-    from ubsmoe.engines.flower.localhost import IDLE_SECONDS, local_federation
+    from ubsmoe.engines.flower.localhost import local_federation
     from ubsmoe.storage.runfolder import read_adapter
 
     if run_file.is_dir():
         raise UserError(f"{run_file} is a folder; with --engine give the run file, and the folder as --out")
     settings = read_settings(run_file, changes)
+    _check_stateless(settings)
     nodes = min(settings.clients.count, len(settings.tiers.budgets))
     with _resumable(place, settings.train.rounds), ended_in_order(), owned_folder() as folder:
         # nodes that are started here come, however long a busy machine takes
         write_app(run_file, folder / "run", changes, place, join_seconds=1800)
-        # these nodes are on the machine of the run file, so that what it names is theirs
-        config = {"resident-seconds": IDLE_SECONDS, "plug-ins": ",".join(plug_ins(settings.model_dump()).values())}
-        with local_federation(folder / "run", nodes, simulated, typer.echo, lambda _: config) as federation:
+        with local_federation(folder / "run", nodes, simulated, typer.echo) as federation:
             federation.run()
     read_adapter(place)  # flwr run tells nobody that the server failed
+
+
+def _check_stateless(settings: "RunSettings") -> None:
+    """Refuse a method that nodes of Flower cannot carry out before a federation is started for it."""
+    from ubsmoe.methods import METHODS, build
+    from ubsmoe.methods.method import RunShape
+
+    if settings.method.name in METHODS:  # whether it keeps anything with clients depends on no size
+        build(settings.method.name, RunShape(1, 2, 1, rank=1, alpha=1.0)).check_stateless()
 
 
 @app.command("compare")
 def compare_command(
     run_file: RunFile,
-    methods: Annotated[str | None, typer.Option(help="names of methods, as in fedavg,ubsmoe")] = None,
+    methods: Annotated[str | None, typer.Option(help="names of methods, as in fedavg,ubsmoe,mine:method")] = None,
     variants: Annotated[
         Path | None, typer.Option(help="TOML file of [[variants]]: methods with settings of their own")
     ] = None,
@@ -192,6 +199,7 @@ def compare_command(
     """Run several methods on the same work and compare their scores.
 
     Writes comparison.csv, comparison.md, and for a paper table.md and table.tex.
+    A seed draws data, partition and training; --set data.seed=0 fixes the first two.
     The same command resumes a comparison that was stopped.
     """
     settings = read_settings(run_file, overrides(set_))
@@ -200,7 +208,7 @@ def compare_command(
     from ubsmoe.study.variants import choose_variants
 
     console = Console()
-    chosen = choose_variants(methods, variants)
+    chosen = choose_variants(methods, variants, run_file.parent)
     labels = [variant.label for variant in chosen]
     against = reference or labels[0]
     if against not in labels:
@@ -208,8 +216,8 @@ def compare_command(
     place, total = out or Path("out") / f"{run_file.stem}-compare", len(chosen) * seeds
     if plan:
         return _estimate(settings, chosen, seeds, first_seed)
-    from ubsmoe.report.comparison import accuracy_markdown, comparison_markdown
-    from ubsmoe.report.paper import latex_table, markdown_table, own_metrics
+    from ubsmoe.report.comparison import accuracy_markdown, comparison_markdown, own_metrics
+    from ubsmoe.report.paper import latex_table, markdown_table
     from ubsmoe.storage.runfolder import atomic_write
     from ubsmoe.study.compare import compare
 
@@ -217,12 +225,14 @@ def compare_command(
         console.print(f"{count}/{total}  {label}  seed {seed}", highlight=False, markup=False)
 
     rows = compare(settings, chosen, range(first_seed, first_seed + seeds), place, jobs, done, track or [])
-    atomic_write(place / "comparison.md", comparison_markdown(rows, against).encode())
-    metrics = ["accuracy", *own_metrics(rows)]
+    fixed = settings.data.seed is not None
+    atomic_write(place / "comparison.md", comparison_markdown(rows, against, fixed).encode())
+    metrics = ["accuracy", *(metric.name for metric in own_metrics(rows))]
     for name, write in (("table.md", markdown_table), ("table.tex", latex_table)):
         atomic_write(place / name, "\n".join(write(rows, against, metric) for metric in metrics).encode())
-    typer.echo(accuracy_markdown(rows, against))
+    typer.echo(accuracy_markdown(rows, against, fixed))
     typer.echo(f"Losses, unparsed answers, use of experts and costs: {place / 'comparison.md'}")
+    typer.echo(f"For a paper: {place / 'table.tex'} and {place / 'table.md'}")
 
 
 def _estimate(settings: "RunSettings", variants: "list[Variant]", seeds: int, first_seed: int) -> None:

@@ -54,6 +54,7 @@ class Machine:
             settings, model = self.settings, self._bases(experts)
             check_sha256(settings.model, model.sha256)
             method = checking_tasks(chosen_method(settings, shape_of_model(settings, model)))
+            method.check_stateless()
             self._trainers[experts] = make_trainer(settings, model, method, self._bases.tokenizer, model.sha256)
         return self._trainers[experts]
 

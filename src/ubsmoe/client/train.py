@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,18 +15,31 @@ from ubsmoe.config import RunSettings, TierSettings, TrainSettings, WireDtype, t
 from ubsmoe.data.tokens import IGNORED, Tokens, collate, pad_id
 from ubsmoe.errors import UserError
 from ubsmoe.messages import Task, Tensors, Update, in_order
-from ubsmoe.methods.method import Hooks, Method
+from ubsmoe.methods.hooks import OWN, Hooks
+from ubsmoe.methods.method import Method
 from ubsmoe.model.load import Bases
 from ubsmoe.model.recompute import recomputing
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
 
 
+class Memory(Protocol):
+    """What each client keeps for itself from its last round to its next (`storage.client_memory`)."""
+
+    def recall(self, client: str) -> dict[str, Tensor]:
+        """What a client kept last."""
+        ...
+
+    def keep(self, client: str, round: int, tensors: Tensors) -> None:
+        """Keep it."""
+        ...
+
+
 @dataclass(frozen=True)
 class Trainer:
     """All that clients share: the base (one per process), the method, how to train, how updates travel, and the whole run file.
 
-    `bases` is the base in other formats of its experts, where clients have them.
+    `bases` is the base in other formats of its experts, where clients have them. Without a `memory` nobody keeps anything.
     """
 
     model: SparseModel
@@ -40,6 +53,7 @@ class Trainer:
     wire_dtype: WireDtype = "float32"
     run: RunSettings | None = None
     bases: Bases | None = None
+    memory: Memory | None = None
 
 
 def make_trainer(
@@ -90,11 +104,14 @@ def train(
     trainer = replace(trainer, model=model, settings=train_of_tier(trainer.settings, trainer.tiers, tier))
     key = (trainer.seed, client, task.round)
     try:
-        hooks = trainer.method.install(model, task.payload, task.profile, generator_for(*key, "install"))
+        payload = _with_own(task.payload, trainer.memory, client)
+        hooks = trainer.method.install(model, payload, task.profile, generator_for(*key, "install"))
         for look in hooks.before_training:
             look(_in_order(trainer, examples))
         with model.counting(), recomputing(model) if trainer.settings.gradient_checkpointing else nullcontext():
             loss, tokens, assignments = _steps(trainer, task, examples, hooks, on_step)
+            if trainer.memory and (kept := hooks.keeps()):
+                trainer.memory.keep(client, task.round, _copies(kept))
             return Update(
                 client=client,
                 round=task.round,
@@ -112,6 +129,13 @@ def train(
             )
     finally:
         model.clear()
+
+
+def _with_own(payload: Tensors, memory: Memory | None, client: str) -> dict[str, Tensor]:
+    """What a server sent and what the client kept; a server cannot send what is the client's."""
+    own = memory.recall(client) if memory else {}
+    sent = {name: value for name, value in payload.items() if not name.startswith(OWN)}
+    return sent | {f"{OWN}{name}": value for name, value in own.items()}
 
 
 def _copies(tensors: Tensors) -> dict[str, Tensor]:
@@ -138,8 +162,9 @@ def _steps(
     losses, tokens, assignments = [], 0, 0
     for step, top_k in enumerate(budgets):
         model.set_top_k(top_k)
+        rate = settings.learning_rate * step_size(settings, task.round, step, num_steps)
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * step_size(settings, task.round, step, num_steps)
+            group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
         values: list[Tensor] = []  # read when the step is done: an accelerator would be waited for
         pieces = _micro_batches(trainer, examples, order)
@@ -163,6 +188,8 @@ def _steps(
         if settings.clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
         optimizer.step()
+        for correct in hooks.after_step:
+            correct(rate)
         losses.append(loss)
         if on_step:
             on_step(step + 1, num_steps, loss)

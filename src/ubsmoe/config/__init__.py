@@ -3,6 +3,7 @@
 from ubsmoe.config.data import DataSettings, PartitionSettings, SyntheticSettings
 from ubsmoe.config.model import AdapterSettings, ModelSettings, TierSettings
 from ubsmoe.config.reading import (
+    MAIN_KEY,
     ConfigError,
     load_run,
     parse_run,
@@ -31,6 +32,7 @@ from ubsmoe.config.settings import (
 from ubsmoe.costs.workload import ExpertFormat, NamedFormat, WireDtype, format_named
 
 __all__ = [
+    "MAIN_KEY",
     "AdapterSettings",
     "ClientSettings",
     "ConfigError",

@@ -41,6 +41,10 @@ class DataSettings(Settings):
         None, description="a file or a folder with one file per task; a held-out part when left out"
     )
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="held-out part when test is left out")
+    seed: int | None = Field(
+        None,
+        description="draws questions, held-out part and partition; the run's seed when left out, so that these vary with it",
+    )
     synthetic: SyntheticSettings = SyntheticSettings()
     partition: PartitionSettings = PartitionSettings()
     template: Annotated[Literal["plain", "llm_adapters"], OrPlugIn()] = Field(
@@ -52,3 +56,7 @@ class DataSettings(Settings):
         "refuse",
         description="an example whose answer alone exceeds max_length stops the run, or is left out and counted",
     )
+
+    def drawn_with(self, seed: int) -> int:
+        """The seed that data and partition are drawn with, of a run with this one."""
+        return seed if self.seed is None else self.seed

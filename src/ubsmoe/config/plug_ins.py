@@ -108,14 +108,16 @@ def _file_of(module: str) -> Path | None:
 
 
 def require_trusted(table: dict[str, Any], folder: str | Path) -> None:
-    """Raise UserError for a plug-in that the settings of a run folder name and the environment does not; nothing is imported."""
+    """Raise UserError for plug-ins that the settings of a run folder name and the environment does not; nothing is imported."""
     trusted = {name.strip() for name in os.environ.get(TRUSTED, "").split(",")}
-    for key, name in plug_ins(table).items():
-        if not {name, ANY} & trusted:
-            raise UserError(
-                f"{folder} names the plug-in {name!r} ({key}), which is code, and a run folder may be another person's; "
-                f"to run it set the environment variable {TRUSTED}={name}"
-            )
+    named = plug_ins(table)
+    unknown = {key: name for key, name in named.items() if not {name, ANY} & trusted}
+    if unknown:
+        spelt = ", ".join(f"{name!r} ({key})" for key, name in unknown.items())
+        raise UserError(
+            f"{folder} names the plug-in{'s' * (len(unknown) > 1)} {spelt}, which is code, and a run folder may be another "
+            f"person's; to run it set the environment variable {TRUSTED}={','.join(dict.fromkeys(named.values()))}"
+        )
 
 
 def identities(named: dict[str, str]) -> dict[str, str]:

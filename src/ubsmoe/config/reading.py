@@ -29,6 +29,8 @@ RENAMED = {
 
 
 LONGEST_LINE = 10_000  # characters; a key of many thousand dots takes tomllib minutes
+MAIN_KEY = {"model": "base", "method": "name", "data": "train"}
+"""What a section is when it is given as a single value: method = "fedavg" is method = {name = "fedavg"}."""
 
 
 class ConfigError(UserError):
@@ -50,7 +52,12 @@ def load_run(path: str | Path, overrides: dict[str, Any] | None = None) -> RunSe
 
 def parse_table(table: dict[str, Any], overrides: dict[str, Any], folder: Path) -> RunSettings:
     """The same for the tables of a run file whose paths are relative to `folder`."""
-    return parse_run(_resolve_paths(with_overrides(table, overrides), folder))
+    whole = {name: {MAIN_KEY[name]: given} if _is_single(name, given) else given for name, given in table.items()}
+    return parse_run(_resolve_paths(with_overrides(whole, overrides), folder))
+
+
+def _is_single(section: str, given: Any) -> bool:
+    return section in MAIN_KEY and isinstance(given, str)
 
 
 def parse_run(table: dict[str, Any]) -> RunSettings:

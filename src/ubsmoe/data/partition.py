@@ -57,7 +57,7 @@ def partition(examples: Sequence[Example], settings: PartitionSettings, num_clie
         examples: what to distribute.
         settings: the run's [data.partition].
         num_clients: the run's clients.count.
-        seed: the run's seed.
+        seed: the run's, or data.seed.
 
     Returns:
         Per client, the positions of its examples in ascending order.
@@ -97,7 +97,8 @@ def tier_of_client(settings: RunSettings) -> dict[str, int]:
 
 def partition_clients(settings: RunSettings, examples: Sequence[Example]) -> dict[str, list[int]]:
     """Which of the run's training examples each of its own clients holds."""
-    parts = partition(examples, settings.data.partition, settings.clients.count, settings.seed)
+    seed = settings.data.drawn_with(settings.seed)
+    parts = partition(examples, settings.data.partition, settings.clients.count, seed)
     return dict(zip(client_names(settings), parts, strict=True))
 
 

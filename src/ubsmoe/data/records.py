@@ -3,6 +3,8 @@
     {"instruction", "input", "output", "answer"}   LLM-Adapters, Alpaca; the run's template goes around the instruction
     {"prompt", "completion"}                       taken as they are: whoever wrote the prompt chose its wording
     {"messages": [{"role", "content"}, ...]}       a chat in the tokenizer's own template; the last message is learnt
+    {"prompt": [...], "completion": [{...}]}       the same chat in two, as TRL has it
+    {"conversations": [{"from", "value"}, ...]}    the same as ShareGPT has it: human and gpt are user and assistant
 
 A record may name its `task`, its `answer` (the part of the completion that is scored) and the `candidates` that `answer` is one of;
 its other plain values become fields that a partition can group by. Which files they come in: `ubsmoe.data.file_formats`.
@@ -25,8 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _KINDS = {"instruction": "output", "prompt": "completion"}
-_KNOWN = {"instruction", "input", "output", "prompt", "completion", "messages", "task", "answer", "candidates"}
-_EXPECTED = "'instruction' and 'output', 'prompt' and 'completion', or 'messages'"
+_CHATS = ("messages", "conversations")
+_KNOWN = {"instruction", "input", "output", "prompt", "completion", *_CHATS, "task", "answer", "candidates"}
+_EXPECTED = "'instruction' and 'output', 'prompt' and 'completion', 'messages' or 'conversations'"
+_SHAREGPT = {"human": "user", "gpt": "assistant"}
 _ANSWER_FORMAT = re.compile(r"Answer format: ([\w-]+(?:/[\w-]+)+)")
 
 # The three science sets share one answer format; without a task field or a file name they cannot be told apart.
@@ -108,17 +112,15 @@ def _example(record: Any, where: str, name: str, tokenizer: "PreTrainedTokenizer
     """One record, whichever its format."""
     if not isinstance(record, dict):
         raise ConfigError(f"{where}: expected an object with {_EXPECTED}, got {type(record).__name__}")
-    if "messages" in record:
-        prompt, completion = _chat(record["messages"], where, tokenizer)
-    else:
-        prompt, completion = _pair(record, where)
+    chat = _chat_of(record, where)
+    prompt, completion = _worded(*chat, where, tokenizer) if chat else _pair(record, where)
     candidates = _listed(record, where) or _candidates(prompt)
     task = _task(_text(record, "task", where, optional=True) or _infer_task(name, candidates), where)
     answer = _answer(record, completion, candidates, where)
     if not answer:
         candidates = ()  # nothing says which one is right, so the completion is free text
     fields = {key: _plain(value, key, where) for key, value in record.items() if key not in _KNOWN and _is_plain(value)}
-    templated = "messages" in record or "instruction" not in record
+    templated = chat is not None or "instruction" not in record
     return Example(prompt, completion, task, answer, candidates, {**fields, "task": task}, templated, where)
 
 
@@ -165,26 +167,54 @@ def _plain(value: str | int | float, key: str, where: str) -> str:
     return text
 
 
-def _chat(messages: Any, where: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
-    """The chat up to its last message as the tokenizer's template words it, and that last message."""
-    turns = messages if isinstance(messages, list) and all(isinstance(turn, dict) for turn in messages) else []
-    if len(turns) < 2 or turns[-1].get("role") != "assistant":
-        raise ConfigError(
-            f"{where}: field 'messages' must be a list of {{role, content}} that ends with the assistant's answer"
+def _chat_of(record: dict[str, Any], where: str) -> tuple[str, list[dict[str, str]]] | None:
+    """The field that holds a record's chat and its messages as {role, content}; None if the record is no chat."""
+    if field := next((name for name in _CHATS if name in record), None):
+        return field, _messages(record[field], field, where)
+    halves = [record.get(name) for name in ("prompt", "completion")]
+    if not any(isinstance(half, list) for half in halves):
+        return None
+    if not all(isinstance(half, list) for half in halves) or len(halves[1]) != 1:  # type: ignore[arg-type]
+        kinds = " and ".join(
+            f"a list of {len(half)}" if isinstance(half, list) else type(half).__name__ for half in halves
         )
-    for number, turn in enumerate(turns, 1):
-        _text(turn, "role", f"{where} message {number}")
-        _text(turn, "content", f"{where} message {number}")
+        raise ConfigError(
+            f"{where}: fields 'prompt' and 'completion' must both be text, or both lists of {{role, content}}, the second with the "
+            f"assistant's answer alone; got {kinds}"
+        )
+    return "completion", _messages([*halves[0], *halves[1]], "completion", where)  # type: ignore[misc]
+
+
+def _messages(turns: Any, field: str, where: str) -> list[dict[str, str]]:
+    """The messages of a chat as {role, content}, which may be written {from, value}."""
+    known = isinstance(turns, list) and len(turns) > 1 and all(isinstance(turn, dict) for turn in turns)
+    role, content = ("from", "value") if known and "from" in turns[0] else ("role", "content")
+    numbered = [(f"{where} message {number}", turn) for number, turn in enumerate(turns if known else [], 1)]
+    said = [{"role": _text(turn, role, at), "content": _text(turn, content, at)} for at, turn in numbered]
+    if role == "from":
+        said = [turn | {"role": _SHAREGPT.get(turn["role"], turn["role"])} for turn in said]
+    if not said or said[-1]["role"] != "assistant":
+        raise ConfigError(
+            f"{where}: field {field!r} must be a list of {{role, content}} or {{from, value}} that ends with the assistant's answer"
+        )
+    return said
+
+
+def _worded(
+    field: str, turns: list[dict[str, str]], where: str, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[str, str]:
+    """The chat up to its last message as the tokenizer's template words it, and that last message."""
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"{where}: the tokenizer of model.base has no chat template; use an instruct model or 'prompt'"
+            f"{where}: the tokenizer of model.base has no chat template; use an instruct model, or 'prompt' and 'completion' "
+            "as text"
         )
     try:
         prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
     # Templates are programs of the model's author and refuse, for example, a system message in words of their own.
     except Exception as error:
-        raise ConfigError(f"{where}: the tokenizer's chat template refuses 'messages': {error}") from error
-    return str(prompt), str(turns[-1]["content"])
+        raise ConfigError(f"{where}: the tokenizer's chat template refuses {field!r}: {error}") from error
+    return str(prompt), turns[-1]["content"]
 
 
 def _listed(record: dict[str, Any], where: str) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ def load_examples(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase | 
     Raises:
         ConfigError: naming the setting or the record at fault.
     """
-    left_out: dict[str, int] = {}
+    left_out, seed = dict[str, int](), settings.drawn_with(seed)
     train = _fitting(_all_training(settings, tokenizer, seed), settings, tokenizer, "train", left_out)
     if settings.test is not None or settings.train == "synthetic":
         test = _fitting(_all_test(settings, tokenizer, seed), settings, tokenizer, "test", left_out)
@@ -59,7 +59,7 @@ def load_examples(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase | 
 
 def load_training(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase | None", seed: int) -> list[Example]:
     """All that data.train names, nothing held out. Arguments and errors as for `load_examples`."""
-    return _fitting(_all_training(settings, tokenizer, seed), settings, tokenizer, "train", {})
+    return _fitting(_all_training(settings, tokenizer, settings.drawn_with(seed)), settings, tokenizer, "train", {})
 
 
 def load_test(
@@ -67,7 +67,8 @@ def load_test(
 ) -> dict[str, list[Example]]:
     """The test examples alone: a server that has data.test needs no training data. As for `load_examples`."""
     if settings.test is not None or settings.train == "synthetic":
-        return by_task(_fitting(_all_test(settings, tokenizer, seed), settings, tokenizer, "test", {}))
+        questions = _all_test(settings, tokenizer, settings.drawn_with(seed))
+        return by_task(_fitting(questions, settings, tokenizer, "test", {}))
     return load_examples(settings, tokenizer, seed).test
 
 

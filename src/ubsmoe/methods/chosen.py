@@ -41,6 +41,7 @@ def run_shape(settings: RunSettings, num_layers: int, num_experts: int, k_max: i
         elastic=settings.tiers.elastic_share > 0,
         rank_at_budget=settings.tiers.rank_top_k == "budget",
         batch_tokens=settings.train.batch_size * settings.data.max_length,
+        num_clients=settings.clients.count,
     )
 
 

@@ -27,6 +27,7 @@ from ubsmoe.errors import UserError
 from ubsmoe.maths import routing
 from ubsmoe.maths.means import Mean, Weight, WeightedMean
 from ubsmoe.messages import Profile, Tensors, Update
+from ubsmoe.methods.hooks import Hooks as Hooks
 from ubsmoe.methods.refusals import Refusable
 from ubsmoe.methods.state import State as State
 from ubsmoe.model.adapter import layer_of_experts
@@ -123,6 +124,7 @@ class RunShape:
     makes the running mean that methods average with: plain, or Byzantine-robust. `weigh` gives its weights where a method has none.
     `side_rank` is the most directions that all rounds of the run can fold into a side factor, None for no bound. `top_ks` are the K
     in use, 0 below one expert; with `elastic` a client may run any up to its own. `rank_at_budget`: rank varies, and K with it.
+    `num_clients` is how many clients there are, of which a round may ask fewer.
     """
 
     num_layers: int
@@ -140,6 +142,7 @@ class RunShape:
     elastic: bool = False
     rank_at_budget: bool = False
     batch_tokens: int | None = None
+    num_clients: int = 1
 
 
 @dataclass(frozen=True)
@@ -152,32 +155,6 @@ class Calibration:
     fit: Callable[[State, SparseModel, Mapping[str, Tensor], Profile, torch.Generator], State]
     tokens: int
     every: int
-
-
-@dataclass
-class Hooks:
-    """What a method does inside a client's step.
-
-    `before_training` sees the client's examples in batches. `penalties` are added to the loss of every micro-batch; `before_step`
-    runs between backward and the optimiser's step; `parameters` are trained beside the adapter; `extras` is read when training ends
-    and travels in Update.extras. Installing must work on the meta device too: so a server learns what an update looks like.
-    """
-
-    before_training: list[Callable[[Iterator[Mapping[str, Tensor]]], None]] = field(default_factory=list)
-    penalties: list[Callable[[], Tensor]] = field(default_factory=list)
-    before_step: list[Callable[[], None]] = field(default_factory=list)
-    parameters: list[torch.nn.Parameter] = field(default_factory=list)
-    extras: Callable[[], dict[str, Tensor]] = dict
-
-    def and_then(self, other: "Hooks") -> "Hooks":
-        """The hooks of both, in order."""
-        return Hooks(
-            [*self.before_training, *other.before_training],
-            [*self.penalties, *other.penalties],
-            [*self.before_step, *other.before_step],
-            [*self.parameters, *other.parameters],
-            lambda: {**self.extras(), **other.extras()},
-        )
 
 
 TrafficOf = Callable[[ModelShape, int, Trained, WireDtype], Traffic]
@@ -197,7 +174,8 @@ class Method:
     averages adapters, so that a client can add to a sum; a method that needs more refuses `secure_aggregation`. `ranges` says where
     the values of an extra lie, by its name or by what its name begins with; an update outside is dropped, and a machine refuses a
     task outside. `validate_update` says what else is wrong with the values of an update whose names and shapes are right, or
-    nothing. `judged`: what of extras updates are compared by; `skipped`: what stands for skipped experts; `calibration`: the fit.
+    nothing. `judged`: what of extras updates are compared by; `skipped`: what stands for skipped experts; `calibration`: the fit;
+    `client_state`: the parts of its state that go with what each client keeps for itself (`Hooks.keeps`).
     """
 
     name: str
@@ -218,6 +196,7 @@ class Method:
     side_elements: Callable[[ModelShape, Trained], int] = lambda base, trained: 0
     skipped: Skipped | None = None
     calibration: Calibration | None = None
+    client_state: tuple[type, ...] = ()
     validate_update: Callable[[Update], str | None] = lambda update: None
     judged: Callable[[Tensors], Tensors] = lambda extras: {n: v for n, v in extras.items() if v.is_floating_point()}
 
@@ -236,6 +215,14 @@ class Method:
             if (low, high) != (-math.inf, math.inf) and not ((value >= low) & (value <= high)).all():
                 return f"{name} reaches from {value.min():g} to {value.max():g}, expected {low:g} to {high:g}"
         return None
+
+    def check_stateless(self) -> None:
+        """Raise UserError if clients have to keep something from round to round, which nodes of Flower do not."""
+        if self.client_state:
+            raise UserError(
+                f"method.name: under {self.name} each client keeps tensors of its own from round to round, and nodes of Flower "
+                "keep nothing; leave out --engine, so that the run folder holds them"
+            )
 
     def varies_top_k(self, shape: RunShape) -> bool:
         """Whether a tier's budget sets its experts per token under this method."""

@@ -18,6 +18,8 @@ from ubsmoe.errors import UserError
 
 METHODS = (
     "fedavg",
+    "fedprox",
+    "scaffold",
     "fedit",
     "hetlora",
     "flexlora",

@@ -74,6 +74,8 @@ METRICS = (
     Metric("unparsed", "Unparsed answers, %", 100, 1),
     Metric("loss", "Loss, nats per token of the right answer", 1, 4),
 )
+OWN = "metric."
+"""How the columns of a plug-in's metrics begin."""
 BALANCE = (
     Metric("entropy", "entropy / ln M", 1, 3),
     Metric("gini", "Gini", 1, 3),
@@ -81,19 +83,25 @@ BALANCE = (
 )
 
 
-def comparison_markdown(rows: Sequence[Row], reference: str) -> str:
+def own_metrics(rows: Sequence[Row]) -> list[Metric]:
+    """The metrics that a run file's plug-ins gave."""
+    return [Metric(name, name.removeprefix(OWN), 1, 3) for name in rows[0] if name.startswith(OWN)]
+
+
+def comparison_markdown(rows: Sequence[Row], reference: str, fixed: bool = False) -> str:
     """Method by tier, mean over tasks: each metric, its differences to a reference paired by seed, then the costs.
 
     Args:
         rows: what `compare` returned; a dash stands where something was not measured.
         reference: the label of the method that the others are compared with.
+        fixed: whether all seeds have the same data and partition (data.seed).
 
     Raises:
         ValueError: if the reference is not among the methods.
     """
     macro, methods = _macro(rows, reference)
-    lines = [_introduction(macro)]
-    for metric in METRICS:
+    lines = [_introduction(macro, fixed)]
+    for metric in (*METRICS, *own_metrics(rows)):
         lines += _scores(macro, reference, metric)
     lines += _balance(macro, methods)
     costs = [[m, *(_cost(macro, m, t) for t in _distinct(macro, "tier"))] for m in methods]
@@ -102,10 +110,10 @@ def comparison_markdown(rows: Sequence[Row], reference: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def accuracy_markdown(rows: Sequence[Row], reference: str) -> str:
+def accuracy_markdown(rows: Sequence[Row], reference: str, fixed: bool = False) -> str:
     """The first table of `comparison_markdown`, for a terminal."""
     macro, _ = _macro(rows, reference)
-    return "\n".join([_introduction(macro), *_scores(macro, reference, METRICS[0])]) + "\n"
+    return "\n".join([_introduction(macro, fixed), *_scores(macro, reference, METRICS[0])]) + "\n"
 
 
 def _macro(rows: Sequence[Row], reference: str) -> tuple[list[Row], list[str]]:
@@ -117,11 +125,12 @@ def _macro(rows: Sequence[Row], reference: str) -> tuple[list[Row], list[str]]:
     return macro, methods
 
 
-def _introduction(macro: Sequence[Row]) -> str:
+def _introduction(macro: Sequence[Row], fixed: bool) -> str:
     count = len(_distinct(macro, "seed"))
+    same = " Data and partition are the same for all seeds (data.seed)." if fixed else ""
     return (
         f"Mean over tasks ± 95 % interval over {count} seed{'s' if count > 1 else ''}; tiers at their own budgets. "
-        f"Chance: {_percent(macro, 'chance')} %."
+        f"Chance: {_percent(macro, 'chance')} %.{same}"
     )
 
 
@@ -222,4 +231,4 @@ def _distinct(rows: Sequence[Row], key: str) -> list[Any]:
 
 
 def _of(row: Row, column: str) -> Any:
-    return row[column]  # type: ignore[literal-required]
+    return row.get(column)  # of a plug-in's metric there is none before training

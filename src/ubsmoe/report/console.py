@@ -127,9 +127,10 @@ def result_table(summary: Summary, costs: Sequence[TierCosts] | None) -> Table:
     assert scores, "a run without scores has no table"
     macro = scores[0]["macro"]
     nothing: list[Any] = [None] * len(tiers)
+    tasks, own = len(scores[0]) - 1, [*macro.get("metrics", {})]
     table = empty_table(
-        f"{summary['method']}: per tier, {len(scores[0]) - 1} tasks, {macro['examples']} questions, before → after",
-        ("tier", "β", "K", "rank", "MFLOPs", "vs top", "accuracy %", "unparsed %", "MC acc. %"),
+        f"{summary['method']}: per tier, {tasks} task{'s' * (tasks > 1)}, {macro['examples']} questions, before → after",
+        ("tier", "β", "K", "rank", "MFLOPs", "vs top", "accuracy %", "unparsed %", "MC acc. %", *own),
     )
     for profile, cost, before, after in zip(tiers, costs or nothing, summary["before"] or nothing, scores, strict=True):
         table.add_row(
@@ -140,6 +141,7 @@ def result_table(summary: Summary, costs: Sequence[TierCosts] | None) -> Table:
             f"{cost['train_flops_per_token'] / 1e6:.4g}" if cost else "–",
             f"{cost['relative_to_top']:.0%}" if cost else "–",
             *_changes(before and before["macro"], after["macro"]),
+            *(_change(_own(before and before["macro"], name), _own(after["macro"], name), 1, 3) for name in own),
         )
     if macro["chance"] is not None:
         table.caption = (
@@ -238,10 +240,16 @@ def _changes(before: TaskScore | None, after: TaskScore) -> list[str]:
     ]
 
 
-def _change(before: float | None, after: float | None) -> str:
+def _own(score: TaskScore | None, metric: str) -> float | None:
+    """What a plug-in's metric gave, if it was asked."""
+    return score.get("metrics", {}).get(metric) if score else None
+
+
+def _change(before: float | None, after: float | None, scale: float = 100, decimals: int = 1) -> str:
     if after is None:
         return "–"
-    return f"{after * 100:.1f}" if before is None else f"{before * 100:.1f} → {after * 100:.1f}"
+    text = f"{after * scale:.{decimals}f}"
+    return text if before is None else f"{before * scale:.{decimals}f} → {text}"
 
 
 def _percent(value: float | None) -> str:

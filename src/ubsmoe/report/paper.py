@@ -1,6 +1,7 @@
 """A comparison as the table of a paper, in Markdown and in LaTeX (booktabs): the best of each tier bold, significance starred.
 
-A star marks a difference to the reference with p < 0.05 by a two-sided paired t-test over seeds, not corrected for their number:
+Nothing is bold where all are equal. A star marks a difference to the reference with p < 0.05 by a two-sided paired t-test over
+seeds, not corrected for their number:
 
     t = mean(d) / (s_d / sqrt n),    d_s = score_s - reference_s
 """
@@ -10,11 +11,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from ubsmoe.report.comparison import METRICS, Metric, Row, interval
+from ubsmoe.report.comparison import METRICS, Metric, Row, interval, own_metrics
 from ubsmoe.report.plain import markdown_cell
 
 LEVEL = 0.05
-OWN = "metric."  # how the columns of a plug-in's metrics begin
 BEST_IS_SMALLEST = ("unparsed", "loss")
 LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "\\": r"\textbackslash{}"}
 
@@ -36,11 +36,6 @@ def paired_p(own: Sequence[float], other: Sequence[float]) -> float:
     return 2 * float(stdtr(len(differences) - 1, -abs(statistics.fmean(differences)) / error))
 
 
-def own_metrics(rows: Sequence[Row]) -> list[str]:
-    """The columns of metrics that a run file's plug-ins gave."""
-    return [name for name in rows[0] if name.startswith(OWN)]
-
-
 def paper_table(
     rows: Sequence[Row], reference: str, form: Literal["markdown", "latex"], metric: str = "accuracy"
 ) -> str:
@@ -55,8 +50,7 @@ def paper_table(
     Raises:
         ValueError: for a reference or a metric that is not there.
     """
-    own = [Metric(name, name.removeprefix(OWN), 1, 3) for name in own_metrics(rows)]
-    shown = next((one for one in (*METRICS, *own) if one.name == metric), None)
+    shown = next((one for one in (*METRICS, *own_metrics(rows)) if one.name == metric), None)
     macro: list[Any] = [row for row in rows if row["task"] == "macro"]
     methods, tiers, seeds = (list(dict.fromkeys(row[key] for row in macro)) for key in ("method", "tier", "seed"))
     if shown is None or reference not in methods:
@@ -96,8 +90,8 @@ def _cell(
     mean, half = interval([value * metric.scale for value in own])
     text = f"{mean:.{metric.decimals}f}"
     means = [statistics.fmean(scores[other, tier]) for other in methods]
-    best = min(means) if metric.name in BEST_IS_SMALLEST else max(means)
-    if statistics.fmean(own) == best:
+    best, worst = sorted((min(means), max(means)), reverse=metric.name not in BEST_IS_SMALLEST)
+    if statistics.fmean(own) == best != worst:
         text = rf"\textbf{{{text}}}" if form == "latex" else f"**{text}**"
     if not math.isnan(half):
         text += rf" $\pm$ {half:.{metric.decimals}f}" if form == "latex" else f" ± {half:.{metric.decimals}f}"

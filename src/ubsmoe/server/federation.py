@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ubsmoe.client.train import Trainer, make_trainer
+from ubsmoe.client.train import Memory, Trainer, make_trainer
 from ubsmoe.config import ConfigError, RunSettings, format_named, to_json
 from ubsmoe.data.card import data_card
 from ubsmoe.data.partition import PartitionReport, partition_clients, partition_report, tier_of_client
@@ -32,7 +32,7 @@ class Federation:
     `clients` is one profile per client, `examples` its tokenised data; `tiers` is one profile per tier, which is what
     evaluation dispatches to. `shape` is what the method knows about the run. `skeleton` is the base without weights, on which
     the server looks at names and shapes; `model` is the same object where the server has no use for weights. `bases` is the base
-    in every format that clients have, `model` the largest budget's.
+    in every format that clients have, `model` the largest budget's. `memory` is what clients in this process keep between rounds.
     """
 
     settings: RunSettings
@@ -49,6 +49,7 @@ class Federation:
     base_sha256: str
     data_card: dict[str, Any] | None
     bases: Bases | None = None
+    memory: Memory | None = None
 
     @property
     def run_id(self) -> str:
@@ -58,7 +59,8 @@ class Federation:
     @property
     def trainer(self) -> Trainer:
         """What the clients share."""
-        return make_trainer(self.settings, self.model, self.method, self.tokenizer, self.base_sha256, self.bases)
+        own = make_trainer(self.settings, self.model, self.method, self.tokenizer, self.base_sha256, self.bases)
+        return replace(own, memory=self.memory)
 
     def model_of(self, profile: Profile) -> SparseModel:
         """The base as clients of this profile have it."""

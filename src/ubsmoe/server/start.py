@@ -47,7 +47,10 @@ def _from_run(federation: Federation, folder: Path, fresh: State) -> State:
     tensors, facts = read_adapter(folder)
     if facts["base_sha256"] != federation.base_sha256:
         raise ConfigError(f"adapter.start: {folder} was trained on another base than {federation.settings.model.base}")
-    stored = with_stored(fresh, tensors, federation.method.keeps)
+    method = federation.method
+    # what goes with the clients' own begins anew with them
+    kinds = [kind for kind in method.keeps if kind not in method.client_state]
+    stored = with_stored(fresh, tensors, kinds)
     theirs = {**_shapes(stored), "adapter.alpha": facts["alpha"]}
     ours = {**_shapes(fresh), "adapter.alpha": federation.shape.alpha}
     for name in sorted(theirs.keys() | ours.keys()):

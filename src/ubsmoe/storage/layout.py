@@ -10,12 +10,12 @@ from ubsmoe.version import __version__
 
 CONFIG, VERSIONS, EVENTS, CHECKPOINTS = "config.json", "versions.json", "events.jsonl", "checkpoints"
 ADAPTER, SUMMARY, DATA, COSTS = "adapter.safetensors", "summary.json", "data.json", "costs.json"
-RELEASES, LOCK, RECORDS = "releases.jsonl", ".lock", "records"
+RELEASES, LOCK, RECORDS, CLIENTS = "releases.jsonl", ".lock", "records", "clients"
 MEND = "move it away and start the run again with the same --out: checkpoints are intact, and it is written anew"
 OLDEST = (0, 2)
 """The oldest version of ubsmoe whose run folders are read."""
 RUN_FILES = {
-    *(CONFIG, DATA, COSTS, VERSIONS, EVENTS, CHECKPOINTS, ADAPTER, SUMMARY, RELEASES, LOCK, RECORDS),
+    *(CONFIG, DATA, COSTS, VERSIONS, EVENTS, CHECKPOINTS, ADAPTER, SUMMARY, RELEASES, LOCK, RECORDS, CLIENTS),
     *(f".{CONFIG}.draft", f".{VERSIONS}.draft"),
 }
 

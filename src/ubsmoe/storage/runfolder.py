@@ -26,12 +26,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ubsmoe.storage import checkpoints, disk, json_text, tensors
 from ubsmoe.storage.checkpoints import Checkpoint
+from ubsmoe.storage.client_memory import ClientMemory
 from ubsmoe.storage.disk import atomic_write as atomic_write
 from ubsmoe.storage.ending import has_ended as has_ended
 from ubsmoe.storage.events import EventLog, read_events
 from ubsmoe.storage.layout import (
     ADAPTER,
     CHECKPOINTS,
+    CLIENTS,
     CONFIG,
     COSTS,
     DATA,
@@ -135,6 +137,7 @@ class RunFolder:
         if checkpoint:
             refuse_other_run(self.path, checkpoint, self._origin)
         self.events.truncate_after(checkpoint.round if checkpoint else -1)
+        ClientMemory(self.path / CLIENTS, 1).go_back(checkpoint.round if checkpoint else 0)
         if checkpoint:
             self.settings_changed = changed_settings(checkpoint, self._origin)
             self.events.append(

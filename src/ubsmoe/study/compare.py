@@ -17,8 +17,7 @@ from typing import Any, cast
 
 from ubsmoe.config import ConfigError, RunSettings
 from ubsmoe.plan.tiers import run_costs
-from ubsmoe.report.comparison import Balance, Row
-from ubsmoe.report.paper import OWN
+from ubsmoe.report.comparison import OWN, Balance, Row
 from ubsmoe.report.plain import average, csv_row
 from ubsmoe.report.tracking import Tracking, check_trackers
 from ubsmoe.storage.checkpoints import newest_round

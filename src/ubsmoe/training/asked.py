@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from ubsmoe.config import ConfigError, RunSettings, parse_table, read_toml
+from ubsmoe.config import MAIN_KEY, ConfigError, RunSettings, parse_table, read_toml
 from ubsmoe.config.plug_ins import require_trusted
 from ubsmoe.methods.table import check_names
 from ubsmoe.storage.layout import RECORDS
@@ -15,9 +15,6 @@ from ubsmoe.storage.same_run import flatten
 Section = Mapping[str, Any]
 Records = Iterable[Mapping[str, Any]]
 """A list of records, a `datasets.Dataset`, or anything else that gives one dict after another."""
-
-MAIN_KEY = {"model": "base", "method": "name", "data": "train"}
-"""What a section is when it is given as a single value: method="fedavg" is method={"name": "fedavg"}."""
 
 
 class Sections(TypedDict, total=False):

@@ -191,7 +191,10 @@ class Federation:
         import torch
 
         before, run = self._modulation(), self._opened()
-        phi = torch.as_tensor(value, dtype=torch.float32).detach().clone()
+        try:
+            phi = torch.as_tensor(value, dtype=torch.float32).detach().clone()
+        except (TypeError, ValueError) as error:
+            raise UserError(f"phi: expected {list(before.phi.shape)} finite numbers, got {value!r} ({error})") from None
         if phi.shape != before.phi.shape or not bool(phi.isfinite().all()):
             raise UserError(f"phi: expected {list(before.phi.shape)} finite numbers, got a tensor of {list(phi.shape)}")
         run.state = run.state.having(replace(before, phi=phi))
@@ -217,6 +220,9 @@ class Federation:
         opened, self._open = self._open, None
         if opened:
             opened.close()
+
+    def __repr__(self) -> str:
+        return f"Federation({self.settings.method.name}, {self.settings.train.rounds} rounds, in {self.place})"
 
     def __enter__(self) -> Self:
         return self

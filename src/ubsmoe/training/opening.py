@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -17,7 +18,9 @@ from ubsmoe.plan.tiers import run_costs
 from ubsmoe.server.federation import Federation, build_federation
 from ubsmoe.server.origin import made_with
 from ubsmoe.server.run import Report, Run
+from ubsmoe.storage.client_memory import ClientMemory
 from ubsmoe.storage.copies import place_files
+from ubsmoe.storage.layout import CLIENTS
 from ubsmoe.storage.record import TierCosts
 from ubsmoe.storage.runfolder import RunFolder
 
@@ -38,7 +41,9 @@ def load(settings: RunSettings, place: Path, files: Mapping[Path, bytes], worker
     if settings.threads:
         torch.set_num_threads(settings.threads)
     place_files(place, files)
-    federation = build_federation(settings)
+    # one state more than there are checkpoints: a round may be under way
+    memory = ClientMemory(place / CLIENTS, settings.keep_checkpoints + 1)
+    federation = replace(build_federation(settings), memory=memory)
     keep_freed_memory()  # not before: what loading frees goes back to the system
     return federation
 

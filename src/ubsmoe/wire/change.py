@@ -14,8 +14,8 @@ Both sides know the task, so an expert whose numbers are bit for bit those of th
 What no task sent down, such as an A that the client drew itself, is measured from zero. Touched is what the numbers say, not
 the counts: weight decay, penalties and pseudo-gradients move experts that no token went to.
 
-No error feedback: clients keep nothing between rounds, in no engine, so that a run can be resumed anywhere and 1,000 clients
-take the memory of ten. What int8 loses is bounded without it, by 1/254 of the largest change in a row.
+No error feedback: for it clients would have to keep something between rounds, and then nodes could not come and go, nor 1,000
+clients take the memory of ten. What int8 loses is bounded without it, by 1/254 of the largest change in a row.
 """
 
 import math

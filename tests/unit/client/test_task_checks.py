@@ -10,6 +10,7 @@ import torch
 from ubsmoe.client.node import Machine, Node
 from ubsmoe.client.train import ClientFailure
 from ubsmoe.config import parse_run
+from ubsmoe.errors import UserError
 from ubsmoe.messages import Profile, Task
 from ubsmoe.wire.codec import encode_task
 
@@ -67,3 +68,14 @@ def test_a_task_that_no_honest_server_sends_is_refused(name: str, machine: Machi
 
 def test_an_honest_one_is_carried_out(machine: Machine, node: Node) -> None:
     assert node.answer("train", encode_task(task_of(machine))).tensors
+
+
+def test_a_node_does_no_work_for_which_it_would_have_to_keep_something(machine: Machine) -> None:
+    settings = machine.settings.model_copy(
+        update={"method": machine.settings.method.model_copy(update={"name": "scaffold"})}
+    )
+    node = Machine(settings).node({"partition-id": 0, "num-partitions": 2})
+    with pytest.raises(
+        UserError, match=r"under scaffold each client keeps tensors of its own .* nodes of Flower keep nothing"
+    ):
+        node.train(Task(1, PROFILE, {}))

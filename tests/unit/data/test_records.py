@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
+from documents import ROOT, blocks
 from ubsmoe.config import ConfigError
 from ubsmoe.data.records import SCIENCE, read_file, read_folder, read_hub
 from ubsmoe.data.tasks import TASKS
@@ -70,6 +72,32 @@ def test_a_chat_is_worded_by_the_tokenizers_template_up_to_the_last_message(writ
     assert example.prompt == "<system>Be brief.</s>\n<user>Hi</s>\n<assistant>"
     assert example.completion == "Yo"
     assert example.templated
+
+
+SHAREGPT = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": CHAT[:2], "completion": CHAT[2:]},
+        {"conversations": SHAREGPT},
+        {"conversations": CHAT},
+        {"messages": SHAREGPT},
+    ],
+)
+def test_a_chat_is_the_same_in_every_form(write: Write, tokenizer: Tokenizer, record: Any) -> None:
+    rows = [{"messages": CHAT, "page": 1}, {**record, "page": 1}]
+    plain, other = read_file(write("chat.jsonl", rows), tokenizer)
+    assert replace(other, where=plain.where) == plain
+
+
+def test_the_forms_of_the_page_are_read(write: Write, tokenizer: Tokenizer) -> None:
+    files = {block.title: block.text for block in blocks(ROOT / "docs/records.md") if block.title}
+    raw, asked = read_file(write("text.jsonl", files["text.jsonl"]), tokenizer)
+    assert (raw.completion, raw.templated, asked.completion, asked.templated) == (" no", True, "no", False)
+    first, *same = read_file(write("chat.jsonl", files["chat.jsonl"]), tokenizer)
+    assert [replace(one, where=first.where) for one in same] == [first] * 2 and first.completion == "no"
 
 
 def test_messages_and_prompts_win_over_stray_fields_of_other_formats(write: Write, tokenizer: Tokenizer) -> None:
@@ -201,7 +229,31 @@ def test_a_folder_is_read_in_the_order_of_names(write: Write, tokenizer: Tokeniz
         ({"instruction": "x"}, "line 2: missing field 'output'; expected text"),
         ({"output": "x"}, "line 2: missing field 'instruction'; expected text"),
         ({"prompt": "x"}, "line 2: missing field 'completion'; expected text"),
-        ({"prompt": ["x"], "completion": "y"}, "line 2: field 'prompt' must be text, got list"),
+        ({"prompt": 3, "completion": "y"}, "line 2: field 'prompt' must be text, got int"),
+        (
+            {"prompt": CHAT[:2], "completion": "y"},
+            "line 2: fields 'prompt' and 'completion' .* got a list of 2 and str",
+        ),
+        (
+            {"prompt": "x", "completion": CHAT[2:]},
+            "line 2: fields 'prompt' and 'completion' .* got str and a list of 1",
+        ),
+        (
+            {"prompt": CHAT[:1], "completion": CHAT[1:]},
+            "line 2: .* the assistant's answer alone; got a list of 1 and a list of 2",
+        ),
+        (
+            {"prompt": CHAT[:1], "completion": CHAT[1:2]},
+            "line 2: field 'completion' must be a list of .* assistant's answer",
+        ),
+        ({"prompt": ["x"], "completion": CHAT[2:]}, "line 2: field 'completion' must be a list of {role, content}"),
+        ({"prompt": CHAT[:2]}, "line 2: fields 'prompt' and 'completion' .* got a list of 2 and NoneType"),
+        ({"conversations": SHAREGPT[:2]}, "line 2: field 'conversations' must be a list of .* assistant's answer"),
+        ({"conversations": [SHAREGPT[1], CHAT[2]]}, "line 2 message 2: missing field 'from'; expected text"),
+        (
+            {"conversations": [{"from": "human", "value": 3}, SHAREGPT[2]]},
+            "line 2 message 1: field 'value' must be text",
+        ),
         ({"prompt": "", "completion": "y"}, "line 2: field 'prompt' is empty; expected text"),
         ({"prompt": "\ud800", "completion": "y"}, "line 2: field 'prompt' holds half of a surrogate pair"),
         ({"text": "x", "id": 3}, "line 2: expected fields 'instruction' and 'output', .* it has text, id"),

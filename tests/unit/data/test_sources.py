@@ -3,14 +3,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from ubsmoe.config import ConfigError, DataSettings, SyntheticSettings
-from ubsmoe.data.sources import by_task, load_examples
+from ubsmoe.config import ConfigError, DataSettings, SyntheticSettings, parse_run
+from ubsmoe.data.partition import partition_clients
+from ubsmoe.data.sources import by_task, load_examples, load_test
 from ubsmoe.data.synthetic import SyntheticQA
 from ubsmoe.data.tasks import Example
 
@@ -31,6 +33,23 @@ def test_the_worlds_own_splits_are_used_when_training_on_the_world(tokenizer: To
 def test_a_world_without_a_seed_of_its_own_is_the_runs(tokenizer: Tokenizer) -> None:
     splits = load_examples(DataSettings(synthetic=SyntheticSettings(entities=20, train_examples=30)), tokenizer, seed=5)
     assert splits.train == SyntheticQA(5, 20).examples("train", 30, 5)
+
+
+@pytest.mark.parametrize("train", ["synthetic", "own"])
+def test_a_seed_of_the_data_fixes_questions_and_partition_whatever_the_runs_is(
+    write: Write, tokenizer: Tokenizer, train: str
+) -> None:
+    place = train if train == "synthetic" else str(write("own.jsonl", rows(40)))
+    table = {"data": {"train": place, "synthetic": {"train_examples": 40, "test_examples": 9}}, "clients": {"count": 4}}
+
+    def drawn(**seeds: int) -> tuple[Any, ...]:
+        run = parse_run({**table, "seed": seeds["seed"], "data": {**table["data"], "seed": seeds.get("data")}})
+        splits = load_examples(run.data, tokenizer, run.seed)
+        assert load_test(run.data, tokenizer, run.seed) == splits.test
+        return splits.test, splits.train, partition_clients(run, splits.train)
+
+    assert drawn(seed=1, data=7) == drawn(seed=2, data=7) == drawn(seed=7)
+    assert all(one != other for one, other in zip(drawn(seed=1), drawn(seed=2), strict=True))
 
 
 @settings(max_examples=30)  # each example is a file

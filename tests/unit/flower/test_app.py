@@ -11,7 +11,7 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.common.config import get_fab_config, validate_config
 
 from ubsmoe.config import ConfigError, load_run, to_json
-from ubsmoe.engines.flower.app import read_app, write_app
+from ubsmoe.engines.flower.app import plug_ins_of, read_app, write_app
 from ubsmoe.storage.exportfolder import ExportError
 
 
@@ -78,3 +78,13 @@ def test_the_extra_and_the_app_ask_for_the_same_flower() -> None:
         "optional-dependencies"
     ]
     assert f'"{extras["flower"][0]}"' in PYPROJECT
+
+
+def test_nodes_on_this_machine_run_the_plug_ins_that_an_app_names(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("")
+    (tmp_path / "run.toml").write_text('[method]\nname = "mine:method"')
+    changes = {"evaluate.metrics": ["mine:length"], "train.schedule": "elsewhere:falling"}
+    write_app(tmp_path / "run.toml", tmp_path / "app", changes)
+    named = [f"{tmp_path}/mine.py:method", "elsewhere:falling", f"{tmp_path}/mine.py:length"]
+    assert plug_ins_of(tmp_path / "app") == ",".join(named)
+    assert plug_ins_of(tmp_path) == ""  # no app of ours

@@ -63,9 +63,14 @@ def test_events_are_plain_lines_where_there_is_no_terminal() -> None:
 
 def test_the_result_shows_before_and_after_beside_the_cost() -> None:
     text = shown(result_table(summary(accuracy=0.75, mc_accuracy=None), [COST]))
-    assert "fedavg: per tier, 1 tasks, 40 questions, before → after" in " ".join(text.split())
+    assert "fedavg: per tier, 1 task, 40 questions, before → after" in " ".join(text.split())
     assert cells(text) == ["1", "0.25", "2", "8", "12.35", "55%", "25.0 → 75.0", "10.0 → 10.0", "–"]
     assert "chance 25.0%, majority 30.0%" in " ".join(text.split())
+
+
+def test_the_result_shows_the_metrics_of_plug_ins_too() -> None:
+    text = shown(result_table(summary(metrics={"rouge[1]": 0.12345, "words": 7.5}), [COST]), 120)
+    assert "rouge[1]" in text and cells(text)[-2:] == ["0.123", "7.500"]
 
 
 def test_a_base_whose_costs_nobody_can_count_has_a_result_all_the_same() -> None:

@@ -38,6 +38,11 @@ def test_the_best_is_bold_and_the_significant_starred() -> None:
     assert "**60.0**" not in text and "| a_b | **0.6000**" in paper_table(rows(SCORES), "c", "markdown", "loss")
 
 
+def test_nothing_is_bold_where_all_are_equal() -> None:
+    text = paper_table(rows({name: {1: [0.0, 0.0], 2: [0.1 * len(name)] * 2} for name in ("a", "bb")}), "a", "markdown")
+    assert text.splitlines()[2:4] == ["| a | 0.0 ± 0.0 | 10.0 ± 0.0 |", "| bb | 0.0 ± 0.0 | **20.0** ± 0.0 * |"]
+
+
 def test_latex_escapes_names_and_a_dash_stands_for_what_was_not_measured() -> None:
     text = paper_table(rows({**SCORES, "50%": {1: [None] * 3, 2: [0.1, 0.2, 0.3]}}), "c", "latex")
     assert r"a\_b & -- & \textbf{23.3} $\pm$ 37.9 \\" in text and r"50\% & -- &" in text

@@ -100,7 +100,7 @@ def products(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 STEP = 0.5 / (2**23 - 1)
 FLOAT32 = 2.0**-24  # half a step of numbers below 1
 USE_WEIGHS = {"a3smoe", "flame", "hfedmoe"}
-OWN_FACTORS = {"fedit", "hetlora", "flexlora", "flora", "florist", "fedex_lora", "fedrot", "lora_fair"}
+OWN_FACTORS = {"fedit", "hetlora", "flexlora", "flora", "florist", "fedex_lora", "fedrot", "lora_fair", "scaffold"}
 RECIPES = [
     *({"method.name": name} for name in METHODS),
     {"method.averaging.rule": "activation", "method.dmr.phi": "trained"},

@@ -32,6 +32,19 @@ def test_methods_are_plain_names() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "text", ["fedavg,mine:small", "[[variants]]\nmethod = 'fedavg'\n[[variants]]\nmethod = 'mine:small'"]
+)
+def test_a_method_of_ones_own_lies_beside_the_run_file(text: str, tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def small(shape): ...\n")
+    (tmp_path / "variants.toml").write_text(text)
+    given = (text, None) if text[0] != "[" else (None, tmp_path / "variants.toml")
+    variants = choose_variants(*given, tmp_path)
+    assert [one.label for one in variants] == ["fedavg", "small"]
+    cell = variants[1].settings_in(parse_run(tiny_run), 0)
+    assert cell.method.name == f"{tmp_path / 'mine.py'}:small" and cell.label is None
+
+
 def test_a_file_of_variants_has_methods_with_settings_changes_and_labels(tmp_path: Path) -> None:
     text = """
     [[variants]]
@@ -91,7 +104,7 @@ def test_what_is_no_list_of_names_is_refused_with_the_toml_for_settings(text: st
     [
         ("", r"expected \[\[variants\]\]"),
         ("variants = 3", r"expected \[\[variants\]\]"),
-        ("[[variants]]\nmethod = 'fedavg'", "variant 1: expected method = "),
+        ("[[variants]]\nmethod = 3", "variant 1: expected method = "),
         ("[[variants]]\nmethod = {name = 'fedavg'}\n[[variants]]\nlabel = 'x'", "variant 2: expected method = "),
         ("[[variants]]\nmethod = {name = 'fedavg'}\n" * 2, "different variants, got fedavg, fedavg"),
         ("[[variants]", "not valid TOML"),
@@ -157,6 +170,7 @@ def row(method: str, seed: int, tier: int, accuracy: float | None, **more: Any) 
 def test_the_table_shows_means_and_differences_paired_by_seed() -> None:
     """Worked by hand. Differences b - a: +10 and +30 points, mean 20, half-width t(0.975, 1) * 10 = 127.06."""
     rows = [row("a", 0, 1, 0.2), row("a", 1, 1, 0.4), row("b", 0, 1, 0.3), row("b", 1, 1, 0.7)]
+    assert "the same for all seeds" in comparison_markdown(rows, "a", fixed=True)
     text = comparison_markdown(rows, reference="a")
     assert "over 2 seeds" in text and "Chance: 50.0 %" in text
     assert "| before training, K = 2 | 10.0 ± 0.0 |" in text and "| before training, K = 2 | 2.0000 ± 0.0000 |" in text

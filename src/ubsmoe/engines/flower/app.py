@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ubsmoe.config import ConfigError, RunSettings, load_run, parse_value
-from ubsmoe.config.plug_ins import KEYS, LISTS, setting
+from ubsmoe.config.plug_ins import KEYS, LISTS, plug_ins, setting
 from ubsmoe.config.reading import BUILT_IN
 from ubsmoe.storage.exportfolder import put_text, write_folder
 from ubsmoe.storage.runfolder import is_run
+from ubsmoe.storage.same_run import flatten
 from ubsmoe.version import __version__
 
 # What Flower and Ray do unless they are told not to: report usage, ask for newer versions, install packages before a run.
@@ -138,6 +139,14 @@ def read_app(run_file: Path, config: Mapping[str, Any]) -> RunSettings:
     return settings
 
 
+def plug_ins_of(app: Path) -> str:
+    """The plug-ins that an app's run file names, as a node's configuration says them. Raises ConfigError as `read_app`."""
+    if not (app / RUN_FILE).is_file():  # another app, which some measurement runs
+        return ""
+    settings = read_app(app / RUN_FILE, _config_of(app))
+    return ",".join(plug_ins(settings.model_dump(mode="json")).values())
+
+
 def run_folder_of(place: Path) -> Path:
     """The run folder that an app writes, by its own configuration; a run folder is its own.
 
@@ -151,15 +160,23 @@ def run_folder_of(place: Path) -> Path:
                 f"{place} is neither a Flower app's folder nor a run folder; expected what `ubsmoe flower init` made"
             )
         return place
-    try:
-        out = tomllib.loads(project.read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]["out"]
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f'{project} names no run folder: [tool.flwr.app.config] needs out = "..."') from None
+    out = str(_config_of(place)["out"])
     if not is_run(Path(out)):
         raise ConfigError(
             f"{out} holds no run yet; start it with `flwr run {place}`, or give the run folder that -c named"
         )
     return Path(out)
+
+
+def _config_of(app: Path) -> dict[str, Any]:
+    """[tool.flwr.app.config], with dotted keys. Raises ConfigError if there is none that names a run folder."""
+    project = app / "pyproject.toml"
+    try:
+        config = flatten(tomllib.loads(project.read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"])
+        config["out"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f'{project} names no run folder: [tool.flwr.app.config] needs out = "..."') from None
+    return config
 
 
 def check_fits_flower(settings: RunSettings) -> None:

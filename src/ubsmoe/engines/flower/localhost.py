@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ubsmoe.engines.flower.app import QUIET
+from ubsmoe.engines.flower.app import QUIET, plug_ins_of
 from ubsmoe.engines.flower.endings import FOLDER, descendants, ended_in_order, kill, owned_folder
 from ubsmoe.engines.flower.keys import CA, SERVER, SERVER_KEY, make_keys
 from ubsmoe.engines.flower.resident import stop_residents
@@ -111,7 +111,7 @@ def local_federation(
     nodes: int,
     simulated: bool,
     log: Callable[[str], None] = print,
-    node_config: Callable[[int], Mapping[str, Any]] = lambda node: {"resident-seconds": IDLE_SECONDS},
+    node_config: Callable[[int], Mapping[str, Any]] | None = None,
     home: Path | None = None,
 ) -> Iterator[LocalFederation]:
     """Start a federation, wait until it is healthy, and stop it, and nothing else, on leaving.
@@ -121,13 +121,17 @@ def local_federation(
         nodes: how many.
         simulated: which kind.
         log: called with a line when all nodes are there.
-        node_config: what a node's configuration says beside partition-id and num-partitions; for a deployment.
+        node_config: what a node's configuration says beside partition-id and num-partitions; for a deployment. When left out,
+            a node stays resident, and runs the plug-ins that the app names: all nodes are on this machine.
         home: Flower's home, if not inside the app's folder.
 
     Raises:
         FlowerFailure: if a process dies or is not healthy in time.
     """
     home = (home or app / ".flwr").absolute()
+    if node_config is None:
+        here = {"resident-seconds": IDLE_SECONDS, "plug-ins": plug_ins_of(app)}
+        node_config = lambda _: here  # noqa: E731
     disk.make_folder(home)
     home.chmod(0o700)
     port = free_port()

@@ -276,6 +276,7 @@ def server_app(run_file: Path) -> ServerApp:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         federation = build_server(settings)
+        federation.method.check_stateless()
         engine = FlowerEngine(grid, federation, say)
         tell = Teller(settings.train.rounds)
         seconds, setting = settings.rounds.longest_wait
