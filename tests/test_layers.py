@@ -75,7 +75,7 @@ ONLY_IN: dict[str, set[str]] = {
 WRITERS = {"storage", "report", "data", "bases/pretrain"}
 """Rooms that write files."""
 
-LOGGING = {"engines/flower/resident.py", "engines/flower/localhost.py"}
+LOGGING = {"engines/flower/resident.py", "engines/flower/programs.py"}
 """Modules that start other processes, and open a file for what these print."""
 
 MOST_LINES = 300

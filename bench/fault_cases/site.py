@@ -23,12 +23,11 @@ from ubsmoe.engines.flower.app import write_app
 from ubsmoe.engines.flower.endings import descendants, kill
 from ubsmoe.engines.flower.localhost import (
     LocalFederation,
-    flower_command,
-    flower_environment,
     free_port,
     superlink_options,
     supernode_options,
 )
+from ubsmoe.engines.flower.programs import Programs, flower_command, flower_environment
 from ubsmoe.engines.flower.resident import stop_residents
 
 PATIENCE = 180.0  # seconds for a process of Flower's to do what it does in five
@@ -48,7 +47,8 @@ class Site:
         write_app(run_file, self.app, {"train.rounds": 4, "rounds.quorum": 0.5, "rounds.deadline_seconds": 600})
         trust = f'address = "127.0.0.1:{self.port}"\nroot-certificates = "{self.home / keys.CA}"\n'
         (self.home / "config.toml").write_text(f"[superlink.localhost]\n{trust}")
-        self.flower = LocalFederation("localhost", self.home, self.app, len(NODES), simulated=False)
+        nothing = Programs(self.home, self.app, {}, print)  # this site starts its processes itself
+        self.flower = LocalFederation("localhost", self.home, self.app, len(NODES), simulated=False, programs=nothing)
         self.superlink = self.start_superlink()
         named = (*NODES, *OTHERS)
         self.numbers = {

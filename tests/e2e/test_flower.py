@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from ubsmoe.engines.flower.app import write_app
-from ubsmoe.engines.flower.localhost import flower_command, flower_environment, local_federation
+from ubsmoe.engines.flower.localhost import local_federation
+from ubsmoe.engines.flower.programs import flower_command, flower_environment
 
 UBSMOE = [sys.executable, "-c", "from ubsmoe.cli import main; main()"]
 

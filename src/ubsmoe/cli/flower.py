@@ -39,7 +39,8 @@ def up_command(
     """
     import time
 
-    from ubsmoe.engines.flower.localhost import LOOK_SECONDS, local_federation
+    from ubsmoe.engines.flower.localhost import local_federation
+    from ubsmoe.engines.flower.programs import LOOK_SECONDS
 
     try:
         with local_federation(app, nodes, simulate, typer.echo) as found:
@@ -47,7 +48,7 @@ def up_command(
                 return found.run()
             typer.echo(f"set -a; . {app}/flower.env; FLWR_HOME={found.home}; flwr run {app} {found.name} --stream")
             while True:
-                found.look_after()
+                found.programs.look_after()
                 time.sleep(LOOK_SECONDS)
     except KeyboardInterrupt:
         typer.echo("stopped")
@@ -55,11 +56,11 @@ def up_command(
 
 @verbs.command("restart")
 def restart_command(app: App, node: Annotated[str, typer.Argument(help="as in node-1", show_default=False)]) -> None:
-    """Start a node again, in the terminal where `flower up` goes on."""
-    from ubsmoe.engines.flower.localhost import request_restart
+    """Start a node of `flower up` again, whether it has ended or runs."""
+    from ubsmoe.engines.flower.programs import request_restart
 
     request_restart(app, node)
-    typer.echo(f"{node} will be started again; `ubsmoe flower up {app}` says when")
+    typer.echo(f"{node} is started again")
 
 
 @verbs.command("status")

@@ -1,6 +1,7 @@
 """The Flower engine over a Grid in this process: the same bits as the local engine, and what becomes of bad nodes."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from ubsmoe.engines.flower.app import read_app
 from ubsmoe.engines.flower.client import client_app
 from ubsmoe.engines.flower.record import from_record, to_record
 from ubsmoe.engines.flower.server import FlowerEngine
-from ubsmoe.engines.flower.teller import Teller
+from ubsmoe.engines.flower.teller import Teller, without_traceback
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.messages import Dropped, Reply, Task, Update
 from ubsmoe.methods.state import pack
@@ -24,6 +25,7 @@ from ubsmoe.model.load import prepare_base
 from ubsmoe.server.federation import Federation, build_federation, build_server
 from ubsmoe.server.rounds import one_round
 from ubsmoe.server.start import noise_key, start_state
+from ubsmoe.storage.json_text import decode_json, encode_json
 from ubsmoe.wire.codec import decode_task, decode_update, encode_update
 from ubsmoe.wire.packed import Packed, WireError
 from unit.engines.loop_grid import LoopGrid, as_process
@@ -229,6 +231,39 @@ def test_a_node_that_went_and_came_back_is_asked_anew(site: Callable[..., Site])
     assert all(isinstance(reply, Update) for reply in here.replies())
 
 
+def test_a_client_that_missed_a_deadline_is_asked_again_once_its_node_has_answered(site: Callable[..., Site]) -> None:
+    """A node that was killed looks online for a minute; the rounds of that minute do not wait for it."""
+    here = site(rounds__deadline_seconds=40)
+    here.engine.join(10)
+    here.grid.faults[69], here.grid.faulty = (lambda message, answer: []), ""  # says nothing to anything
+    assert [type(reply) for reply in here.replies()] == [Update, Dropped] * 2
+    began = here.now
+    assert [reply.client for reply in here.replies()] == ["client-0", "client-2"]
+    assert here.now - began < 40
+    del here.grid.faults[69]
+    assert [type(reply) for reply in here.replies()] == [Update] * 4
+    assert [kind for node, kind in here.grid.asked if node == 69].count("query.announce") == 2
+
+
+def test_a_node_that_announces_and_never_trains_loses_its_place_to_one_that_does(site: Callable[..., Site]) -> None:
+    here = named(site, {5: "ward-a", 6: "ward-b"}, {5: "", 6: ""}, rounds__deadline_seconds=40)
+    here.grid.faults[6] = lambda message, answer: []
+    for _ in range(4):
+        here.replies()
+    here.grid.nodes[7] = {"client": "ward-c"}
+    here.replies()
+    assert who(here)["ward-c"] == "7"
+
+
+def test_the_number_of_a_node_is_told_in_full(site: Callable[..., Site]) -> None:
+    here = site({2**64 - 1: {"partition-id": 0, "num-partitions": 1}})
+    told: list[Any] = []
+    here.engine.note = told.extend
+    here.engine.join(10)
+    here.engine.clients()
+    assert decode_json(encode_json(told))[0]["node"] == "18446744073709551615"
+
+
 def test_a_name_belongs_to_the_node_that_has_it(site: Callable[..., Site]) -> None:
     half = {"partition-id": 0, "num-partitions": 2}
     here = site({5: half, 6: {"client": "client-2"}})
@@ -238,9 +273,9 @@ def test_a_name_belongs_to_the_node_that_has_it(site: Callable[..., Site]) -> No
     assert len(refused) == 1 and "is that client already" in refused[0]
 
 
-def named(site: Callable[..., Site], clients: dict[int, str], names: dict[int, str]) -> Site:
+def named(site: Callable[..., Site], clients: dict[int, str], names: dict[int, str], **changes: Any) -> Site:
     """Nodes that say they are these clients, their keys registered under these names; all there from the start."""
-    here = site({node: {"client": client} for node, client in clients.items()}, clients__count=2)
+    here = site({node: {"client": client} for node, client in clients.items()}, clients__count=2, **changes)
     here.grid.names = names
     here.engine.join(4)
     return here
@@ -349,6 +384,18 @@ def test_the_stream_tells_drops_accuracy_and_the_time_left(capsys: Any) -> None:
         "round 1/4: loss 0.5000 in 9.0 s, 1 updates, 1 dropped, about 30 s left",
         "round 1/4: tier 3 (K=4) accuracy 25.0%",
         "round 2/4: loss 0.2500 in 390.0 s, 0 updates, about 7 min left",
+    ]
+
+
+def test_a_users_mistake_is_one_sentence_in_flowers_log_and_a_fault_keeps_its_traceback(caplog: Any) -> None:
+    logger = logging.Logger("like-flwr")
+    logger.addFilter(without_traceback)
+    logger.addHandler(caplog.handler)
+    for error in (ConfigError("rank is 0, expected 1 or more"), KeyError("a fault")):
+        logger.error("%s raised an exception", "ServerApp", exc_info=error)
+    assert [(one.getMessage(), one.exc_info is None) for one in caplog.records] == [
+        ("ubsmoe: rank is 0, expected 1 or more", True),
+        ("ServerApp raised an exception", False),
     ]
 
 

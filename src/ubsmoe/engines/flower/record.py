@@ -3,11 +3,23 @@
 Flower stores equal blobs once, so a payload that many clients get is uploaded once.
 """
 
-from ubsmoe.errors import require
+from dataclasses import dataclass
+
+from ubsmoe.errors import printable, require
 from ubsmoe.wire.packed import Packed, WireError
 
 require("flwr", "flower")
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict  # noqa: E402
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict  # noqa: E402
+
+DATA_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError)
+"""What a message can make Flower's or our reading raise; a connection that fails raises something else and is no client's."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An answer that Flower itself could not build, and why."""
+
+    why: str
 
 
 def to_record(packed: Packed) -> RecordDict:
@@ -25,3 +37,22 @@ def from_record(record: RecordDict) -> Packed:
     if not isinstance(header, bytes) or not isinstance(blob, bytes):
         raise WireError("a record whose header or blob is not bytes")
     return Packed(header, blob)
+
+
+def content_of(message: Message | Unreadable, node: int) -> Packed:
+    """The content of an answer, if it comes from the node that was asked; the SuperLink checks that too."""
+    if isinstance(message, Unreadable):
+        raise WireError(f"no message of Flower's: {message.why}")
+    if message.has_error():
+        raise WireError(error_text(message))
+    if message.metadata.src_node_id != node:
+        raise WireError(f"node {message.metadata.src_node_id} answered for node {node}")
+    try:
+        return from_record(message.content)
+    except DATA_ERRORS as error:
+        raise WireError(str(error)) from None
+
+
+def error_text(message: Message) -> str:
+    """What a node said for an error, in one line."""
+    return printable(str(message.error.reason or "")) or "no reason given"

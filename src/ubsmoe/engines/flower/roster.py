@@ -4,9 +4,10 @@ A run has `clients.count` places. A node may hold its share of them: the places 
 is what machines of one run file need, and what a machine with data of its own does. A node that announces more gets its share, and
 gives up what it held above it once others come.
 
-A place is kept for a node that is away, until somebody asks for a place and none is free. The same holds for a node that is there
-but has been silent for `SILENT_ROUNDS` rounds. Flower's Grid shows the nodes that are online: one that was unregistered looks as if
-away.
+A place is kept for a node that is away, until somebody asks for a place and none is free. A client that missed a deadline is away
+too, until its node answers again: Flower takes a minute to notice that a node has died. The place of a client that was silent for
+`SILENT_ROUNDS` rounds is as free, whatever its node announces. Flower's Grid shows the nodes that are online: one that was
+unregistered looks as if away.
 
 Whatever nodes say is data: a client's name follows a pattern, and a node is told about in a few lines, however much it announces.
 """
@@ -44,20 +45,21 @@ class Roster:
         self._online: set[int] = set()
         self._announced: dict[int, list[Announcement]] = {}
         self._silent = Counter[str]()
+        self._missed: set[str] = set()
         self._said: dict[int, list[str]] = {}
 
     def here(self) -> list[Profile]:
-        """The clients whose nodes are online, in client order, which is not the order of joining."""
-        there = [profile for name, profile in self._profiles.items() if self._nodes[name] in self._online]
+        """The clients that can be asked, in client order, which is not the order of joining."""
+        there = [profile for name, profile in self._profiles.items() if not self._away(name)]
         return sorted(there, key=lambda profile: (self._place(profile.client), profile.client))
 
     def nodes(self) -> list[dict[str, Any]]:
-        """Every place that is taken: client, node, tier, examples, and whether the node is online; for people to look at."""
+        """Every place that is taken: client, node, tier, examples, and whether it can be asked; for people to look at."""
         return [
             {
                 "client": name,
-                "node": node,
-                "online": node in self._online,
+                "node": str(node),  # up to 2^64, which is no number in every reader's JSON
+                "online": not self._away(name),
                 "tier": self._profiles[name].tier,
                 "examples": self._profiles[name].num_examples,
             }
@@ -77,6 +79,7 @@ class Roster:
 
     def announce(self, node: int, clients: Sequence[Announcement]) -> None:
         """A node says which clients it is. More than there are places are not even remembered."""
+        self._missed -= set(self._held(node))
         self._announced[node] = list(clients[: self._count])
         self._admit(node, len(clients) - self._count)
 
@@ -85,8 +88,10 @@ class Roster:
         self._say(node, [f"node {node} is refused: {reason}"])
 
     def heard(self, client: str, answered: bool) -> None:
-        """Whether a client that was asked said anything before its time was up."""
+        """Whether a client that was asked said anything before its time was up; if not, its node must announce it again."""
         self._silent[client] = 0 if answered else self._silent[client] + 1
+        if not answered:
+            self._missed.add(client)
 
     def _admit(self, node: int, beyond: int = 0) -> None:
         refused = []
@@ -123,6 +128,11 @@ class Roster:
             own = f", {one.experts} experts" if one.experts else ""
             self._log(f"{one.client} is node {node}: {one.num_examples} examples, tier {profile.tier + 1}{own}")
         self._profiles[one.client], self._nodes[one.client] = profile, node
+        if holder != node:
+            self._missed.discard(one.client)
+
+    def _away(self, client: str) -> bool:
+        return self._nodes[client] not in self._online or client in self._missed
 
     def _held(self, node: int) -> list[str]:
         return [client for client, holder in self._nodes.items() if holder == node]
@@ -136,7 +146,7 @@ class Roster:
         Raises:
             ConfigError: if there is none.
         """
-        away = [client for client, node in self._nodes.items() if node not in self._online]
+        away = [client for client in self._nodes if self._away(client)]
         silent = [client for client in self._nodes if self._silent[client] >= SILENT_ROUNDS]
         above = [client for client, node in self._nodes.items() if len(self._held(node)) > self._share()]
         if not (free := [*away, *silent, *reversed(above)]):

@@ -4,11 +4,11 @@ Nodes announce their clients before they are sent a task. An announced name is c
 registered with at the SuperLink. The sender of an answer is known from Flower's message, not from what the answer says.
 """
 
+import logging
 import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from flwr.serverapp import Grid, ServerApp
 from ubsmoe.client.node_config import TRAIN as SECURE_TRAIN
 from ubsmoe.config import ConfigError, to_json
 from ubsmoe.engines.flower.app import read_app
-from ubsmoe.engines.flower.record import from_record, to_record
+from ubsmoe.engines.flower.record import DATA_ERRORS, Unreadable, content_of, error_text, to_record
 from ubsmoe.engines.flower.roster import Roster
 from ubsmoe.engines.flower.secure import carried
-from ubsmoe.engines.flower.teller import Teller, say
+from ubsmoe.engines.flower.teller import Teller, say, without_traceback
 from ubsmoe.errors import printable
 from ubsmoe.messages import Dropped, Profile, Reply, Task, Update
 from ubsmoe.server.federation import Federation, build_server
@@ -36,16 +36,6 @@ ANNOUNCE = "query.announce"
 TRAIN = "train"
 POLL_SECONDS = 0.2
 SECURE_SECONDS = 120.0  # for a step of a secure round in which nobody trains
-
-DATA_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError)
-"""What a message can make Flower's or our reading raise; a connection that fails raises something else and is no client's."""
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """An answer that Flower itself could not build, and why."""
-
-    why: str
 
 
 class FlowerEngine:
@@ -134,7 +124,7 @@ class FlowerEngine:
                     replies[reply.client] = _lost(reply.client, task.round, wanted) if too_many else reply
                 if client not in replies and (late or count >= wanted):
                     if late:
-                        self._roster.heard(client, answered=False)
+                        self._missed(client)
                     replies[client] = _lost(client, task.round, wanted, f"{setting} = {limit:g}" if late else None)
                 elif not came:
                     time.sleep(POLL_SECONDS)
@@ -157,8 +147,10 @@ class FlowerEngine:
         read = partial(_answer_of, number=round, node_of=node_of)
         waited = carried(messages, round, node_of, push, self._pull, read, (limit, said), self._clock, POLL_SECONDS)
         for client, answer in waited:
-            silent = isinstance(answer, Dropped) and answer.stage == "deadline"
-            self._roster.heard(client, answered=not silent)
+            if isinstance(answer, Dropped) and answer.stage == "deadline":
+                self._missed(client)
+            else:
+                self._roster.heard(client, answered=True)
             yield client, answer
 
     def _send(self, tasks: Iterable[Task], seconds: float) -> tuple[list[Task], dict[str, Task], dict[str, Reply]]:
@@ -194,26 +186,37 @@ class FlowerEngine:
         self._greeted &= here.keys()  # a node that returns is asked again: its clients may differ
         self._roster.see(here)
         for node in here.keys() - self._greeted:
-            message_id = self._push(ANNOUNCE, node, Packed(b"", b""), "announce", None)
-            if message_id is not None:
-                self._greeted.add(node)
-                self._unanswered[message_id] = node
+            self._greet(node)
         for message, node in self._pull(list(self._unanswered), self._unanswered):
             try:
-                self._roster.announce(node, decode_announcements(_content(message, node)))
+                self._roster.announce(node, decode_announcements(content_of(message, node)))
             except WireError as error:
-                self._roster.refuse(node, printable(str(error)))
+                if node in here:  # of one that has gone Flower says so itself
+                    self._roster.refuse(node, printable(str(error)))
+
+    def _greet(self, node: int) -> None:
+        """Ask a node which clients it is."""
+        message_id = self._push(ANNOUNCE, node, Packed(b"", b""), "announce", None)
+        if message_id is not None:
+            self._greeted.add(node)
+            self._unanswered[message_id] = node
+
+    def _missed(self, client: str) -> None:
+        """A client said nothing in time: it is asked again when its node has shown that it is there."""
+        self._roster.heard(client, answered=False)
+        if (node := self._roster.node_of(client)) is not None and node not in self._unanswered.values():
+            self._greet(node)
 
     def _reply_of(self, message: "Message | Unreadable", task: Task) -> Reply:
         """The reply in a message. Its client is the one that was asked, whatever the message claims."""
         client, node = task.profile.client, self._roster.node_of(task.profile.client)
         if isinstance(message, Message) and message.has_error():
-            return Dropped(client, task.round, "training", _error_text(message))
+            return Dropped(client, task.round, "training", error_text(message))
         try:
             if node is None:
                 raise WireError("its place was given up")
             spec, dtype = self._federation.specs(task), self._settings.wire.dtype
-            update = decode_update(_content(message, node), spec.most_bytes, task.payload, spec, dtype)
+            update = decode_update(content_of(message, node), spec.most_bytes, task.payload, spec, dtype)
         except WireError as error:
             return Dropped(client, task.round, "wire", printable(str(error)))
         if update.client != client:
@@ -228,30 +231,16 @@ class FlowerEngine:
         return next(iter(self._grid.push_messages([message])), None)
 
 
-def _content(message: Message | Unreadable, node: int) -> Packed:
-    """The content of an answer, if it comes from the node that was asked; the SuperLink checks that too."""
-    if isinstance(message, Unreadable):
-        raise WireError(f"no message of Flower's: {message.why}")
-    if message.has_error():
-        raise WireError(_error_text(message))
-    if message.metadata.src_node_id != node:
-        raise WireError(f"node {message.metadata.src_node_id} answered for node {node}")
-    try:
-        return from_record(message.content)
-    except DATA_ERRORS as error:
-        raise WireError(str(error)) from None
-
-
 def _answer_of(
     message: Message | Unreadable, client: str, number: int, node_of: Callable[[str], int | None]
 ) -> Packed | Dropped:
     """What a message of a secure round holds; the protocol reads it."""
     if isinstance(message, Message) and message.has_error():
-        return Dropped(client, number, "training", _error_text(message))
+        return Dropped(client, number, "training", error_text(message))
     try:
         if (node := node_of(client)) is None:
             raise WireError("its place was given up")
-        return _content(message, node)
+        return content_of(message, node)
     except WireError as error:
         return Dropped(client, number, "wire", printable(str(error)))
 
@@ -261,10 +250,6 @@ def _lost(client: str, number: int, wanted: int, limit: str | None = None) -> Dr
     return Dropped(client, number, "deadline", reason)
 
 
-def _error_text(message: Message) -> str:
-    return printable(str(message.error.reason or "")) or "no reason given"
-
-
 def server_app(run_file: Path) -> ServerApp:
     """The app that runs beside the SuperLink: `server.run.run`, with its clients on the nodes."""
     app = ServerApp()
@@ -272,6 +257,7 @@ def server_app(run_file: Path) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         import torch
 
+        logging.getLogger("flwr").addFilter(without_traceback)
         settings = read_app(run_file, context.run_config)
         if settings.threads:
             torch.set_num_threads(settings.threads)
@@ -283,7 +269,9 @@ def server_app(run_file: Path) -> ServerApp:
         say(f"a client that does not answer within {seconds:g} s is dropped ({setting})")
         with RunFolder.open_or_create(str(context.run_config["out"]), to_json(settings), made_with(settings)) as folder:
             engine.note = lambda nodes: folder.events.append("nodes", None, nodes=nodes)
-            engine.join(float(context.run_config["join-seconds"]))
+            wait = float(context.run_config["join-seconds"])
+            say(f"waits at most {wait:g} s (join-seconds) for {settings.clients.count} clients")
+            engine.join(wait)
             summary = run(federation, folder, engine, tell.on_event)
         say(f"adapter {folder.path / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}")
 

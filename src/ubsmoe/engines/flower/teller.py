@@ -1,9 +1,11 @@
 """What the server's log says of a run, which `flwr run --stream` shows: a line per round and per tier that was scored."""
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
+from ubsmoe.errors import UserError
 from ubsmoe.storage.record import loss_text
 
 
@@ -25,6 +27,7 @@ class Teller:
         where = f"round {round}/{self._rounds}"
         if event == "started":
             self._began = self._clock()  # not before: nodes are waited for
+            say(f"starts with {fields['clients']} clients")
         elif event == "resumed":
             self._first = round
             say(f"goes on after round {round} of {self._rounds}")
@@ -57,3 +60,11 @@ class Teller:
 def say(text: str) -> None:
     """A line of the log, at once."""
     print(text, flush=True)
+
+
+def without_traceback(record: logging.LogRecord) -> bool:
+    """Filter of a logger: an error that its user can mend is its sentence alone."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, UserError):
+        record.msg, record.args, record.exc_info = "ubsmoe: %s", (str(error),), None
+    return True
