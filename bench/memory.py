@@ -1,6 +1,7 @@
 """What this project holds in memory where it need not: each pair in fresh processes, side by side, on the widths of OLMoE-1B-7B.
 
     generation   64 prompts, one new token: the head given a strided view, as transformers does, or contiguous rows
+    answers      64 questions at once, ranked and answered at K = 2: logits in float32 whole, or some rows at a time, as now
     allocator    resident after a load that converts a checkpoint, freed memory kept from before or from after the load
     workers      the peak of a run with two worker processes, each page counted once, and of one that has none; as above
     checkpoint   the peak above an adapter of 256 MB while it is saved: as one file in memory, or from where it lies
@@ -12,7 +13,7 @@
 Random weights, bfloat16, hidden 2048, experts of 1024, vocabulary 50304; 2 layers of 16 experts unless said. Seed 0, Linux,
 one thread. Peaks are the kernel's: VmHWM, or RssAnon sampled, where a mapped file is not to count.
 
-    python bench/memory.py [generation allocator workers checkpoint merged adapter micro message]
+    python bench/memory.py [generation answers allocator workers checkpoint merged adapter micro message]
 """
 
 import argparse
@@ -30,6 +31,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 PAIRS: dict[str, tuple[str, ...]] = {
     "generation": ("strided", "contiguous"),
+    "answers": ("whole", "parts"),
     "allocator": ("before", "after"),
     "workers": ("before", "after", "none"),
     "checkpoint": ("joined", "in place"),
@@ -108,6 +110,28 @@ def generation(way: str, scratch: Path) -> dict[str, float]:
     with private_peak(found):
         answer(ids)
     return found
+
+
+def answers(way: str, scratch: Path) -> dict[str, float]:
+    from ubsmoe.config import EvaluateSettings
+    from ubsmoe.plan.forecast import forecast
+    from ubsmoe.server import answers
+    from ubsmoe.server.evaluate import evaluate
+    from ubsmoe.server.federation import build_server
+
+    make_base(scratch / "base", 2, fused=True)
+    settings = settings_of(scratch / "base", **{"data.synthetic.test_examples": 64, "tiers.budgets": [0.25]})
+    server = build_server(settings, weights=True)
+    if way == "whole":
+        answers._ROWS = 1 << 30
+    questions = {"all": [one for group in server.questions.values() for one in group][:64]}
+    server.model.set_top_k(2)
+    found: dict[str, float] = {}
+    with private_peak(found):
+        scores = evaluate(server.model, server.tokenizer, questions, EvaluateSettings(max_new_tokens=8))
+    planned = forecast(settings, flops_per_second=1e9)
+    above = planned["evaluation"]["memory_bytes"] - planned["tiers"][0]["memory"]["weights"]
+    return {**found, "loss": scores["macro"].loss, "planned_gb": above / 1e9}
 
 
 def allocator(way: str, scratch: Path) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What dequantising costs: one layer's experts at OLMoE's width, forward and backward with LoRA, bfloat16 against int8 and NF4.
 
-64 experts, hidden 2048, width 1024, rank 8, rows of 128 tokens; the formats take turns, medians of five, one thread, CPU time.
+64 experts, hidden 2048, width 1024, rank 8, rows of 128 tokens; one thread, CPU time. In each of five turns every format computes
+the same batch; "over" is the median of a format's ratio to bfloat16 within a turn, with the smallest and the largest.
 NF4 is measured by bitsandbytes, where it is installed, and by the plain version in maths/nf4.py.
 
 python bench/quantised_step.py [--out FILE]    prints a table, writes bench/results/quantised_step.json
@@ -72,14 +73,18 @@ def main() -> None:
                 for name, (_, fast) in ways.items():
                     quantised._has_bitsandbytes = lambda fast=fast: fast
                     times[name].append(seconds(bases[name], lora, rows, top_k, repeat))
-            medians = {name: statistics.median(many[1:]) for name, many in times.items()}
-            over = {name: round(value / medians["bf16"], 2) for name, value in medians.items()}
+            medians = {name: round(statistics.median(many[1:]), 4) for name, many in times.items()}
+            over = {name: spread(many[1:], times["bf16"][1:]) for name, many in times.items() if name != "bf16"}
             found.append({"rows": rows, "top_k": top_k, "seconds": medians, "over_bf16": over})
-            print(
-                f"batch {rows}  K {top_k}  bf16 {medians['bf16']:.3f} s  "
-                + "  ".join(f"{n} x{v}" for n, v in over.items())
-            )
-    asked.out.write_text(json.dumps(found, indent=2))
+            words = "  ".join(f"{n} x{v} ({low}-{high})" for n, (v, low, high) in over.items())
+            print(f"batch {rows}  K {top_k}  bf16 {medians['bf16']:.3f} s  {words}", flush=True)
+            asked.out.write_text(json.dumps(found, indent=2))
+
+
+def spread(many: list[float], plain: list[float]) -> tuple[float, float, float]:
+    """Median, smallest and largest ratio of two series."""
+    ratios = [one / other for one, other in zip(many, plain, strict=True)]
+    return round(statistics.median(ratios), 2), round(min(ratios), 2), round(max(ratios), 2)
 
 
 if __name__ == "__main__":

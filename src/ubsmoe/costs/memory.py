@@ -94,13 +94,13 @@ def evaluation_memory_bytes(shape: ModelShape, top_k: int, workload: Workload, r
         top_k: K.
         workload: its batch is a batch of prompts, `length` with all that is written after them.
         rows: sequences in the cache, one per candidate or beam of a prompt.
-        labelled: positions whose logits are there at once.
+        labelled: positions whose logits are there at once, in the base's dtype; a few rows at a time are in float32, left out here.
     """
     adapter = FLOAT32 * shape.trained_elements(workload.rank, workload.trained)
     kv_heads = shape.heads if shape.latent else shape.kv_heads
     cached = rows * workload.batch.length * shape.num_layers * kv_heads * (shape.head_dim + shape.value_dim)
     layer = workload.dtype_bytes * _held_by_layer(shape, workload.batch.tokens, top_k)
-    logits = _loss(shape, replace(workload, batch=replace(workload.batch, labelled=labelled)))
+    logits = workload.dtype_bytes * labelled * shape.vocab
     return (
         weight_bytes(shape, workload.experts, workload.dtype_bytes)
         + 2 * adapter

@@ -23,6 +23,8 @@ from ubsmoe.data.tokens import Tokens
 from ubsmoe.model.surgery import SparseModel
 from ubsmoe.server.generation import generate
 
+_ROWS = 64  # of logits in float32 at once
+
 Spelt = tuple[float, list[int]]
 """Of tokens one after another: their log-probability in nats, and the token that the model would rather have said, at each."""
 
@@ -179,8 +181,12 @@ def _run(
 
 def _spelt(logits: Shaped[Tensor, "N V"], places: Sequence[tuple[int, tuple[int, ...]]]) -> list[Spelt]:
     """Look up tokens that stand one after another, the first of them at a row of `logits`."""
-    rows = [first + n for first, tokens in places for n in range(len(tokens))]
-    logs = logits.float().log_softmax(-1)[rows, [token for _, tokens in places for token in tokens]].cpu()
+    rows = torch.tensor([first + n for first, tokens in places for n in range(len(tokens))], device=logits.device)
+    tokens = torch.tensor([token for _, tokens in places for token in tokens], device=logits.device)
+    parts = zip(
+        rows.split(_ROWS), tokens.split(_ROWS), strict=True
+    )  # float32 of a whole batch would outweigh the model's part
+    logs = torch.cat([logits[row].float().log_softmax(-1)[range(len(row)), token] for row, token in parts]).cpu()
     rather: list[int] = logits.argmax(-1).tolist()
     each = logs.split([len(tokens) for _, tokens in places])
     return [(float(log.sum()), rather[first : first + len(log)]) for log, (first, _) in zip(each, places, strict=True)]

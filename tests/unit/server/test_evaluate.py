@@ -63,6 +63,15 @@ def test_loss_and_ranking_are_those_of_full_forward_passes(federation: Federatio
         assert scores[task].loss == pytest.approx(loss, rel=1e-5)
 
 
+def test_how_many_rows_of_logits_are_in_float32_at_once_changes_nothing(
+    federation: Federation, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = EvaluateSettings(max_new_tokens=1)
+    whole = evaluate(model, federation.tokenizer, federation.questions, settings)
+    monkeypatch.setattr("ubsmoe.server.answers._ROWS", 3)
+    assert evaluate(model, federation.tokenizer, federation.questions, settings) == whole
+
+
 def test_majority_is_the_share_of_the_most_frequent_answer(federation: Federation, model: Any) -> None:
     question = federation.questions["boolq"][0]
     labels = ["true", "false", "false", "true", "false"]
