@@ -187,7 +187,7 @@ def _paired(
 def score_cell(metric: Metric, values: Sequence[float | None], signed: bool = False) -> str:
     """Mean ± half-width of the 95 % interval, as a cell; a dash where a value is missing, the mean alone of a single one."""
     known = [value * metric.scale for value in values if value is not None]
-    if len(known) < len(values):
+    if not known or len(known) < len(values):
         return "–"
     mean, half = interval(known)
     text = f"{mean:{'+' if signed else ''}.{metric.decimals}f}"

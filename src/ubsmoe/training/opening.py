@@ -17,7 +17,7 @@ from ubsmoe.plan.tiers import run_costs
 from ubsmoe.server.federation import Federation, build_federation
 from ubsmoe.server.origin import made_with
 from ubsmoe.server.run import Report, Run
-from ubsmoe.storage.copies import place_files
+from ubsmoe.storage.copies import placed_files
 from ubsmoe.storage.record import TierCosts
 from ubsmoe.storage.runfolder import RunFolder
 
@@ -37,8 +37,8 @@ def load(settings: RunSettings, place: Path, files: Mapping[Path, bytes], worker
     check_workers(workers, settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    place_files(place, files)
-    federation = build_federation(settings)
+    with placed_files(place, files):
+        federation = build_federation(settings)
     keep_freed_memory()  # not before: what loading frees goes back to the system
     return federation
 
