@@ -146,6 +146,13 @@ def test_an_entry_point_is_a_plug_in_and_never_hides_what_is_ours(
         )
 
 
+def test_an_entry_point_that_is_no_function_of_a_module_is_no_plug_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"good": "theirs.inner:f", "odd": "theirs.inner:Class.method"}
+    named = [SimpleNamespace(name=name, value=value) for name, value in found.items()]
+    monkeypatch.setattr(registry, "entry_points", lambda group: named)
+    assert registry._entry_points.__wrapped__() == {"good": "theirs.inner:f"}
+
+
 def test_the_page_names_every_place_that_takes_a_plug_in() -> None:
     (run_file,) = (tomllib.loads(block.text) for block in blocks(PAGE) if block.title == "own.toml")
     named = {key.removesuffix(".0") for key in plug_ins(run_file)}
