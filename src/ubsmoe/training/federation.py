@@ -134,13 +134,10 @@ class Federation:
     @overload
     def evaluate(self, tier: None = None) -> dict[int, Scores]: ...
     def evaluate(self, tier: int | None = None) -> Scores | dict[int, Scores]:
-        """Score what the server holds now.
+        """Score what the server holds now: gives scores by task, of all tiers by their number.
 
         Args:
             tier: counted from 1; all when left out.
-
-        Returns:
-            Scores by task of that tier; of all tiers by their number.
         """
         from ubsmoe.server.rounds import evaluate_tier
 
@@ -268,9 +265,8 @@ class Federation:
         return self._run
 
     def _put_phi(self) -> None:
-        if self._phi is not None:
-            before, run = self._modulation(), self._begun()
-            run.state = run.state.having(replace(before, phi=self._phi))
+        if self._phi is not None and self._run:
+            self._run.state = self._run.state.having(replace(self._modulation(), phi=self._phi))
 
     def _add_rounds(self, count: int) -> None:
         """Let the run have so many rounds more, from its newest checkpoint on."""
