@@ -98,6 +98,8 @@ def test_records_in_memory_are_a_file_with_the_same_lines(quick: dict, tmp_path:
     file.write_text("".join(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n" for row in rows))
     own = {name: part for name, part in quick.items() if name != "data"}
     from_file = Federation(own, data=str(file)).train()
+    with pytest.raises(UserError, match=r"line 13: missing field 'completion'"):  # and may be mended in the same place
+        Federation(own, data=[*rows, {"prompt": "1"}], out=tmp_path / "run").round()
     from_list = Federation(own, data=rows, out=tmp_path / "run")
     assert from_list.train()["adapter_sha256"] == from_file["adapter_sha256"]
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -127,6 +129,7 @@ def test_phi_that_is_set_goes_to_the_clients_and_is_saved(quick: dict, tmp_path:
     assert torch.equal(other.phi, before)
     with pytest.raises(UserError, match=r"phi: expected \[2, 6\] finite numbers, got 'none'"):
         fed.phi = "none"  # type: ignore[assignment]
+    other.close()  # it is set all the same, and told
     with pytest.raises(UserError, match=r"phi: expected \[2, 6\] finite numbers, got a tensor of \[6\]"):
         other.phi = torch.zeros(6)
     one.round()
@@ -139,6 +142,21 @@ def test_phi_that_is_set_goes_to_the_clients_and_is_saved(quick: dict, tmp_path:
     assert torch.equal(saved.phi, other.phi) and saved.adapter.keys() == other.adapter.keys()
     with pytest.raises(UserError, match="method fedavg has no phi"):
         print(Federation(quick, method="fedavg").phi)
+
+
+def test_a_round_that_failed_is_carried_out_again_and_told_once(quick: dict, tmp_path: Path) -> None:
+    faults = [ZeroDivisionError]
+
+    def hear(event: str, round: int, fields: dict[str, Any]) -> None:
+        if event == "round" and faults:
+            raise faults.pop()
+
+    fed = Federation(quick, method="ubsmoe", out=tmp_path / "run", on_event=hear)
+    fed.phi = fed.phi + 1
+    with pytest.raises(ZeroDivisionError):
+        fed.round()
+    assert fed.round()["round"] == fed.done == 1
+    assert [[event["round"] for event in fed.record.named(name)] for name in ("round", "set")] == [[1], [1]]
 
 
 def test_a_run_begins_where_another_ended_with_its_server_state(
@@ -154,6 +172,11 @@ def test_a_run_begins_where_another_ended_with_its_server_state(
     assert begun.keys() == ended.keys() and all(torch.equal(begun[name], ended[name]) for name in ended)
     assert command(monkeypatch, "run", file, "--from", tmp_path / "first", "--out", tmp_path / "next") == 0
     assert read_run(tmp_path / "next").config["adapter"]["start"] == str(tmp_path / "first")
+    # what was fitted for other tiers is fitted anew
+    tiers = {"budgets": [0.25, 0.5, 1.0], "ranks": [2, 2, 3]}
+    other = pack(Federation(file, adapter={"start": str(tmp_path / "first")}, tiers=tiers)._begun().state)
+    assert {"server.compensation.0.1.u", "server.compensation.0.2.u"} <= other.keys()
+    assert len(other["server.explained"]) == 2 and torch.equal(other["server.phi"], ended["server.phi"])
     # another method takes what it keeps too
     plain = pack(
         Federation(file, method={"name": "fedavg", "compensation": False}, adapter={"start": str(tmp_path / "first")})

@@ -123,6 +123,8 @@ def test_a_node_runs_only_what_its_own_configuration_names_and_imports_nothing_e
     assert here.method.name == f"{page / 'mine.py'}:small" and here.data.train == "mine:sums" and identity == place
     elsewhere = parse_run({"method": {"name": "/server/mine.py:small"}})
     assert on_this_machine(elsewhere, {**place, "plug-ins": own})[0].method.name == here.method.name
+    servers = {"method": {"name": "fedavg", "server": {"rule": "mine:r"}}, "evaluate": {"metrics": ["mine:m"]}}
+    assert on_this_machine(parse_run(servers), place)[1] == place  # what only the server runs
 
 
 def test_an_entry_point_is_a_plug_in_and_never_hides_what_is_ours(
@@ -142,6 +144,13 @@ def test_an_entry_point_is_a_plug_in_and_never_hides_what_is_ours(
                 "privacy": {"noise_multiplier": 1, "clip_norm": 1},
             }
         )
+
+
+def test_an_entry_point_that_is_no_function_of_a_module_is_no_plug_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"good": "theirs.inner:f", "odd": "theirs.inner:Class.method"}
+    named = [SimpleNamespace(name=name, value=value) for name, value in found.items()]
+    monkeypatch.setattr(registry, "entry_points", lambda group: named)
+    assert registry._entry_points.__wrapped__() == {"good": "theirs.inner:f"}
 
 
 def test_the_page_names_every_place_that_takes_a_plug_in() -> None:
@@ -166,7 +175,15 @@ def test_a_run_folder_names_no_code_that_its_reader_does_not_name(
         assert sentence in capsys.readouterr().err
     with pytest.raises(UserError, match=r"evil\.py:f' \(evaluate\.metrics\.0\), which is code"):
         Federation.resume(run)
+    # nor to look at one that did not note what it costs, as runs of a Flower app do not
+    config["method"]["name"] = f"{run}/evil.py:f"
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "costs.json").rename(tmp_path / "costs.json")
+    for verb in (["report", run, "--out", tmp_path / "report.html"], ["flower", "status", run]):
+        assert command(monkeypatch, *verb) == 0
     assert not mark.exists()
+    config["method"]["name"] = "fedavg"
+    (run / "config.json").write_text(json.dumps(config))
     monkeypatch.setenv("UBSMOE_PLUG_INS", f"mine:f, {run}/evil.py:f")
     assert command(monkeypatch, "eval", run, "--tier", "1") == 0
     assert mark.exists()

@@ -128,6 +128,18 @@ def test_the_largest_tier_is_asked_until_it_has_answered_and_again_when_it_is_du
     assert int(state.of(FitState).rounds) == 4
 
 
+def test_micro_batches_change_no_sum(lab: Lab) -> None:
+    method = build("fedavg", lab.shape, {"compensation": {**OWN["compensation"], "tokens": 70}})
+    profile = lab.profile(method, 3)
+    task, found = Task(1, profile, method.dispatch(lab.start(method), profile)), []
+    for size in (None, 2):
+        settings = TrainSettings(local_steps=1, batch_size=4, micro_batch=size)
+        found.append(train(Trainer(lab.model, method, settings, TierSettings(), seed=0, pad_id=0), task, EXAMPLES))
+    whole, cut = (one.extras for one in found)
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+    assert 70 <= whole["sums.0.1.count"] / 2**24 < 70 + 4 * 8
+
+
 def test_sums_cross_the_wire_to_the_bit(lab: Lab, method: Method) -> None:
     state = lab.start(method)
     (update,) = updates(lab, method, state, [EXAMPLES])

@@ -46,12 +46,20 @@ def _watch(runs: list[Path]) -> None:
 
 
 def costs_of(record: "RunRecord") -> "list[TierCosts]":
-    """What the run noted, which needs no torch; else, as for a run of a Flower app, counted now."""
+    """What the run noted, which needs no torch; else, as for a run of a Flower app, counted now.
+
+    Nothing for a run folder with plug-ins that nobody here has named: to look at it runs no code of theirs.
+    """
     if record.costs is not None:
         return record.costs
     from ubsmoe.config import parse_run
+    from ubsmoe.config.plug_ins import require_trusted
     from ubsmoe.training.opening import known_costs
 
+    try:
+        require_trusted(record.config, record.path)
+    except UserError:
+        return []
     return known_costs(parse_run(record.config)) or []
 
 

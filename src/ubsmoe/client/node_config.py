@@ -86,7 +86,7 @@ def _own_plug_ins(settings: RunSettings, config: NodeConfig) -> dict[str, Any]:
     needed = plug_ins(settings.model_dump(mode="json"))
     own: dict[str, Any] = {}
     for key, name in needed.items():
-        if key in config or key.startswith(("evaluate.", "clients.")):
+        if key in config or key.startswith(("evaluate.", "clients.", "method.server.")):
             continue  # the node says its own, or only the server runs it
         if _short(name) not in allowed and ANY not in allowed:
             raise ConfigError(

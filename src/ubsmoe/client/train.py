@@ -197,8 +197,8 @@ def _steps(
 
 
 def _in_order(trainer: Trainer, examples: Sequence[Tokens]) -> Iterator[dict[str, Tensor]]:
-    """The client's examples as they lie, in batches."""
-    size = trainer.settings.micro_batch or trainer.settings.batch_size
+    """The client's examples as they lie, in batches: whole ones, so that micro-batches change nothing that is found in them."""
+    size = trainer.settings.batch_size
     for first in range(0, len(examples), size):
         yield collate(examples[first : first + size], trainer.pad_id)
 

@@ -55,7 +55,7 @@ def plug_in(value: object) -> str | None:
 
 @cache
 def _entry_points() -> dict[str, str]:
-    return {one.name: one.value for one in entry_points(group=GROUP)}
+    return {one.name: one.value for one in entry_points(group=GROUP) if NAME.fullmatch(one.value)}
 
 
 def load(value: str, key: str) -> Callable[..., Any]:

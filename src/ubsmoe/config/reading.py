@@ -151,9 +151,9 @@ def _resolve_plug_ins(table: dict[str, Any], folder: Path) -> dict[str, Any]:
         if place != name:
             changes[key] = place
     for key in LISTS:
-        own = [changes.pop(f"{key}.{i}", one) for i, one in enumerate(setting(table, key) or ())]
-        if own:
-            changes[key] = own
+        if isinstance(given := setting(table, key), list | tuple):
+            changes[key] = [changes.pop(f"{key}.{i}", one) for i, one in enumerate(given)]
+        changes.pop(f"{key}.0", None)  # a text in the place of a list is refused as it is
     return with_overrides(table, changes)
 
 

@@ -90,11 +90,14 @@ def _check_logits(
 ) -> None:
     """With the adapter, without it, merged, and in PEFT."""
     effect = _tried(found, lambda: check_attached(sparse, adapter, alpha))
+    without_effect = bool(found.failures)
     sparse.load_adapter(adapter, alpha)
     installed = read_installed(sparse)
     left, dtype = survival(sparse, installed), str(sparse.model.dtype).removeprefix("torch.")
     found.facts.append(f"merged into {dtype}: {left.share:.1%} of the change is left")
     _tried(found, lambda: rounded_away(left, dtype))
+    if without_effect:
+        return
     if effect is None:
         return found.facts.append("logits: not compared, because a second copy of this base would fill memory")
     found.facts.append(f"logits: the adapter changes them by {effect:.2%} of their size")

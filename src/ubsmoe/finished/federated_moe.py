@@ -167,9 +167,6 @@ class FederatedMoE:
         sha256 = sparse.sha256
         if sidecar.format != "merged":
             exports.check_base(sidecar, sparse, sha256, folder)
-        adapter, compensation = (
-            exports.read_tensors(folder, sidecar, sparse),
-            exports.read_compensation(folder, sidecar),
-        )
-        install(sparse, adapter, sidecar, compensation)
+        adapter = exports.read_tensors(folder, sidecar, sparse)
+        install(sparse, adapter, sidecar, exports.read_compensation(folder, sidecar))
         return cls(sparse, tokenizer, exports.Origin(settings, sha256, sidecar.method, sidecar.tier))

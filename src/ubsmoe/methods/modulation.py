@@ -117,9 +117,7 @@ def with_modulation(method: Method, shape: RunShape, settings: Modulation) -> Me
         means = mean.result({"utilization": torch.zeros(size, dtype=torch.float64), "phi": before.phi.double()})
         target = routing.phi_target(means["utilization"], settings.epsilon)
         phi = routing.phi_update(means["phi"], target, settings.momentum)
-        phi = phi.float().clamp(
-            *ends
-        )  # the noise of [privacy] can lead a trained phi out, and machines refuse one there
+        phi = phi.float().clamp(*ends)  # noise can lead a trained phi out, and machines refuse one there
         return after.having(ModulationState(phi, means["utilization"].float()))
 
     def event(state: State) -> dict[str, Any]:

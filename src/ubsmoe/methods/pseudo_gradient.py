@@ -53,10 +53,8 @@ def with_pseudo_gradient(method: Method, shape: RunShape, settings: PseudoGradie
         method,
         install=install,
         pair_fraction=settings.pair_fraction,
-        refuses={
-            **method.refuses,
-            **(WHOLE_BATCH if settings.mode == "sampled" else {}),
-        },  # draws once per forward pass
+        # it draws once per forward pass
+        refuses={**method.refuses, **(WHOLE_BATCH if settings.mode == "sampled" else {})},
         pairs_reach_input=settings.is_exact and "hidden" in settings.scope,
     )
 

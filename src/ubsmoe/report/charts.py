@@ -72,8 +72,9 @@ def _learning(points: Sequence[tuple[Series, list[tuple[int, int, float]]]]) -> 
             lines.setdefault(name, {}).setdefault(number, {}).setdefault(run.seed, []).append(value)
     traces = []
     for index, (name, rounds) in enumerate(lines.items()):
-        means = [[average(values) for values in seeds.values()] for seeds in rounds.values()]
-        traces.append(_with_bars(_line(name, list(rounds), [average(one) for one in means], index), means))
+        numbers = sorted(rounds)  # seeds may have been evaluated after different ones
+        means = [[average(values) for values in rounds[number].values()] for number in numbers]
+        traces.append(_with_bars(_line(name, numbers, [average(one) for one in means], index), means))
     return traces
 
 

@@ -85,7 +85,8 @@ BALANCE = (
 
 def own_metrics(rows: Sequence[Row]) -> list[Metric]:
     """The metrics that a run file's plug-ins gave."""
-    return [Metric(name, name.removeprefix(OWN), 1, 3) for name in rows[0] if name.startswith(OWN)]
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith(OWN))
+    return [Metric(name, name.removeprefix(OWN), 1, 3) for name in names]
 
 
 def comparison_markdown(rows: Sequence[Row], reference: str, fixed: bool = False) -> str:
@@ -196,7 +197,7 @@ def _paired(
 def score_cell(metric: Metric, values: Sequence[float | None], signed: bool = False) -> str:
     """Mean ± half-width of the 95 % interval, as a cell; a dash where a value is missing, the mean alone of a single one."""
     known = [value * metric.scale for value in values if value is not None]
-    if len(known) < len(values):
+    if not known or len(known) < len(values):
         return "–"
     mean, half = interval(known)
     text = f"{mean:{'+' if signed else ''}.{metric.decimals}f}"

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from ubsmoe.errors import printable, require
@@ -139,7 +140,7 @@ def status_table(status: Status, width: int) -> Table:
             str(one.counted),
             str(one.dropped),
             "–" if one.planned_bytes is None else f"{one.planned_bytes / 1e6:.0f}",
-            *([printable(one.why, 200)] if wide else []),
+            *([escape(printable(one.why, 200))] if wide else []),
         )
     return table
 

@@ -16,7 +16,10 @@ from ubsmoe.report.plain import markdown_cell
 
 LEVEL = 0.05
 BEST_IS_SMALLEST = ("unparsed", "loss")
-LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "\\": r"\textbackslash{}"}
+LATEX = {
+    **{sign: f"\\{sign}" for sign in "&%_#${}"},
+    **{"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"},
+}
 
 
 def paired_p(own: Sequence[float], other: Sequence[float]) -> float:
@@ -55,7 +58,7 @@ def paper_table(
     methods, tiers, seeds = (list(dict.fromkeys(row[key] for row in macro)) for key in ("method", "tier", "seed"))
     if shown is None or reference not in methods:
         raise ValueError(f"there is no metric {metric!r}, or no method {reference!r} among {', '.join(methods)}")
-    found = {(row["method"], row["tier"], row["seed"]): row[metric] for row in macro}
+    found = {(row["method"], row["tier"], row["seed"]): row.get(metric) for row in macro}
     scores = {(m, t): [found[m, t, s] for s in seeds] for m in methods for t in tiers}
     body: list[list[str]] = [
         [m, *(_cell(scores, shown, m, t, methods, reference, form) for t in tiers)] for m in methods

@@ -192,6 +192,6 @@ def _macro(scores: Sequence[Score]) -> Score:
         for name, values in columns.items()
         if name not in ("examples", "metrics")
     }
-    names = [name for score in scores[:1] for name in score.metrics]
+    names = dict.fromkeys(name for score in scores for name in score.metrics)  # a plug-in may give some to some tasks
     metrics = {name: statistics.fmean(one.metrics[name] for one in scores if name in one.metrics) for name in names}
     return Score(examples=sum(columns["examples"]), metrics=metrics, **means)  # type: ignore[arg-type]

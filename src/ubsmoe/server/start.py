@@ -12,6 +12,8 @@ from ubsmoe.config.plug_ins import load, plug_in
 from ubsmoe.data.tokens import pad_id
 from ubsmoe.export.save_load import read_peft
 from ubsmoe.messages import Profile, in_order
+from ubsmoe.methods.compensation import CompensationState
+from ubsmoe.methods.compensation_sums import FitState
 from ubsmoe.methods.method import Method, State
 from ubsmoe.methods.state import pack, unpack, with_stored
 from ubsmoe.seeds import generator_for
@@ -43,14 +45,17 @@ def start_state(federation: Federation) -> State:
 
 
 def _from_run(federation: Federation, folder: Path, fresh: State) -> State:
-    """What a finished run ended with: its adapter, and as many parts of its state as this run's method keeps."""
+    """What a finished run ended with: its adapter, and as many parts of its state as this run's method keeps.
+
+    What was fitted for the K of its tiers is left out where they or the method are others, and fitted anew.
+    """
     tensors, facts = read_adapter(folder)
     if facts["base_sha256"] != federation.base_sha256:
         raise ConfigError(f"adapter.start: {folder} was trained on another base than {federation.settings.model.base}")
     method = federation.method
-    # what goes with the clients' own begins anew with them
-    kinds = [kind for kind in method.keeps if kind not in method.client_state]
-    stored = with_stored(fresh, tensors, kinds)
+    fitted = () if _goes_on_alike(federation.settings) else (CompensationState, FitState)
+    anew = {*method.client_state, *fitted}  # what goes with the clients' own, which begins with them
+    stored = with_stored(fresh, tensors, [kind for kind in method.keeps if kind not in anew])
     theirs = {**_shapes(stored), "adapter.alpha": facts["alpha"]}
     ours = {**_shapes(fresh), "adapter.alpha": federation.shape.alpha}
     for name in sorted(theirs.keys() | ours.keys()):
@@ -68,9 +73,11 @@ def _shapes(state: State) -> dict[str, Any]:
 
 
 def _goes_on_alike(settings: RunSettings) -> bool:
-    """Whether the run begins from the end of one with the same [method], so that nothing of its state is made anew."""
-    start = settings.adapter.start
-    return bool(start and is_run(start)) and read_config(str(start)).get("method") == settings.method.model_dump()
+    """Whether it begins from the end of a run with the same [method] and [tiers], so that nothing of its state is made anew."""
+    if (start := settings.adapter.start) is None or not is_run(start):
+        return False
+    theirs, ours = read_config(start), settings.model_dump(mode="json")
+    return all(theirs.get(section) == ours[section] for section in ("method", "tiers"))
 
 
 def settled(state: State, method: Method) -> State:

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from ubsmoe.storage import disk
@@ -12,21 +13,30 @@ from ubsmoe.storage.runfolder import refuse_foreign
 from ubsmoe.storage.same_run import RunFolderError
 
 
-def place_files(folder: Path, files: Mapping[Path, bytes]) -> None:
+@contextmanager
+def placed_files(folder: Path, files: Mapping[Path, bytes]) -> Iterator[None]:
     """Put the records of a run into its folder; the same ones may be there already.
 
+    Those that were not are taken back if what is done inside fails: a start that is refused may be made again with others.
+
     Raises:
-        RunFolderError: if others are, or the folder holds something else than a run.
+        RunFolderError: if others are there, or the folder holds something else than a run.
     """
-    if not files:
-        return
-    refuse_foreign(folder)
+    if files:
+        refuse_foreign(folder)
+    new = [path for path in files if not path.exists()]
     for path, data in files.items():
-        if path.exists() and path.read_bytes() != data:
+        if path not in new and path.read_bytes() != data:
             raise RunFolderError(f"{path} holds other records; choose another out, or give the same ones to go on")
-    for path, data in files.items():
-        disk.make_folder(path.parent)
-        disk.atomic_write(path, data)
+    try:
+        for path in new:
+            disk.make_folder(path.parent)
+            disk.atomic_write(path, files[path])
+        yield
+    except BaseException:
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def copy_run(folder: Path, target: Path) -> None:

@@ -191,9 +191,9 @@ def tidy_rows(label: str, seed: int, record: RunRecord) -> list[Row]:
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as CSV text; every row has the same columns."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    """Rows as CSV text; a column that a row lacks, as a plug-in's metric of another task, is empty there."""
+    text, columns = io.StringIO(), dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(map(csv_row, rows))
     return text.getvalue()

@@ -1,7 +1,6 @@
 """`Federation`: a run that one holds: train round by round, look at it, change it, go on with it.
 
-The command line trains through it too, so that both give the same adapter. torch is imported with the base, at the first
-round or question.
+The command line trains through it too. torch is imported with the base, at the first round or question.
 """
 
 import shutil
@@ -74,6 +73,7 @@ class Federation:
         self._loaded: Loaded | None = None
         self._run: Run | None = None
         self._open: ExitStack | None = None
+        self._phi: Tensor | None = None  # set since the last round
 
     @classmethod
     def resume(cls, folder: str | Path, *, workers: int = 1, **sections: Unpack[Sections]) -> Self:
@@ -97,14 +97,10 @@ class Federation:
         Raises:
             UserError: if all rounds are done, or too few clients answered.
         """
-        run = self._opened()
-        if run.done >= self.settings.train.rounds:
-            raise UserError(
-                f"all {run.done} rounds are done (train.rounds); for more of them: run(more_rounds=...) or train(...)"
-            )
-        run.round()
-        self._finish_if_done(run)
-        return next(event for event in list(self._new_events()) if event["event"] == "round")
+        if self.done >= self.settings.train.rounds:
+            raise UserError(f"all {self.done} rounds are done (train.rounds); for more, run(more_rounds=...)")
+        self._carry_out(self._next_round)
+        return next(event for event in self._new_events() if event["event"] == "round")
 
     def run(self, more_rounds: int = 0) -> Iterator[Event]:
         """Train the rounds that are left, round by round, then write adapter and summary.
@@ -118,13 +114,13 @@ class Federation:
         self._add_rounds(more_rounds)
         if self.summary is not None:
             return
-        run = self._opened()
+        self._opened()
+        if self.done == self.settings.train.rounds:  # no round is left, but other scores are asked for
+            self._carry_out(self._finish)
         yield from self._new_events()
-        while run.done < self.settings.train.rounds:
-            run.round()
+        while self.done < self.settings.train.rounds:
+            self._carry_out(self._next_round)
             yield from self._new_events()
-        self._finish_if_done(run)
-        yield from self._new_events()
 
     def train(self, more_rounds: int = 0) -> Summary:
         """`run` to its end; gives the summary."""
@@ -138,13 +134,10 @@ class Federation:
     @overload
     def evaluate(self, tier: None = None) -> dict[int, Scores]: ...
     def evaluate(self, tier: int | None = None) -> Scores | dict[int, Scores]:
-        """Score what the server holds now.
+        """Score what the server holds now: gives scores by task, of all tiers by their number.
 
         Args:
             tier: counted from 1; all when left out.
-
-        Returns:
-            Scores by task of that tier; of all tiers by their number.
         """
         from ubsmoe.server.rounds import evaluate_tier
 
@@ -152,12 +145,12 @@ class Federation:
         numbers = range(1, len(loaded.tiers) + 1)
         if tier is not None and tier not in numbers:
             raise ConfigError(f"tier must lie in 1..{len(loaded.tiers)}, got {tier!r}")
-        scores = {
-            number: cast(Scores, {task: one.figures() for task, one in found.items()})
-            for number in ([tier] if tier else numbers)
-            for found in [evaluate_tier(loaded, run.state, loaded.tiers[number - 1])]
-        }
-        return scores[tier] if tier else scores
+
+        def scores(number: int) -> Scores:
+            found = evaluate_tier(loaded, run.state, loaded.tiers[number - 1])
+            return cast(Scores, {task: one.figures() for task, one in found.items()})
+
+        return scores(tier) if tier else {number: scores(number) for number in numbers}
 
     @property
     def done(self) -> int:
@@ -190,15 +183,16 @@ class Federation:
     def phi(self, value: "Tensor") -> None:
         import torch
 
-        before, run = self._modulation(), self._opened()
+        shape = self._modulation().phi.shape
+        expected = f"phi: expected {list(shape)} finite numbers, got"
         try:
             phi = torch.as_tensor(value, dtype=torch.float32).detach().clone()
         except (TypeError, ValueError) as error:
-            raise UserError(f"phi: expected {list(before.phi.shape)} finite numbers, got {value!r} ({error})") from None
-        if phi.shape != before.phi.shape or not bool(phi.isfinite().all()):
-            raise UserError(f"phi: expected {list(before.phi.shape)} finite numbers, got a tensor of {list(phi.shape)}")
-        run.state = run.state.having(replace(before, phi=phi))
-        run.log("set", run.done + 1, phi=phi.tolist())
+            raise UserError(f"{expected} {value!r} ({error})") from None
+        if phi.shape != shape or not bool(phi.isfinite().all()):
+            raise UserError(f"{expected} a tensor of {list(phi.shape)}")
+        self._phi = phi
+        self._put_phi()
 
     @property
     def record(self) -> RunRecord:
@@ -238,10 +232,27 @@ class Federation:
             self._loaded = load(self.settings, self.place, self._files, self._workers)
         return self._loaded
 
-    def _finish_if_done(self, run: "Run") -> None:
-        if run.done == self.settings.train.rounds:
-            run.finish()
+    def _carry_out(self, part: Callable[[], object]) -> None:
+        """A part of the run. Where it fails, the next one begins at the newest checkpoint, and no event is told twice."""
+        try:
+            part()
+        except BaseException:
             self.close()
+            self._events.clear()
+            raise
+
+    def _next_round(self) -> None:
+        run = self._opened()
+        if self._phi is not None:
+            run.log("set", run.done + 1, phi=self._phi.tolist())
+        run.round()
+        self._phi = None
+        if run.done == self.settings.train.rounds:
+            self._finish()
+
+    def _finish(self) -> None:
+        self._opened().finish()
+        self.close()
 
     def _begun(self) -> "Run":
         """The run as it stands, its folder open or not."""
@@ -252,14 +263,17 @@ class Federation:
         if self._run is None or self._open is None:
             from ubsmoe.training.opening import opened
 
-            loaded, before = self._load(), self._run
+            loaded = self._load()
             with ExitStack() as opening:
                 entered = opened(loaded, self.place, self._workers, self._heard, self._on_step)
                 self._run = opening.enter_context(entered)
                 self._open = opening.pop_all()
-            if before and before.done == self._run.done:
-                self._run.state = before.state  # with a phi that was set since
+            self._put_phi()
         return self._run
+
+    def _put_phi(self) -> None:
+        if self._phi is not None and self._run:
+            self._run.state = self._run.state.having(replace(self._modulation(), phi=self._phi))
 
     def _add_rounds(self, count: int) -> None:
         """Let the run have so many rounds more, from its newest checkpoint on."""
@@ -283,6 +297,6 @@ class Federation:
         if self._on_event:
             self._on_event(event, round, dict(fields))
 
-    def _new_events(self) -> Iterator[Event]:
+    def _new_events(self) -> list[Event]:
         events, self._events = self._events, []
-        yield from events
+        return events

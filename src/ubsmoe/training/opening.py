@@ -19,7 +19,7 @@ from ubsmoe.server.federation import Federation, build_federation
 from ubsmoe.server.origin import made_with
 from ubsmoe.server.run import Report, Run
 from ubsmoe.storage.client_memory import ClientMemory
-from ubsmoe.storage.copies import place_files
+from ubsmoe.storage.copies import placed_files
 from ubsmoe.storage.layout import CLIENTS
 from ubsmoe.storage.record import TierCosts
 from ubsmoe.storage.runfolder import RunFolder
@@ -40,10 +40,10 @@ def load(settings: RunSettings, place: Path, files: Mapping[Path, bytes], worker
     check_workers(workers, settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    place_files(place, files)
     # one state more than there are checkpoints: a round may be under way
     memory = ClientMemory(place / CLIENTS, settings.keep_checkpoints + 1)
-    federation = replace(build_federation(settings), memory=memory)
+    with placed_files(place, files):
+        federation = replace(build_federation(settings), memory=memory)
     keep_freed_memory()  # not before: what loading frees goes back to the system
     return federation
 

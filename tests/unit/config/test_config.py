@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from ubsmoe.config import ConfigError, RunSettings, load_run, parse_run, to_json, with_overrides
+from ubsmoe.config import ConfigError, RunSettings, load_run, parse_run, parse_table, to_json, with_overrides
 
 
 def test_defaults_are_a_valid_run() -> None:
@@ -81,6 +81,12 @@ def test_overrides_replace_one_setting_and_leave_the_table_alone() -> None:
     table = {"train": {"rounds": 5}}
     assert with_overrides(table, {"train.rounds": 2, "seed": 3}) == {"train": {"rounds": 2}, "seed": 3}
     assert table == {"train": {"rounds": 5}}
+
+
+@pytest.mark.parametrize("given", [5, "mine:score", {"a": 1}])
+def test_what_is_no_list_of_plug_ins_is_refused_as_it_was_given(given: object) -> None:
+    with pytest.raises(ConfigError, match=rf"evaluate\.metrics: .*valid tuple \(got {re.escape(repr(given))}\)"):
+        parse_table({"evaluate": {"metrics": given}}, {}, Path())
 
 
 def test_an_override_through_a_value_is_refused() -> None:

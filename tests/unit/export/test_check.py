@@ -178,6 +178,18 @@ def test_a_change_below_the_rounding_of_bfloat16_is_not_merged(random_base: Path
     assert "merging into bfloat16" in " ".join(check(native, str(random_base)).failures)
 
 
+def test_a_change_too_small_for_logits_is_named_and_nothing_else_is_said_of_them(
+    random_base: Path, tmp_path: Path
+) -> None:
+    def tiny(adapter: dict[str, Tensor]) -> None:
+        for value in adapter.values():
+            value.mul_(1e-12)
+
+    found = check(write(random_base, tmp_path / "native", "native", tiny), str(random_base))
+    assert found.failures[0].startswith("logits with the adapter in place are those of the base")
+    assert not [fact for fact in found.facts if fact.startswith("logits")]
+
+
 @pytest.mark.parametrize("format", ["native", "peft", "merged"])
 def test_an_adapter_without_effect_is_not_exported(format: Any, random_base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="adds nothing to any expert"):

@@ -1,6 +1,7 @@
 """What `ubsmoe flower status` tells from a run's events."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ def test_a_status_tells_nodes_work_and_drops(tmp_path: Path) -> None:
     console.print(status_table(status, 100))
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 100 and any("client-2" in line and "away" in line for line in lines)
+    odd = replace(
+        status, clients=[replace(never, why="[/tmp/x] is [bold]full[/bold]")]
+    )  # markup to rich, a reason to us
+    wide = Console(width=120, record=True)
+    wide.print(status_table(odd, 120))
+    assert "[/tmp/x] is [bold]full[/bold]" in wide.export_text()
 
 
 def test_time_left_is_the_mean_of_the_last_five_rounds() -> None:

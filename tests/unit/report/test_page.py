@@ -136,6 +136,14 @@ def test_lines_are_means_over_seeds_with_their_intervals(tmp_path) -> None:
     assert chart.data[0]["error_y"]["array"] == pytest.approx([0, 4.3027 * 10 / 3**0.5], abs=1e-3)
 
 
+def test_lines_go_forward_where_seeds_were_evaluated_after_different_rounds(tmp_path) -> None:
+    runs = compared(tmp_path, {"fedavg": [0.5, 0.6]})
+    events = runs[1].record.events
+    events += [{**event, "round": 2} for event in events if event["event"] == "evaluated" and event["round"] == 3]
+    (line,) = charts.accuracy_over_rounds(runs).data
+    assert line["x"] == [0, 2, 3] and line["y"][1] == pytest.approx(67.5)
+
+
 def test_a_chart_with_one_place_on_its_axis_is_left_out(tmp_path) -> None:
     line = {"type": "scatter", "x": [2, 2]}
     assert not charts.informs(charts.Chart("a", "", "", [line], {}))

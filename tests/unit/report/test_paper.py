@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
+from ubsmoe.report.comparison import own_metrics
 from ubsmoe.report.paper import paired_p, paper_table
 
 SCORES = {"a_b": {1: [0.5, 0.6, 0.7], 2: [0.1, 0.2, 0.4]}, "c": {1: [0.6, 0.7, 0.81], 2: [0.1, 0.3, 0.2]}}
@@ -46,6 +47,13 @@ def test_nothing_is_bold_where_all_are_equal() -> None:
 def test_latex_escapes_names_and_a_dash_stands_for_what_was_not_measured() -> None:
     text = paper_table(rows({**SCORES, "50%": {1: [None] * 3, 2: [0.1, 0.2, 0.3]}}), "c", "latex")
     assert r"a\_b & -- & \textbf{23.3} $\pm$ 37.9 \\" in text and r"50\% & -- &" in text
+    assert r"a\textasciicircum{}b" in paper_table(rows({"a^b": SCORES["c"]}), "a^b", "latex")
     assert text.count(r"\begin{tabular}{lrr}") == text.count(r"\end{tabular}") == 1
     with pytest.raises(ValueError, match="no method 'd' among"):
         paper_table(rows(SCORES), "d", "latex")
+
+
+def test_a_metric_that_a_task_lacks_has_a_table_all_the_same() -> None:
+    own = [row | {"metric.f1": 0.25} if row["task"] == "macro" else row for row in reversed(rows(SCORES))]
+    assert [metric.name for metric in own_metrics(own)] == ["metric.f1"]
+    assert "**0.250** ± 0.000" in paper_table(own, "c", "markdown", "metric.f1")

@@ -235,6 +235,12 @@ def test_the_label_that_is_exchanged_is_a_whole_word(federation: Federation) -> 
     assert texts == ["A. An Apple", "B. An Apple"]
 
 
+def test_the_mean_over_tasks_knows_what_a_plug_in_says_of_some_of_them() -> None:
+    plain = S(1, 1.0, 1.0, 0.0, None, None, None)
+    first, other = (replace(plain, metrics={"f1": value}) for value in (0.5, 1.0))
+    assert _macro([plain, first, other]).metrics == _macro([first, plain, other]).metrics == {"f1": 0.75}
+
+
 def test_macro_is_the_plain_mean_over_tasks() -> None:
     small, large = S(10, 1.0, 0.2, 0.1, 0.4, 0.5, 0.6), S(90, 3.0, 0.6, 0.0, None, 0.25, 0.3)
     assert _macro([small, large]).figures() == pytest.approx(

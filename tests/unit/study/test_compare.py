@@ -198,6 +198,8 @@ def test_what_was_not_measured_is_a_dash() -> None:
     text = comparison_markdown([row(method, 0, 1, None, chance=None) for method in "ab"], reference="a")
     accuracy = text[text.index("Generation accuracy") : text.index("MC accuracy")]
     assert "Chance: – %" in text and accuracy.count("| b | – |") == 2
+    no_seed_in_common = comparison_markdown([row("a", 0, 1, 0.2), row("b", 1, 1, 0.3)], reference="a")
+    assert "| b | 30.0 |" in no_seed_in_common and "nan" not in no_seed_in_common
 
 
 def test_one_seed_has_a_mean_and_no_interval() -> None:
@@ -213,6 +215,9 @@ def test_an_unknown_reference_is_refused() -> None:
 def test_csv_comes_back_as_it_was() -> None:
     rows = [{"method": 'ubsmoe(a="x,y")', "seed": 1, "loss": None}]
     assert list(csv.DictReader(io.StringIO(to_csv(rows)))) == [{"method": 'ubsmoe(a="x,y")', "seed": "1", "loss": ""}]
+    # a plug-in may measure some tasks only
+    other = list(csv.DictReader(io.StringIO(to_csv([{"task": "a"}, {"task": "b", "metric.f1": 0.5}]))))
+    assert other == [{"task": "a", "metric.f1": ""}, {"task": "b", "metric.f1": "0.5"}]
 
 
 POOL = """
