@@ -22,7 +22,7 @@ def place_files(folder: Path, files: Mapping[Path, bytes]) -> None:
         return
     refuse_foreign(folder)
     for path, data in files.items():
-        if path.exists() and path.read_bytes() != data:
+        if path.exists() and disk.read_file(path) != data:
             raise RunFolderError(f"{path} holds other records; choose another out, or give the same ones to go on")
     for path, data in files.items():
         disk.make_folder(path.parent)
