@@ -139,7 +139,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no expert per token": (lambda p: change(p / "config.json", num_experts_per_tok=0), "runs 0 of 6 experts by its config.json"),
     "more experts per token than there are": (lambda p: change(p / "config.json", num_experts_per_tok=7), "runs 7 of 6 experts"),
     "an adapter that names another base": (
-        lambda p: (p / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/model"}'), "an adapter; name its base"
+        lambda p: (p / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}'), "an adapter; name its base"
     ),
     "a length of text": (
         lambda p: change(p / "tokenizer_config.json", model_max_length="x"), "model_max_length .* is 'x'; expected a number"
