@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from fault_cases import clients, disk, environment, mutations, one_client, replies
+from fault_cases import clients, disk, environment, mutations, one_client, replies, variants
 from fault_cases.matrix import FAMILIES, Row
 from fault_cases.round_of_five import Round
 from fault_cases.small_run import small_settings, write_base
@@ -45,6 +45,7 @@ def matrix(families: str, quick: bool, root: Path) -> Iterator[Row]:
         yield from clients.lies(world)
     if "M" in families:
         yield from one_client.malice(world, quick)
+        yield from variants.variants(world)
     if set("EGH") & set(families):
         base = write_base(root / "base")
     if "G" in families:

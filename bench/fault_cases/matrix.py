@@ -15,7 +15,7 @@ FAMILIES = {
     "F": ("malice", 9),
     "G": ("deployment", 8),
     "H": ("environment", 6),
-    "M": ("what one client can do to everybody", 61),
+    "M": ("what one client can do to everybody", 99),
 }
 
 

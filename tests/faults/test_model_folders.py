@@ -136,6 +136,14 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: change(p / "config.json", experts_implementation="sonicmoe"), "experts_implementation 'sonicmoe', and no"
     ),
     "a billion layers": (lambda p: change(p / "config.json", num_hidden_layers=10**9), "has 1000000000 layers of 6 experts"),
+    "no expert per token": (lambda p: change(p / "config.json", num_experts_per_tok=0), "runs 0 of 6 experts by its config.json"),
+    "more experts per token than there are": (lambda p: change(p / "config.json", num_experts_per_tok=7), "runs 7 of 6 experts"),
+    "an adapter that names another base": (
+        lambda p: (p / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}'), "an adapter; name its base"
+    ),
+    "a length of text": (
+        lambda p: change(p / "tokenizer_config.json", model_max_length="x"), "model_max_length .* is 'x'; expected a number"
+    ),
     "a trillion experts": (lambda p: change(p / "config.json", num_experts=2**40), "layers of 1099511627776 experts"),
     "an unknown activation": (lambda p: change(p / "config.json", hidden_act="smelu"), "smelu"),
     "a size is text": (lambda p: change(p / "config.json", hidden_size="wide"), "model.base"),

@@ -170,6 +170,11 @@ def load_tokenizer(settings: ModelSettings) -> Any:
         raise ConfigError(
             f"model.base: {settings.base} has no tokenizer files; copy tokenizer.json beside its config.json"
         )
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ConfigError(
+            f"model.base: model_max_length in the tokenizer_config.json of {settings.base} is {tokenizer.model_max_length!r}; "
+            "expected a number of tokens"
+        )
     return tokenizer
 
 

@@ -63,7 +63,7 @@ def model_shape(name_or_path: str | Path) -> ModelShape:
 
 
 def check_sparse(config: Config, name: str) -> None:
-    """Raise UserError for the configuration of a dense model."""
+    """Raise UserError for the configuration of a dense model, or of numbers of experts and layers that no model has."""
     layers, experts = int(_first(_text(config), "num_hidden_layers") or 0), _num_experts(config)
     if layers > MOST_LAYERS or experts > MOST_EXPERTS:
         raise UserError(
@@ -74,6 +74,11 @@ def check_sparse(config: Config, name: str) -> None:
         raise UserError(
             f"{name} is a dense model ({config.model_type}): it has no experts to choose from. "
             f"Set model.base to a sparse mixture of experts, such as {', '.join(PRESETS)}"
+        )
+    top_k = _first(_text(config), "num_experts_per_tok", "moe_topk")
+    if isinstance(top_k, int) and not 1 <= top_k <= experts:
+        raise UserError(
+            f"model.base: {name} runs {top_k} of {experts} experts by its config.json; expected 1 to {experts}"
         )
 
 
@@ -190,6 +195,10 @@ def check_place(place: str | Path) -> None:
     if packed and not (folder / "config.json").is_file():
         raise ValueError(
             f"{packed[0].name} is a GGUF file, whose weights are packed; name the checkpoint it was made from"
+        )
+    if (folder / "adapter_config.json").exists():  # transformers would load the base that it names in place of this one
+        raise ValueError(
+            "it holds adapter_config.json, an adapter; name its base here, and the adapter as adapter.start"
         )
     if folder.is_dir():
         return

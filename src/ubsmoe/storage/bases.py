@@ -130,7 +130,7 @@ def write_base(
 def read_facts(folder: Path) -> dict[str, Any] | None:
     """What a prepared base says of itself; None if it is not one, or not whole."""
     try:
-        facts = json.loads((folder / FACTS).read_bytes())
+        facts = json.loads(disk.read_file(folder / FACTS))
         whole = (folder / WEIGHTS).stat().st_size == facts["bytes"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -146,7 +146,7 @@ def fingerprint(files: Sequence[Path], *more: str) -> str:
 def known_sha256(cache: Path, key: str) -> str | None:
     """The SHA-256 of the weights in files of this fingerprint, if it was ever computed."""
     try:
-        return str(json.loads((cache / "hashes" / f"{key}.json").read_bytes())["sha256"])
+        return str(json.loads(disk.read_file(cache / "hashes" / f"{key}.json"))["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

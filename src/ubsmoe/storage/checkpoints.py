@@ -222,8 +222,8 @@ def _saved(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    data = (path / MANIFEST).read_bytes()
-    if (path / SEAL).read_bytes() != _checksum_line(data):
+    data = disk.read_file(path / MANIFEST)
+    if disk.read_file(path / SEAL) != _checksum_line(data):
         raise CheckpointError(f"{path} is damaged: {MANIFEST} and {SEAL} do not agree")
     manifest: dict[str, Any] = json.loads(data)
     if manifest["format"] > FORMAT:
@@ -243,7 +243,7 @@ def _read_verified(path: Path, expected: dict[str, Any]) -> bytes:
     size = path.stat().st_size
     if size != expected["bytes"]:
         raise CheckpointError(f"{path} is damaged: it has {size} bytes, the manifest says {expected['bytes']}")
-    data = path.read_bytes()
+    data = disk.read_file(path)
     if _sha256(data) != expected["sha256"]:
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's")
     return data

@@ -26,7 +26,7 @@ def placed_files(folder: Path, files: Mapping[Path, bytes]) -> Iterator[None]:
         refuse_foreign(folder)
     new = [path for path in files if not path.exists()]
     for path, data in files.items():
-        if path not in new and path.read_bytes() != data:
+        if path not in new and disk.read_file(path) != data:
             raise RunFolderError(f"{path} holds other records; choose another out, or give the same ones to go on")
     try:
         for path in new:

@@ -212,8 +212,21 @@ def remove_folder(folder: Path) -> None:
             shutil.rmtree(folder)
 
 
+def read_file(path: str | Path) -> bytes:
+    """The content of a file in a folder that somebody else may have filled. Raises OSError for what is none, such as a pipe."""
+    check_plain(path)
+    return Path(path).read_bytes()
+
+
+def check_plain(path: str | Path) -> None:
+    """Raise OSError unless a path is a file's or leads to one: to read a pipe or a terminal may never end."""
+    if not stat.S_ISREG(mode := Path(path).stat().st_mode):
+        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, "is no plain file; remove it", str(path))
+
+
 def file_sha256(path: str | Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
+    check_plain(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -44,7 +44,7 @@ class EventLog:
         self.path = Path(path)
         self._clock = clock
         self._file = disk.AppendFile(self.path, mode)
-        self._file.cut(self.path.read_bytes().rfind(b"\n") + 1)
+        self._file.cut(disk.read_file(self.path).rfind(b"\n") + 1)
 
     def append(self, event: str, round: int | None = None, **fields: Any) -> None:
         """Write one event.
@@ -73,7 +73,7 @@ class EventLog:
             EventError: if the file is damaged.
         """
         end = 0
-        for line in self.path.read_bytes().splitlines(keepends=True):
+        for line in disk.read_file(self.path).splitlines(keepends=True):
             of_line = _parse(line, f"{self.path} near byte {end}")["round"]
             if of_line is not None and of_line > round:
                 break
@@ -104,7 +104,7 @@ def read_events(path: str | Path) -> list[Event]:
     Raises:
         EventError: if a whole line is not an event; the message names file and line.
     """
-    *lines, tail = Path(path).read_bytes().split(b"\n")
+    *lines, tail = disk.read_file(path).split(b"\n")
     events = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
     if tail:
         events.append({"event": "torn_line", "time": None, "round": None, "bytes": len(tail)})
@@ -132,6 +132,7 @@ class EventTail:
         """
         if not self._path.exists():
             return []
+        disk.check_plain(self._path)
         with open(self._path, "rb") as file:
             file.seek(self._end - len(self._last))
             begin = self._end if file.read(len(self._last)) == self._last else 0

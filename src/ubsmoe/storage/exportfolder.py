@@ -89,7 +89,7 @@ def read_export(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        facts = json.loads((path / SIDECAR).read_bytes())
+        facts = json.loads(disk.read_file(path / SIDECAR))
         hashes = dict(facts.pop("files"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ExportError(f"{path} is not a whole export: {SIDECAR} cannot be used ({error!r}); export again") from None
@@ -104,7 +104,7 @@ def read_export(path: str | Path) -> dict[str, Any]:
 def read_export_tensors(path: str | Path) -> dict[str, "Tensor"]:
     """The tensors of one file of an export or a PEFT adapter. Raises ExportError if it cannot be read."""
     try:
-        return tensors.read_tensors(Path(path).read_bytes())
+        return tensors.read_tensors(disk.read_file(path))
     except (OSError, ValueError) as error:
         raise ExportError(f"{path} cannot be read: {error}") from None
 
@@ -112,7 +112,7 @@ def read_export_tensors(path: str | Path) -> dict[str, "Tensor"]:
 def read_export_header(path: str | Path) -> dict[str, str]:
     """What the header of such a file says beside its tensors. Raises ExportError if it cannot be read."""
     try:
-        return tensors.read_said(Path(path).read_bytes())
+        return tensors.read_said(disk.read_file(path))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ExportError(f"{path} cannot be read: {error}") from None
 
@@ -120,6 +120,6 @@ def read_export_header(path: str | Path) -> dict[str, str]:
 def read_export_json(path: str | Path) -> dict[str, Any]:
     """One JSON object of an export or a PEFT adapter. Raises ExportError if it cannot be read."""
     try:
-        return dict(json.loads(Path(path).read_bytes()))
+        return dict(json.loads(disk.read_file(path)))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ExportError(f"{path} cannot be read: {error}") from None

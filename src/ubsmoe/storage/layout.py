@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ubsmoe.storage import json_text
+from ubsmoe.storage import disk, json_text
 from ubsmoe.storage.same_run import RunFolderError
 from ubsmoe.version import __version__
 
@@ -36,7 +36,7 @@ def read_versions(path: Path) -> dict[str, str]:
 def read_json(path: Path, kind: type = dict) -> Any:
     """A JSON file of a run folder. Raises RunFolderError if it is missing, damaged or no `kind`."""
     try:
-        value = json_text.decode_json(path.read_bytes())
+        value = json_text.decode_json(disk.read_file(path))
     except OSError as error:
         raise RunFolderError(f"{path} cannot be read: {error}; is {path.parent} a run folder?") from error
     except (ValueError, RecursionError) as error:

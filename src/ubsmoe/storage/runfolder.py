@@ -226,7 +226,7 @@ def read_adapter(path: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]
     read_versions(Path(path))
     expected = read_json(summary).get("adapter_sha256")
     try:
-        data = file.read_bytes()
+        data = disk.read_file(file)
         if expected not in (None, hashlib.sha256(data).hexdigest()):
             raise ValueError(f"its SHA-256 is not the one in {SUMMARY}")
         return tensors.read_tensors(data), tensors.read_facts(data)

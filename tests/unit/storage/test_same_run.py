@@ -1,5 +1,6 @@
 """What a colleague's folder can do to a run: other settings, other data, links, damage. Each is named, and says how to go on."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,12 +10,14 @@ import pytest
 import torch
 
 from ubsmoe.errors import UserError
+from ubsmoe.storage.checkpoints import load_newest
 from ubsmoe.storage.events import read_events
 from ubsmoe.storage.runfolder import RunFolder, RunFolderError, read_adapter, read_run
 
 SETTINGS = {"seed": 3, "method": {"name": "fedavg"}, "train": {"rounds": 5}, "rounds": {"quorum": 0.5}}
 CONFIG, VERSIONS = json.dumps(SETTINGS), {"ubsmoe": "9.9.9"}
 ORIGIN = {"base": "b0", "tokenizer": "t0", "template": "p0", "data.train": "d0", "data.test": "e0"}
+CHECKPOINT_FILES = [f"checkpoints/round-00002/{end}" for end in ("manifest.json", "manifest.sha256", "facts.json")]
 DEEP = b"[" * 200_000
 
 
@@ -199,3 +202,20 @@ def test_a_header_of_an_adapter_that_makes_no_sense_is_a_sentence(tmp_path, head
     (tmp_path / "adapter.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(RunFolderError, match=r"adapter\.safetensors is damaged"):
         read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [os.mkfifo, os.mkdir], ids=["a pipe", "a folder"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "versions.json", "costs.json", "events.jsonl", "adapter.safetensors", *CHECKPOINT_FILES]
+)
+def test_a_pipe_in_the_place_of_any_file_is_not_waited_for(tmp_path, name, kind):
+    stopped(tmp_path)
+    with RunFolder.open_or_create(tmp_path, CONFIG, VERSIONS) as folder:
+        folder.write_summary({"seconds": 1.0})
+    (tmp_path / name).unlink(missing_ok=True)
+    kind(tmp_path / name)
+    for read in (read_run, read_adapter, lambda path: load_newest(path / "checkpoints"), resumed):
+        with contextlib.suppress(OSError, UserError):  # each a sentence; only that it ends is the matter here
+            read(tmp_path)
+    if name in CHECKPOINT_FILES:
+        assert resumed(tmp_path) == 1
