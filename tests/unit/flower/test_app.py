@@ -87,4 +87,4 @@ def test_nodes_on_this_machine_run_the_plug_ins_that_an_app_names(tmp_path: Path
     write_app(tmp_path / "run.toml", tmp_path / "app", changes)
     named = [f"{tmp_path}/mine.py:method", "elsewhere:falling", f"{tmp_path}/mine.py:length"]
     assert plug_ins_of(tmp_path / "app") == ",".join(named)
-    assert plug_ins_of(tmp_path) == ""  # no app of ours
+    assert plug_ins_of(tmp_path / "other") == ""  # no app of ours
