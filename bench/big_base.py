@@ -241,8 +241,7 @@ def main() -> None:
     if free < needed:
         sys.exit(f"{place} has {free / 1e9:.0f} GB free, {needed / 1e9:.0f} GB are needed; see --folder")
     os.environ["HF_HOME"] = str(place / "cache")
-    source, lines = place / "checkpoint", {}
-    plans: dict[str, dict[str, float]] = {}
+    source, lines, plans = place / "checkpoint", dict[str, Any](), dict[str, dict[str, float]]()
     record = {"layers": asked.layers, "tokens": TOKENS, "top_k": TOP_K, "planned_gb": plans, "lines": lines}
 
     def line(name: str, command: list[str], limit: int | None = None, **more: Any) -> dict[str, Any]:

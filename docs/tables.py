@@ -15,20 +15,10 @@ from ubsmoe.report.plain import average
 
 ROOT = Path(__file__).parent.parent
 ACCURACY, MC_ACCURACY, UNPARSED, LOSS = METRICS
-LOSS_3 = Metric("loss", "loss", 1, 3)
-COMPARISONS = {
-    **dict.fromkeys(
-        (
-            "confirmation",
-            "tiers",
-            "compensation_confirmed",
-            "compensation_baselines",
-            "compensation_selection",
-        ),
-        "fedavg",
-    ),
-    "formats_study": "fedavg, plain",
-}
+LOSS_3, LOSS_4 = (Metric("loss", "loss", 1, digits) for digits in (3, 4))
+COMPARISONS = dict.fromkeys(
+    ("confirmation", "tiers", "compensation_confirmed", "compensation_baselines", "compensation_selection"), "fedavg"
+)
 """CSV files that hold every row of one `ubsmoe compare`, and the method that the others are compared with."""
 
 Lines = Iterable[str]
@@ -51,6 +41,8 @@ def tables() -> dict[str, str]:
         "alignment": alignment("alignment"),
         "alignment_study": alignment("alignment_study"),
         "bias_floor": bias_floor(),
+        "formats_study": formats(read_csv("formats_study"), "method", "seed", ACCURACY),
+        "formats_fixed_study": formats(read_csv("formats_fixed_study"), "experts", "run", MC_ACCURACY),
     }
     return {name: "\n".join(lines) + "\n" for name, lines in made.items()}
 
@@ -232,6 +224,33 @@ def bias_floor() -> Iterator[str]:
             own = [row for row in rows if row["forward"] == forward and row["signal"] == signal]
             body.append([name, *(f"{average(r[column] for r in own if r['top_k'] == k):.4f}" for k in budgets)])
         yield from ["", f"### {title}", "", *markdown_table(["", *(f"K = {k}" for k in budgets)], body)]
+
+
+def formats(rows: Sequence[Row], label: str, paired_by: str, accuracy: Metric) -> Iterator[str]:
+    """What fewer bits change in each tier: differences to the plain experts, of accuracy and of loss.
+
+    Args:
+        rows: a row for each tier; a label is a format, or a method and its format behind a comma; pairs are equal in `paired_by`.
+        label: the column of it.
+        paired_by: a column.
+        accuracy: which one.
+    """
+    every = [
+        {**row, "method": row[label], "seed": row[paired_by]}
+        for row in cast(Sequence[dict[str, Any]], rows)
+        if row["task"] in ("macro", None)
+    ]
+    body = []
+    for own in [name for name in _distinct(every, "method") if not name.endswith("plain")]:
+        other = ", ".join([*own.split(", ")[:-1], "plain"])
+        seeds = {row["seed"] for row in every if row["method"] == own} & {
+            row["seed"] for row in every if row["method"] == other
+        }
+        pair = [row for row in every if row["seed"] in seeds]
+        for metric in (accuracy, LOSS_4):
+            cells = [_difference(pair, own, other, metric, [tier]) for tier in sorted(_distinct(every, "tier"))]
+            body.append([f"{own} ({len(seeds)})", metric.heading, *cells])
+    yield from markdown_table(["", "", *(f"K = {k}" for k in sorted(_distinct(every, "top_k")))], body)
 
 
 def _per_seed(rows: Sequence[Row], method: str, column: str, tiers: Sequence[int]) -> list[float]:
