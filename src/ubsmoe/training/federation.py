@@ -70,8 +70,7 @@ class Federation:
         self.settings, self._files = asked_settings(run, cast(dict[str, Any], sections), self.place)
         self._workers, self._on_event, self._on_step = workers, on_event, on_step
         self._events: list[Event] = []
-        self._loaded: Loaded | None = None
-        self._run: Run | None = None
+        self._loaded, self._run = cast("Loaded | None", None), cast("Run | None", None)
         self._open: ExitStack | None = None
         self._phi: Tensor | None = None  # set since the last round
 
@@ -184,13 +183,12 @@ class Federation:
         import torch
 
         shape = self._modulation().phi.shape
-        expected = f"phi: expected {list(shape)} finite numbers, got"
         try:
             phi = torch.as_tensor(value, dtype=torch.float32).detach().clone()
         except (TypeError, ValueError) as error:
-            raise UserError(f"{expected} {value!r} ({error})") from None
+            raise UserError(f"phi: expected {list(shape)} finite numbers, got {value!r} ({error})") from None
         if phi.shape != shape or not bool(phi.isfinite().all()):
-            raise UserError(f"{expected} a tensor of {list(phi.shape)}")
+            raise UserError(f"phi: expected {list(shape)} finite numbers, got a tensor of {list(phi.shape)}")
         self._phi = phi
         self._put_phi()
 
@@ -298,5 +296,5 @@ class Federation:
             self._on_event(event, round, dict(fields))
 
     def _new_events(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
+        told, self._events = self._events, []
+        return told
