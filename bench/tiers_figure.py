@@ -15,11 +15,12 @@ from ubsmoe.report.figures import STYLE, Rows, panels, save
 from ubsmoe.report.series import COLOURS
 
 SHOWN = (
-    # label in the tables, its words, the file it stands in
-    ("FlexLoRA at the tier's K", "rank-based (FlexLoRA), at the tier's compute", "compensation_baselines.csv"),
-    ("fedavg", "naive: K experts, plain averaging", "compensation_confirmed.csv"),
-    ("UB-SMoE", "UB-SMoE as published (reconstructed)", "compensation_confirmed.csv"),
-    ("UB-SMoE, map", "UB-SMoE with compensation (ours)", "compensation_confirmed.csv"),
+    # label in the tables, its words, the file it stands in, hatch
+    ("FlexLoRA at the tier's K", "rank-based (FlexLoRA), at the tier's compute", "compensation_baselines.csv", ".."),
+    ("fedavg", "naive averaging", "compensation_confirmed.csv", "///"),
+    ("UB-SMoE", "UB-SMoE as published (reconstructed)", "compensation_confirmed.csv", "\\\\\\"),
+    ("fedavg, map", "naive averaging with compensation (ours)", "compensation_confirmed.csv", ""),
+    ("UB-SMoE, map", "UB-SMoE with compensation (ours)", "compensation_confirmed.csv", ""),
 )
 
 
@@ -31,22 +32,18 @@ def main() -> None:
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = panels(1, (6.6, 3.4))
         rows: Rows = []
-        for index, (label, words, file) in enumerate(SHOWN):
+        for index, (label, words, file, hatch) in enumerate(SHOWN):
             values = accuracy_by_top_k(options.data / file, label)
             found = {top_k: interval(of_seeds) for top_k, of_seeds in values.items()}
             rows += [
                 {"method": label, "top_k": top_k, "seeds": len(values[top_k]), "accuracy": mean, "interval": half}
                 for top_k, (mean, half) in found.items()
             ]
-            look: dict[str, Any] = {
-                "color": COLOURS[index],
-                "hatch": ("..", "///", "", "")[index],
-                "edgecolor": "white",
-            }
-            places = [tier + 0.2 * (index - 1.5) for tier in range(len(found))]
+            look: dict[str, Any] = {"color": COLOURS[index], "hatch": hatch, "edgecolor": "white"}
+            places = [tier + 0.17 * (index - 2) for tier in range(len(found))]
             means, halves = zip(*found.values(), strict=True)
             axes.bar(
-                places, means, width=0.19, label=words, yerr=halves, ecolor="#555555", error_kw={"lw": 0.8}, **look
+                places, means, width=0.16, label=words, yerr=halves, ecolor="#555555", error_kw={"lw": 0.8}, **look
             )
         axes.set(ylabel="accuracy, % (chance 35.4)", xlabel="experts per token of the tier, K (K_max = 8)")
         axes.set_xticks(range(len(found)), [str(top_k) for top_k in found])

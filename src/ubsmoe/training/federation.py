@@ -1,7 +1,4 @@
-"""`Federation`: a run that one holds: train round by round, look at it, change it, go on with it.
-
-The command line trains through it too. torch is imported with the base, at the first round or question.
-"""
+"""`Federation`: train round by round, look at the run, change it, go on with it. torch is imported with the base, not before."""
 
 import shutil
 import tempfile
@@ -70,7 +67,8 @@ class Federation:
         self.settings, self._files = asked_settings(run, cast(dict[str, Any], sections), self.place)
         self._workers, self._on_event, self._on_step = workers, on_event, on_step
         self._events: list[Event] = []
-        self._loaded, self._run = cast("Loaded | None", None), cast("Run | None", None)
+        self._loaded: Loaded | None = None
+        self._run: Run | None = None
         self._open: ExitStack | None = None
         self._phi: Tensor | None = None  # set since the last round
 
