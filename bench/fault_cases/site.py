@@ -30,7 +30,9 @@ from ubsmoe.engines.flower.localhost import (
 from ubsmoe.engines.flower.programs import Programs, flower_command, flower_environment
 from ubsmoe.engines.flower.resident import stop_residents
 
-PATIENCE = 180.0  # seconds for a process of Flower's to do what it does in five
+PATIENCE = (
+    600.0  # seconds for a process of Flower's to do what it does in five, on a machine that does other things too
+)
 SECRET = "a-token-that-no-log-may-hold"
 NODES = ("node-0", "node-1")
 OTHERS = ("untrusting", "revoked")  # registered, and not started with the site
