@@ -109,9 +109,7 @@ def write_base(
         shutil.rmtree(draft, ignore_errors=True)  # what a killed preparation left
         disk.make_folder(draft)
         if size > (free := shutil.disk_usage(draft).free):
-            raise OSError(
-                errno.ENOSPC, f"it needs {size / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB", str(folder)
-            )
+            raise OSError(errno.ENOSPC, f"it needs {_said(size)} and the disk has {_said(free)}", str(folder))
         facts = {**fill(draft), "bytes": (draft / WEIGHTS).stat().st_size}
         disk.atomic_write(draft / FACTS, encode_json(facts, indent=2))
         place = name() if name else folder
@@ -120,7 +118,7 @@ def write_base(
         disk.sync_folder(folder.parent)
     except OSError as error:
         raise BaseFolderError(
-            f"cannot prepare a base in {folder.parent}: {error}; set HF_HOME (or --out) to a disk with {size / 1e9:.1f} GB "
+            f"cannot prepare a base in {folder.parent}: {error}; set HF_HOME (or --out) to a disk with {_said(size)} "
             "free that can be written"
         ) from error
     finally:
@@ -186,3 +184,7 @@ def _waited_for(path: Path) -> disk.Lock:
 
 def _joint(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+
+
+def _said(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 10**9 else f"{size / 1e6:.1f} MB"

@@ -248,6 +248,7 @@ def test_where_nothing_can_be_prepared_a_base_is_loaded_whole_and_that_is_said(
     fault(monkeypatch, cache)
     sparse, _ = load_base(ModelSettings(base=str(even_base)))
     assert "cannot prepare a base in" in caplog.text and "HF_HOME" in caplog.text
+    assert " 0.0 GB" not in caplog.text.split("cannot prepare")[1].split("Until then")[0]
     assert "whole base is in memory" in caplog.text and sparse.sha256
     with pytest.raises(UserError, match=r"cannot prepare a base in .*HF_HOME"):
         load_base(ModelSettings(base=str(even_base), experts="nf4"))  # its 16 bits may not fit
