@@ -59,6 +59,10 @@ COMPOSITIONS: list[Recipe] = [
     ("ubsmoe", {"averaging": {"rule": "alternating"}, "dmr": {"phi": "trained"}}),
     ("ubsmoe", {"averaging": {"rule": "aligned", "exponent": 0.5}}),
     ("lossfree", {"averaging": {"rule": "corrected", "exponent": 0.5}}),
+    ("fedavg", {"server": {"rule": "momentum"}}),
+    ("fedavg", {"server": {"rule": "adam"}}),
+    ("ubsmoe", {"server": {"rule": "yogi"}}),
+    ("scaffold", {"dmr": True, "pg": True}),
 ]
 
 

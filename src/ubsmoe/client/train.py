@@ -154,7 +154,7 @@ def _steps(
     model, settings = trainer.model, trainer.settings
     key = (trainer.seed, task.profile.client, task.round)
     parameters = [*model.adapter.values(), *hooks.parameters]
-    optimizer = _optimizer(parameters, settings)
+    optimizer = _optimizer(_by_ratio(model.adapter, hooks.parameters, settings.lora_plus_ratio or 1.0), settings)
     order = batch_order(settings, examples, generator_for(*key, "batches"))
     num_steps = steps_per_round(settings, len(examples))
     first = (task.round - 1) * num_steps
@@ -164,7 +164,7 @@ def _steps(
         model.set_top_k(top_k)
         rate = settings.learning_rate * step_size(settings, task.round, step, num_steps)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["ratio"]
         optimizer.zero_grad(set_to_none=True)
         values: list[Tensor] = []  # read when the step is done: an accelerator would be waited for
         pieces = _micro_batches(trainer, examples, order)
@@ -226,9 +226,21 @@ def language_loss(model: SparseModel, batch: dict[str, Tensor]) -> Tensor:
     return cross_entropy(logits.float(), batch["labels"][:, 1:][predicts])
 
 
-def _optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+def _by_ratio(adapter: Tensors, others: list[torch.nn.Parameter], ratio: float) -> list[dict[str, Any]]:
+    """What is trained, in groups of one learning rate each: `ratio` times the run's for every B, 1 for the rest.
+
+    Source: LoRA+ (Hayou et al. 2024, arXiv 2402.12354).
+    """
+    groups: dict[float, list[Tensor]] = {}
+    for name, value in adapter.items():
+        groups.setdefault(ratio if name.endswith(".B") else 1.0, []).append(value)
+    groups[1.0] = [*groups.get(1.0, []), *others]
+    return [{"params": values, "ratio": one} for one, values in groups.items() if values]
+
+
+def _optimizer(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters, settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+            groups, settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
-    return torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, settings.learning_rate, weight_decay=settings.weight_decay, fused=True)

@@ -63,6 +63,10 @@ class TrainSettings(Settings):
     # measured: docs/tables.md, Screening, rows optimizer=sgd
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="local optimiser; its state is reset every round")
     learning_rate: PositiveFloat = Field(2e-3, description="peak step size")
+    lora_plus_ratio: PositiveFloat | None = Field(
+        None,
+        description="LoRA+: learning rate of B over that of A (PEFT: loraplus_lr_ratio), 16 in its paper; 1 when left out",
+    )
     momentum: Share = Field(0.9, description="for sgd")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.0, description="decoupled (adamw) or L2 (sgd); shrinks unused experts too"

@@ -107,6 +107,14 @@ def test_a_plain_step_is_the_learning_rate_times_the_gradient(federation: Federa
         torch.testing.assert_close(update.adapters[name], value, rtol=1e-4, atol=1e-6)
 
 
+def test_lora_plus_moves_b_by_its_ratio_and_a_as_before(federation: Federation, task: Task) -> None:
+    plain = trained(federation, task, SGD, MIXED).adapters
+    plus = trained(federation, task, SGD.model_copy(update={"lora_plus_ratio": 3.0}), MIXED).adapters
+    for name, start in task.payload.items():
+        ratio = 3.0 if name.endswith(".B") else 1.0
+        torch.testing.assert_close(plus[name] - start, ratio * (plain[name] - start), rtol=1e-4, atol=1e-6)
+
+
 def test_warm_up_starts_at_its_share_of_the_rate(federation: Federation, task: Task) -> None:
     full = trained(federation, task, SGD.model_copy(update={"batch_size": 5}), MIXED)
     warm = trained(federation, task, SGD.model_copy(update={"batch_size": 5, "warmup_steps": 4}), MIXED)
