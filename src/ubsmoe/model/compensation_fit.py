@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
+from ubsmoe import progress
 from ubsmoe.maths.compensation import Sums, fit_low_rank
 from ubsmoe.model.compensation import PREFIX, Compensation
 from ubsmoe.model.expert_weights import ExpertWeights, Lora
@@ -77,7 +78,7 @@ def fit_compensation(model: SparseModel, batches: Batches, top_ks: Iterable[int]
         tensors |= _channels(model, batches, settings.slices)
     for top_k in sorted({k for k in top_ks if k < model.k_max}):
         explained[top_k] = []
-        for layer in model.layers:
+        for layer in progress.through(model.layers, f"fits the compensation at K = {top_k}, layer"):
             model.set_compensation(tensors)
             model.set_top_k(top_k)
             found, share = _fit(layer, _passing(model, layer, batches), settings)
