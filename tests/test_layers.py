@@ -13,26 +13,28 @@ MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
     "seeds": set(),
     "messages": {"costs"},
+    "progress": set(),
     # tensors in, tensors out; arithmetic from a model's shape
     "maths": set(),
     "costs": set(),
     # run files, folders, records, bytes
     "config": {"costs", "errors"},
-    "storage": {"errors", "version"},
-    "data": {"config", "errors", "seeds"},
+    "storage": {"progress", "errors", "version"},
+    "data": {"progress", "config", "errors", "seeds"},
     "secagg": {"errors", "maths", "wire"},
     "wire": {"config", "errors", "maths", "messages"},
-    "report": {"errors", "maths", "messages", "storage"},
+    "report": {"progress", "errors", "maths", "messages", "storage"},
     # the model, what a method does with it, what a client does with both
-    "model": {"config", "costs", "data", "errors", "maths", "storage"},
+    "model": {"progress", "config", "costs", "data", "errors", "maths", "storage"},
     "methods": {"config", "costs", "errors", "maths", "messages", "model", "seeds"},
-    "export": {"config", "costs", "errors", "model", "storage"},
-    "bases": {"config", "data", "maths", "model", "seeds", "storage"},
-    "bases/pretrain": {"config", "data", "maths"},
+    "export": {"progress", "config", "costs", "errors", "model", "storage"},
+    "bases": {"progress", "config", "data", "maths", "model", "seeds", "storage"},
+    "bases/pretrain": {"progress", "config", "data", "maths"},
     "client": {"config", "costs", "data", "errors", "messages", "methods", "model", "secagg", "seeds", "wire"},
     # a run: planned, carried out, opened again
-    "plan": {"client", "config", "costs", "data", "errors", "methods", "model", "secagg", "seeds"},
+    "plan": {"progress", "client", "config", "costs", "data", "errors", "methods", "model", "secagg", "seeds"},
     "server": {
+        "progress",
         *{"client", "config", "data", "errors", "export", "maths", "messages", "methods", "model"},
         *{"secagg", "seeds", "storage", "wire"},
     },
@@ -40,21 +42,25 @@ MAY_IMPORT: dict[str, set[str]] = {
         *{"client", "config", "data", "errors", "messages", "methods", "plan", "secagg", "seeds", "server", "wire"},
     },
     "engines/flower": {
+        "progress",
         *{"client", "config", "data", "errors", "messages", "secagg", "server", "storage", "version", "wire"},
     },
     "finished": {
+        "progress",
         *{"config", "costs", "data", "errors", "export", "messages", "methods", "model", "seeds", "server", "storage"},
     },
     "training": {
         *{"client", "config", "engines", "errors", "messages", "methods", "plan", "server", "storage"},
     },
     "study": {
+        "progress",
         *{"client", "config", "data", "engines", "finished", "maths", "messages", "methods", "model", "plan"},
         *{"report", "seeds", "server", "storage", "training"},
     },
     # what a user sees
     "__init__": {"finished", "training", "version"},
     "cli": {
+        "progress",
         *{"__init__", "bases", "bases/pretrain", "client", "config", "data", "engines", "engines/flower", "errors"},
         *{"export", "finished", "methods", "plan", "report", "server", "storage", "study", "training", "version"},
     },

@@ -204,21 +204,27 @@ def asked(url: str, body: dict | None = None) -> Any:
         return json.loads(answer.read())
 
 
+def written(folder: Path) -> str:
+    """What AutoModel writes after "alpha beta", at the K of the config."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stock = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("alpha beta", return_tensors="pt")
+    out = stock.generate(
+        inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=6, do_sample=False
+    )
+    return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
 @pytest.mark.parametrize("method", ["fedavg", "ubsmoe"])
 def test_a_merged_tier_is_served(method: str, finished: Any, tmp_path: Path) -> None:
     """OpenAI's completions are the text that AutoModel writes at the K of the tier's config, and what that lacks is said."""
     for module in ("fastapi", "uvicorn", "openai", "accelerate"):
         pytest.importorskip(module, reason="needs the extra serve")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    export_run(finished(method), tmp_path / "served", "merged", tier=1)
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "served").eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "served")
-    inputs = tokenizer("alpha beta", return_tensors="pt")
-    out = stock.generate(
-        inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=6, do_sample=False
-    )
-    want = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    run = finished(method)
+    export_run(run, tmp_path / "served", "merged", tier=1)
+    want = written(tmp_path / "served")
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -235,13 +241,34 @@ def test_a_merged_tier_is_served(method: str, finished: Any, tmp_path: Path) -> 
                 time.sleep(0.2)
         body = {"model": "served", "prompt": "alpha beta", "max_tokens": 6, "temperature": 0}
         said = asked(f"{url}/v1/completions", body)["choices"][0]["text"]
+        after = _taken(url, body, tmp_path, run) if method == "fedavg" else {}
     finally:
         server.terminate()
         server.wait()
     told = (tmp_path / "log").read_text()
-    assert stock.config.num_experts_per_tok == 1 and said == want, told
+    assert said == want, told
     assert "served: K=1; the model's name in requests is served" in told
     assert ("left out: φ" in told) == (method == "ubsmoe")
+    if method == "fedavg":
+        assert after == {"damaged": said, "K = 2": written(tmp_path / "served")} and after["K = 2"] != said
+        assert "served was not taken, the model before goes on answering" in told and "served: K=2" in told
+
+
+def _taken(url: str, body: dict, folder: Path, run: Path) -> dict[str, str]:
+    """What a server says when another export, first a damaged and then a whole one, has taken the place of its own."""
+    found = {}
+    for name in ("damaged", "K = 2"):
+        export_run(run, folder / "next", "merged", tier=2)
+        if name == "damaged":
+            (folder / "next" / "config.json").unlink()
+        (folder / "served").rename(folder / f"before {name}")
+        (folder / "next").rename(folder / "served")
+        try:
+            asked(f"{url}/reload", {})
+        except urllib.error.HTTPError as error:
+            assert name == "damaged" and error.code == 409
+        found[name] = asked(f"{url}/v1/completions", body)["choices"][0]["text"]
+    return found
 
 
 def test_what_cannot_be_served_is_refused(

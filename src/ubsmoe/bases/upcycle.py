@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen2MoeConfig
 
+from ubsmoe import progress
 from ubsmoe.bases.warm_up import mean_activations, warm_up
 from ubsmoe.config import ConfigError, DataSettings
 from ubsmoe.data.records import read_file
@@ -256,5 +257,5 @@ def _draw_anew(parts: tuple[Tensor, Tensor, Tensor], count: int, generator: torc
 def _batches(path: Path, tokenizer: Any, steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
     tokens = tokenize(read_file(path, tokenizer), tokenizer, DataSettings(), "train")
     order = batches(len(tokens), BATCH_SIZE, generator_for(seed, "warm-up"))
-    for _ in range(steps):
+    for _ in progress.through(range(steps), "goes through the warm-up's data, step"):
         yield collate([tokens[i] for i in next(order)], pad_id(tokenizer))

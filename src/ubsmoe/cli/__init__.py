@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import typer
 
 from ubsmoe.cli.app import app
+from ubsmoe.cli.terminal import status_line
 from ubsmoe.errors import UserError, harmless
 
 # importing a module adds its verbs, here in the order of the help page
@@ -22,7 +23,7 @@ __all__ = ["app", "base", "data", "flower", "inspect", "main", "models", "run", 
 
 def main() -> None:
     """Entry point: user errors become one line on stderr and exit code 2."""
-    with _exit_codes():
+    with _exit_codes(), status_line():
         app()
 
 

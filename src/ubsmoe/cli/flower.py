@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ubsmoe import progress
 from ubsmoe.cli.app import Set, group, overrides
 from ubsmoe.report.plain import finite_json
 
@@ -46,6 +47,7 @@ def up_command(
         with local_federation(app, nodes, simulate, typer.echo) as found:
             if run:
                 return found.run()
+            progress.at("")
             typer.echo(f"set -a; . {app}/flower.env; FLWR_HOME={found.home}; flwr run {app} {found.name} --stream")
             while True:
                 found.programs.look_after()
@@ -98,6 +100,7 @@ def status_command(
         console.print(status_table(status, console.width))
 
     if watch:
+        progress.at("")
         follow(lambda: status_of(read_run(folder), costs), show)
     else:
         show(status_of(read_run(folder), costs))

@@ -1,15 +1,14 @@
 """Verbs that use a finished run: export, check, generate, serve."""
 
 import os
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ubsmoe import progress
 from ubsmoe.cli.app import AsJson, app, print_json
-from ubsmoe.errors import require
 
 
 class ExportFormat(StrEnum):
@@ -109,22 +108,11 @@ def serve_command(
     """Serve a merged export through transformers' OpenAI-like server.
 
     Prints first which parts of the tier plain transformers leaves out.
+    POST /reload takes another export in the same place without a restart.
     """
-    from ubsmoe.config import ConfigError
-    from ubsmoe.export import save_load as exports
-    from ubsmoe.export.sidecar import beyond_stock
-
-    sidecar = exports.read(folder)
-    if sidecar.format != "merged":
-        raise ConfigError(
-            f"{folder} is a {sidecar.format} export, and the server loads whole models; make one of the run with "
-            "`ubsmoe export RUN --format merged`"
-        )
-    for module in ("fastapi", "uvicorn", "openai", "accelerate"):
-        require(module, "serve")
-    typer.echo(f"{folder}: K={sidecar.top_k}; the model's name in requests is {folder}")
-    for sentence in beyond_stock(sidecar, sidecar.top_k):
-        typer.echo(f"left out: {sentence}")
-    server = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder)]
     # a folder needs no hub, which the server would otherwise ask for updates
-    os.execve(server[0], [*server, "--host", "127.0.0.1", "--port", str(port)], {**os.environ, "HF_HUB_OFFLINE": "1"})
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from ubsmoe.export.serving import serve
+
+    progress.at("loads the model")
+    serve(folder, port, typer.echo)

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 import torch
 
+from ubsmoe import progress
 from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.costs.shape import budget_top_k
 from ubsmoe.data.tokens import pad_id
@@ -127,6 +128,7 @@ class FederatedMoE:
             raise ConfigError("the prompt is empty; expected text to continue")
         inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        progress.at("generates")
         out = self.model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad_id(self.tokenizer), **settings)
         text: str = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         return text

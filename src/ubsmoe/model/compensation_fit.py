@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
+from ubsmoe import progress
 from ubsmoe.maths.compensation import Sums, fit_low_rank
 from ubsmoe.model.compensation import PREFIX, Compensation
 from ubsmoe.model.expert_weights import ExpertWeights, Lora
@@ -193,6 +194,7 @@ def _at_every_layer(model: SparseModel, text: Text, look: Callable[[SparseLayer,
     found: list[Seen] = []
 
     def probe(layer: SparseLayer, passing: Passing) -> None:
+        progress.at("fits the compensation, layer", layer.index, len(model.layers))
         found.append(look(layer, passing))
         if layer is model.layers[-1]:
             raise _Enough

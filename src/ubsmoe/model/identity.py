@@ -7,11 +7,13 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from ubsmoe import progress
+
 
 def weights_sha256(model: torch.nn.Module) -> str:
     """One hash over all weights, by name: says which base an adapter belongs to, and that a run left it untouched."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in progress.through(sorted(model.state_dict().items()), "hashes the base's weights"):
         digest.update(name.encode())
         digest.update(as_bytes(tensor))
     return digest.hexdigest()

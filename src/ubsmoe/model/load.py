@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ubsmoe import progress
 from ubsmoe.config import ConfigError, ModelSettings
 from ubsmoe.costs.workload import ExpertFormat
 from ubsmoe.data.tokens import check_tokenizer
@@ -46,6 +47,7 @@ def load_base(settings: ModelSettings, rescale: Rescale = "none", k_max: int | N
         ConfigError: if the base cannot be found, its tokenizer does not fit it, or k_max exceeds the base's own.
         UnsupportedModel: if it is dense or its routers ignore K.
     """
+    progress.at(f"loads {settings.base}")
     tokenizer = load_tokenizer(settings)
     with _place_of(settings) as place:
         config = _read_sparse(place, settings.base)

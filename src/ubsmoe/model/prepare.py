@@ -17,6 +17,7 @@ from jaxtyping import Shaped
 from safetensors import safe_open
 from torch import Tensor
 
+from ubsmoe import progress
 from ubsmoe.costs.workload import ExpertFormat
 from ubsmoe.model.checkpoint import check_finite
 from ubsmoe.model.conventions import UnsupportedModel, find_blocks
@@ -91,7 +92,7 @@ class Preparation:
         file = bases.WeightsFile(folder / bases.WEIGHTS, self.stored)
         digest = hashlib.sha256()
         try:
-            for name in sorted({*self.checkpoint.shapes, *self.checkpoint.tied}):
+            for name in progress.through(sorted({*self.checkpoint.shapes, *self.checkpoint.tied}), "prepares the base"):
                 digest.update(name.encode())
                 for piece in self.checkpoint.pieces(self.checkpoint.tied.get(name, name)):
                     check_finite([(name, piece)], config.name_or_path)

@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from ubsmoe import progress
 from ubsmoe.config import RunSettings
 from ubsmoe.costs.shape import ModelShape
 from ubsmoe.model.presets import dtype_of
@@ -24,6 +25,7 @@ def measured_speed(shape: ModelShape, settings: RunSettings) -> tuple[float, flo
     dtype = getattr(torch, dtype_of(settings.model))
     x = torch.ones(rows, shape.hidden, device=device, dtype=dtype)
     weight = torch.ones(shape.hidden, shape.up_matrices * shape.expert_width, device=device, dtype=dtype)
+    progress.at("measures the speed of this machine")
     _block(x, weight)  # the first one sets the library up
     seconds = sorted(_block(x, weight) for _ in range(BLOCKS))
     return 2 * rows * weight.numel() / seconds[0], 1 - seconds[0] / statistics.median(seconds), whose

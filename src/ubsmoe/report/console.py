@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ubsmoe import progress
 from ubsmoe.errors import printable
 from ubsmoe.report.plain import average, formats_said
 from ubsmoe.storage.events import EventTail
@@ -39,6 +40,8 @@ class RunConsole:
         self._rounds = self._clients = self._done = self._trained = 0
 
     def __enter__(self) -> Self:
+        self._watching = progress.watched(self._on_stage)
+        self._watching.__enter__()
         self._progress.start()
         return self
 
@@ -46,6 +49,10 @@ class RunConsole:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        self._watching.__exit__(kind, error, trace)
+
+    def _on_stage(self, what: str) -> None:
+        self._progress.update(self._bar, description=what)
 
     def plan(self, rounds: int, clients: int) -> None:
         """Say how much work lies ahead, for the bar."""

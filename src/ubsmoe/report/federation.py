@@ -126,6 +126,7 @@ def status_table(status: Status, width: int) -> Table:
     words = ["client", "node", "state"]
     table = empty_table(in_a_line(status), ("tier", "examples", "round", "s", "done", "drops", "MB"), words=words)
     table.padding = (0, 1, 0, 0)
+    table.min_width = min(width, len(str(table.title)))  # the title stays one line where the terminal has room
     table.caption = "round, s: of the last update that counted; done: updates that counted; MB: planned peak of memory"
     if wide:
         table.add_column("last drop", overflow="ellipsis", no_wrap=True, max_width=width - 76)

@@ -41,13 +41,16 @@ class Headline:
 
 
 def headline(runs: Sequence[Series], costs: Sequence[list[TierCosts]]) -> Headline:
-    """The first screen of these runs; the first method is the one that others are compared with."""
+    """The first screen of these runs; the first method is the one that others are compared with.
+
+    A method alone goes by its name: the settings in its label tell it from others.
+    """
     groups = by_label(runs)
     first = next(iter(groups))
     facts = {tier["tier"]: tier for own in costs for tier in own}
     tiers = sorted({event["tier"] for run in runs for event in run.record.evaluated} | facts.keys())
     return Headline(
-        _comparison(groups, first) if len(groups) > 1 else _alone(first, groups[first]),
+        _comparison(groups, first) if len(groups) > 1 else _alone(first.partition("(")[0], groups[first]),
         list(_remarks(runs, groups, first)),
         [f"tier {tier + 1}" for tier in tiers],
         [(label, [_cell(own, tier) for tier in tiers]) for label, own in groups.items()],
@@ -133,9 +136,11 @@ def _remarks(runs: Sequence[Series], groups: Groups, first: str) -> Iterator[str
         run, _, macro = scores[0]
         chance = "" if macro["chance"] is None else f", chance {macro['chance']:.1%}"
         tasks = len(next(iter(after(run).values()))) - 1
-        same = f", and with {first}, seed by seed" if len(groups) > 1 else ""
+        others = ["the same budget before training"] if any(map(before, runs)) else []
+        others += [f"{first}, seed by seed"] if len(groups) > 1 else []
+        compared = f"Compared with {', and with '.join(others)}. " if others else ""
         yield (
-            f"Compared with the same budget before training{same}. {macro['examples']} questions in {tasks} task"
+            f"{compared}{macro['examples']} questions in {tasks} task"
             f"{'s' if tasks > 1 else ''}{chance}. Intervals: 95 %, over "
             + ("seeds." if max(map(len, groups.values())) > 1 else "questions.")
         )

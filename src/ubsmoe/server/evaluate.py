@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from ubsmoe import progress
 from ubsmoe.config import ConfigError, DataSettings, EvaluateSettings
 from ubsmoe.config.plug_ins import load
 from ubsmoe.data.tasks import TASKS, Example, extract_answer
@@ -80,7 +81,7 @@ def evaluate(
         questions: what `prepare` made.
         settings: [evaluate].
     """
-    scores = {task: _score_task(model, tokenizer, group, settings) for task, group in questions.items() if group}
+    scores = {task: _score_task(task, model, tokenizer, group, settings) for task, group in questions.items() if group}
     scores["macro"] = _macro(list(scores.values()))
     return scores
 
@@ -97,11 +98,13 @@ def _question(example: Example, tokenizer: Any, data: DataSettings, settings: Ev
     return Question(example, tokens[gold], [one.input_ids[one.prompt_length :] for one in tokens], gold)
 
 
-def _score_task(model: SparseModel, tokenizer: Any, questions: Sequence[Question], settings: EvaluateSettings) -> Score:
+def _score_task(
+    task: str, model: SparseModel, tokenizer: Any, questions: Sequence[Question], settings: EvaluateSettings
+) -> Score:
     loss, tokens, ranked, right, unparsed = 0.0, 0, 0, 0, 0
     kept: list[Answer] = []
     own: dict[str, list[float]] = {}
-    for batch in _by_length(questions, settings.batch_size):
+    for batch in progress.through(list(_by_length(questions, settings.batch_size)), f"scores {task}"):
         found = answers(model, tokenizer, batch, settings)
         for question, (logs, text) in zip(batch, found, strict=True):
             loss -= logs[question.gold]

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ubsmoe import progress
 from ubsmoe.errors import UserError
 from ubsmoe.storage import disk
 from ubsmoe.storage.json_text import encode_json
@@ -79,7 +80,7 @@ def stored_sha256(folder: Path) -> str:
     with open(folder / WEIGHTS, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         begin, digests = file.tell(), {}
-        for name in sorted(header.keys() - {"__metadata__"}):
+        for name in progress.through(sorted(header.keys() - {"__metadata__"}), "hashes the stored base"):
             start, end = header[name]["data_offsets"]
             file.seek(begin + start)
             digest = hashlib.sha256()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from ubsmoe import progress
 from ubsmoe.client.train import language_loss
 from ubsmoe.config import ConfigError
 from ubsmoe.data.tokens import batches, collate, pad_id
@@ -69,6 +70,7 @@ def probe_run(path: Path) -> Iterator[Rows]:
     if record.summary and record.summary["base_sha256"] != federation.base_sha256:
         raise ConfigError(f"model.base: {path} was trained on another base than {federation.settings.model.base}")
     for checkpoint in states:
+        progress.at(f"measures alignment after round {checkpoint.round}")
         state, rows = unpack(checkpoint.tensors, federation.method.keeps), []
         for profile in federation.tiers:
             if profile.top_k < federation.shape.num_experts:

@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, cast
 
+from ubsmoe import progress
 from ubsmoe.config import ConfigError, RunSettings
 from ubsmoe.plan.tiers import run_costs
 from ubsmoe.report.comparison import OWN, Balance, Row
@@ -68,9 +69,11 @@ def compare(
             refuse_change(folder, read_json(folder / CONFIG), grid[key].model_dump(mode="json"))
     with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=end_with_parent) as pool:
         futures = {pool.submit(run_cell, cell, folders[key], track): key for key, cell in grid.items()}
+        progress.at("trains; runs that have ended:", 0, len(grid))
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 future.result()
+                progress.at("trains; runs that have ended:", done, len(grid))
                 if report:
                     report(*futures[future], done)
         except BaseException:

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from scipy.stats import pearsonr
 from torch import Tensor
 
+from ubsmoe import progress
 from ubsmoe.maths.pseudo_gradient import PseudoGradient, parameter_signal, routing_mass
 from ubsmoe.seeds import generator_for
 from ubsmoe.study import bounds
@@ -136,7 +137,7 @@ def bias_floor(seeds: Sequence[int], forwards: Sequence[Forward] = ("dense", "sp
     for seed in seeds:
         problem = make_problem(seed)
         best, experts = problem.loss(optimum(problem)), problem.num_experts
-        for top_k in range(1, experts + 1):
+        for top_k in progress.through(range(1, experts + 1), f"seed {seed}, K"):
             squared, strong = float(bias(problem, top_k).square().sum()), monotonicity(problem, top_k)
             coarse = bounds.budget_bias_bound(experts, top_k, gradient_bound(problem))
             for forward in forwards:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ubsmoe.export.installed import Installed, install, read_installed
 from ubsmoe.export.sidecar import Format, Sidecar
 from ubsmoe.model.compensation_fit import FormSettings, fit_compensation
 from ubsmoe.model.identity import weights_sha256
-from ubsmoe.model.load import shipped_path
+from ubsmoe.model.load import load_base, shipped_path
 from ubsmoe.model.surgery import SparseModel
 from unit.model.families import FAMILIES, RENORMALISES, tiny, words
 
@@ -138,6 +139,42 @@ def test_an_export_carries_its_compensation_at_every_budget(family: str, format:
         again.set_top_k(top_k)
         assert_close(logits(again.model), expected, 1e-5)
     assert ("Compensation: at K = 1" in (tmp_path / "out" / "README.md").read_text()) == (format != "native")
+
+
+@pytest.mark.parametrize("base", ["ubsmoe-tiny", "a folder"])
+def test_every_printed_snippet_runs_in_the_folder_of_its_export(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if base == "a folder":
+        shutil.copytree(str(shipped_path("ubsmoe-tiny")), "base")
+        base = "base"  # as a run file beside it names it
+    settings = ModelSettings(base=base, dtype="float32")
+    for format in ("peft", "merged", "native"):
+        sparse, tokenizer = load_base(settings)
+        generator = torch.Generator().manual_seed(5)
+        shapes = sparse.fresh_adapter(2, generator, shared_a=False)
+        adapter = {name: 0.1 * torch.randn(value.shape, generator=generator) for name, value in shapes.items()}
+        sparse.load_adapter(adapter, alpha=2.0)
+        installed = read_installed(sparse)
+        sparse.clear()
+        exports.write(
+            sparse,
+            tokenizer,
+            installed,
+            exports.Origin(settings, sparse.sha256, "fedavg", 1),
+            format,
+            tmp_path / format,
+        )
+        monkeypatch.chdir(tmp_path / format)
+        snippets = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+        assert len(snippets) == (1 if format == "native" else 2)
+        for snippet in snippets:
+            found: dict[str, Any] = {}
+            exec(snippet, found)
+            assert found["model"] is not None
+        assert capsys.readouterr().out.strip()
+        monkeypatch.chdir(tmp_path)
 
 
 def test_an_output_scale_beside_a_compensation_stays_out_of_merged_weights(tmp_path: Path) -> None:

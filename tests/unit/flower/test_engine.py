@@ -171,6 +171,12 @@ FAULTS = {
         "training",
         "out of memory x",
     ),
+    "is away": (lambda m, a: [Message(Error(5, "gone"), reply_to=m)], "deadline", "its node is away"),
+    "is too late for Flower": (
+        lambda m, a: [Message(Error(3, "gone"), reply_to=m)],
+        "deadline",
+        "did not come in time",
+    ),
     "says nothing": (lambda m, a: [], "deadline", "no answer within rounds.deadline_seconds = 40"),
     "claims another's name": (
         lambda m, a: [edited(a(), m, client="client-0")],

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -96,7 +97,12 @@ def test_the_first_screen_says_what_a_run_came_to_and_what_it_cost(tmp_path) -> 
     (run,) = read_series([write_run(tmp_path / "run")])
     first = headline([run], [[c.as_dict() for c in run_costs(parse_run(run.record.config))]])
     assert first.sentence == "ubsmoe: accuracy 27.5 → 77.5 % in 3 rounds, mean over tiers"
+    tuned = headline([replace(run, label="ubsmoe(compensation.form=map;pg.mode=self_ipw)")], [[]])
+    assert tuned.sentence == first.sentence  # alone it needs no settings to be told apart
     assert "before training. 50 questions in 1 task, chance 25.0%. Intervals: 95 %, over questions." in first.remarks[0]
+    events = [one for one in run.record.events if one["event"] != "evaluated" or one["round"]]
+    unmeasured = headline([replace(run, record=replace(run.record, events=events))], [[]])
+    assert unmeasured.remarks[0].startswith("50 questions in 1 task")
     assert first.remarks[1] == "3 of 15 updates did not count (deadline 3)."
     ((method, cells),) = first.rows
     assert method == "ubsmoe" and (cells[3].before, cells[3].after) == ("35.0", "85.0")

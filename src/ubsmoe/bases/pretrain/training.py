@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import OlmoeForCausalLM
 
+from ubsmoe import progress
 from ubsmoe.bases.pretrain.architecture import RouterLog
 from ubsmoe.bases.pretrain.settings import PretrainSettings
 from ubsmoe.bases.pretrain.text import IGNORED, Stream, real_tokens
@@ -42,7 +43,7 @@ def train(model: OlmoeForCausalLM, stream: Stream, settings: PretrainSettings) -
     sums: dict[str, float] = defaultdict(float)
     tokens, begun, since = 0, time.perf_counter(), 0
     model.train()
-    for step in range(settings.steps):
+    for step in progress.through(range(settings.steps), "pretrains, step"):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, settings)
         for name, weight in (("questions", settings.question_weight), ("prose", 1.0)):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ubsmoe import progress
 from ubsmoe.engines.flower.app import plug_ins_of
 from ubsmoe.engines.flower.endings import ended_in_order, owned_folder
 from ubsmoe.engines.flower.keys import CA, SERVER, SERVER_KEY, make_keys
@@ -59,6 +60,7 @@ class LocalFederation:
         command += ["--run-config", " ".join(options)] if options else []
         if self.simulated:
             command += ["--federation-config", f"num-supernodes={self.nodes} client-resources-num-cpus=1"]
+        progress.at("")  # flwr writes to the same terminal
         with subprocess.Popen(flower_command("flwr", *command), env=flower_environment(self.home)) as process:
             while process.poll() is None:
                 self.programs.look_after()

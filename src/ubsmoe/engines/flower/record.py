@@ -6,13 +6,23 @@ Flower stores equal blobs once, so a payload that many clients get is uploaded o
 from dataclasses import dataclass
 
 from ubsmoe.errors import printable, require
+from ubsmoe.messages import Dropped
 from ubsmoe.wire.packed import Packed, WireError
 
 require("flwr", "flower")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict  # noqa: E402
+from flwr.common.constant import ErrorCode  # noqa: E402
 
 DATA_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError)
 """What a message can make Flower's or our reading raise; a connection that fails raises something else and is no client's."""
+
+
+SILENT = {
+    ErrorCode.MESSAGE_UNAVAILABLE: "its answer did not come in time",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "its answer did not come in time",
+    ErrorCode.NODE_UNAVAILABLE: "its node is away: it sent no heartbeat for a minute, or was stopped",
+}
+"""What Flower itself answers in the place of a node that has said nothing, in our words."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,12 @@ def content_of(message: Message | Unreadable, node: int) -> Packed:
         return from_record(message.content)
     except DATA_ERRORS as error:
         raise WireError(str(error)) from None
+
+
+def lost(message: Message, client: str, number: int) -> Dropped:
+    """A client whose message is an error: of its own, or Flower's, which is as silence."""
+    silent = SILENT.get(message.error.code)
+    return Dropped(client, number, "deadline" if silent else "training", silent or error_text(message))
 
 
 def error_text(message: Message) -> str:

@@ -19,7 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 from ubsmoe.client.node_config import TRAIN as SECURE_TRAIN
 from ubsmoe.config import ConfigError, to_json
 from ubsmoe.engines.flower.app import read_app
-from ubsmoe.engines.flower.record import DATA_ERRORS, Unreadable, content_of, error_text, to_record
+from ubsmoe.engines.flower.record import DATA_ERRORS, Unreadable, content_of, lost, to_record
 from ubsmoe.engines.flower.roster import Roster
 from ubsmoe.engines.flower.secure import carried
 from ubsmoe.engines.flower.teller import Teller, say, without_traceback
@@ -118,7 +118,7 @@ class FlowerEngine:
                 ids = [message_id for message_id, other in waiting.items() if race or late or other is task]
                 came = [self._reply_of(message, other) for message, other in self._pull(ids, waiting)]
                 for reply in came:
-                    self._roster.heard(reply.client, answered=True)
+                    self._heard(reply.client, reply)
                     count += isinstance(reply, Update)
                     too_many = isinstance(reply, Update) and count > wanted
                     replies[reply.client] = _lost(reply.client, task.round, wanted) if too_many else reply
@@ -147,10 +147,7 @@ class FlowerEngine:
         read = partial(_answer_of, number=round, node_of=node_of)
         waited = carried(messages, round, node_of, push, self._pull, read, (limit, said), self._clock, POLL_SECONDS)
         for client, answer in waited:
-            if isinstance(answer, Dropped) and answer.stage == "deadline":
-                self._missed(client)
-            else:
-                self._roster.heard(client, answered=True)
+            self._heard(client, answer)
             yield client, answer
 
     def _send(self, tasks: Iterable[Task], seconds: float) -> tuple[list[Task], dict[str, Task], dict[str, Reply]]:
@@ -201,6 +198,12 @@ class FlowerEngine:
             self._greeted.add(node)
             self._unanswered[message_id] = node
 
+    def _heard(self, client: str, reply: Reply | Packed) -> None:
+        if isinstance(reply, Dropped) and reply.stage == "deadline":
+            self._missed(client)
+        else:
+            self._roster.heard(client, answered=True)
+
     def _missed(self, client: str) -> None:
         """A client said nothing in time: it is asked again when its node has shown that it is there."""
         self._roster.heard(client, answered=False)
@@ -211,7 +214,7 @@ class FlowerEngine:
         """The reply in a message. Its client is the one that was asked, whatever the message claims."""
         client, node = task.profile.client, self._roster.node_of(task.profile.client)
         if isinstance(message, Message) and message.has_error():
-            return Dropped(client, task.round, "training", error_text(message))
+            return lost(message, client, task.round)
         try:
             if node is None:
                 raise WireError("its place was given up")
@@ -236,7 +239,7 @@ def _answer_of(
 ) -> Packed | Dropped:
     """What a message of a secure round holds; the protocol reads it."""
     if isinstance(message, Message) and message.has_error():
-        return Dropped(client, number, "training", error_text(message))
+        return lost(message, client, number)
     try:
         if (node := node_of(client)) is None:
             raise WireError("its place was given up")
