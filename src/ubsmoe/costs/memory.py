@@ -134,32 +134,17 @@ def _activations(shape: ModelShape, top_k: int, workload: Workload) -> tuple[int
     if workload.recomputing:
         layer += round(saved / shape.num_moe_layers)
         saved = width * tokens * shape.hidden * shape.num_layers
-    # the kernel's copies of B turned round, and of A where it is narrower than the adapter; backward reads them again
-    elements = shape.hidden + shape.up_matrices * shape.expert_width
-    elements += (width < FLOAT32) * (shape.hidden + shape.expert_width)
-    copies = width * shape.num_moe_layers * shape.num_experts * workload.rank * elements
-    return round(copies + saved), layer
+    # the kernel's copies of B, which backward reads again
+    outs = shape.hidden + shape.up_matrices * shape.expert_width
+    b = shape.num_moe_layers * shape.num_experts * workload.rank * outs
+    return round(width * b + saved), layer
 
 
 def _saved_by_experts(shape: ModelShape, top_k: int, workload: Workload) -> float:
     """Bytes of all (token, expert) pairs: what the experts keep, which token a pair is of, and its weight."""
     running = top_k + missing_pairs(shape, top_k, workload)
-    pairs = sum(
-        _rows(shape, running * tokens, workload.dtype_bytes) for tokens in tokens_of_experts(shape, workload.batch)
-    )
+    pairs = running * sum(tokens_of_experts(shape, workload.batch))
     return pairs * (workload.dtype_bytes * _saved_by_pair(shape, workload.rank) + INT64 + workload.dtype_bytes)
-
-
-def _rows(shape: ModelShape, pairs: float, dtype_bytes: int) -> float:
-    """Rows of one layer's experts: the pairs, and in bfloat16 what fills every expert up to a multiple of 16 (32 above 64).
-
-    Pairs are taken to be spread evenly, over as many experts as there are pairs at most; half a multiple is missing on average.
-    """
-    busy = min(pairs, shape.num_experts)
-    if dtype_bytes == FLOAT32 or not busy:
-        return pairs
-    step = 32 if pairs / busy > 64 else 16
-    return busy * max(step, pairs / busy + step / 2)
 
 
 def _saved_per_token(shape: ModelShape, workload: Workload) -> int:
