@@ -56,4 +56,4 @@ def test_latex_escapes_names_and_a_dash_stands_for_what_was_not_measured() -> No
 def test_a_metric_that_a_task_lacks_has_a_table_all_the_same() -> None:
     own = [row | {"metric.f1": 0.25} if row["task"] == "macro" else row for row in reversed(rows(SCORES))]
     assert [metric.name for metric in own_metrics(own)] == ["metric.f1"]
-    assert "**0.250** ± 0.000" in paper_table(own, "c", "markdown", "metric.f1")
+    assert "0.250 ± 0.000" in paper_table(own, "c", "markdown", "metric.f1")

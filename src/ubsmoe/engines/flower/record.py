@@ -4,9 +4,9 @@ Flower stores equal blobs once, so a payload that many clients get is uploaded o
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ubsmoe.errors import printable, require
-from ubsmoe.messages import Dropped
 from ubsmoe.wire.packed import Packed, WireError
 
 require("flwr", "flower")
@@ -63,10 +63,10 @@ def content_of(message: Message | Unreadable, node: int) -> Packed:
         raise WireError(str(error)) from None
 
 
-def lost(message: Message, client: str, number: int) -> Dropped:
-    """A client whose message is an error: of its own, or Flower's, which is as silence."""
+def failure(message: Message) -> tuple[Literal["deadline", "training"], str]:
+    """At which stage a client whose message is an error was lost, and why: Flower's own errors are as silence."""
     silent = SILENT.get(message.error.code)
-    return Dropped(client, number, "deadline" if silent else "training", silent or error_text(message))
+    return "deadline" if silent else "training", silent or error_text(message)
 
 
 def error_text(message: Message) -> str:

@@ -19,7 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 from ubsmoe.client.node_config import TRAIN as SECURE_TRAIN
 from ubsmoe.config import ConfigError, to_json
 from ubsmoe.engines.flower.app import read_app
-from ubsmoe.engines.flower.record import DATA_ERRORS, Unreadable, content_of, lost, to_record
+from ubsmoe.engines.flower.record import DATA_ERRORS, Unreadable, content_of, failure, to_record
 from ubsmoe.engines.flower.roster import Roster
 from ubsmoe.engines.flower.secure import carried
 from ubsmoe.engines.flower.teller import Teller, say, without_traceback
@@ -214,7 +214,7 @@ class FlowerEngine:
         """The reply in a message. Its client is the one that was asked, whatever the message claims."""
         client, node = task.profile.client, self._roster.node_of(task.profile.client)
         if isinstance(message, Message) and message.has_error():
-            return lost(message, client, task.round)
+            return Dropped(client, task.round, *failure(message))
         try:
             if node is None:
                 raise WireError("its place was given up")
@@ -239,7 +239,7 @@ def _answer_of(
 ) -> Packed | Dropped:
     """What a message of a secure round holds; the protocol reads it."""
     if isinstance(message, Message) and message.has_error():
-        return lost(message, client, number)
+        return Dropped(client, number, *failure(message))
     try:
         if (node := node_of(client)) is None:
             raise WireError("its place was given up")
