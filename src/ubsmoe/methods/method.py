@@ -149,7 +149,7 @@ class RunShape:
 class Calibration:
     """What the server fits on text before round 1 and `every` so many rounds (0: no more): `tokens` of it, from the base.
 
-    `fit(state, model, batches, profile, generator)` gives the next state, the base as it was; `profile` is the largest tier's.
+    `fit(state, model, text, profile, generator)` gives the next state, and the base is as it was; `profile` is the largest tier's.
     """
 
     fit: Callable[[State, SparseModel, Mapping[str, Tensor], Profile, torch.Generator], State]
