@@ -213,16 +213,16 @@ def run(
 def planned(run_file: Path) -> dict[str, float]:
     """GB by `ubsmoe plan`: of its own in a step, the same with the whole base, a run in one process, and the exports."""
 
-    def plan(*more: str) -> tuple[dict[str, Any], float, float]:
+    def plan(*more: str) -> dict[str, Any]:
         command = [*UBSMOE, "plan", str(run_file), "--json", "--flops-per-second", "1e9", *more]
-        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-        memory, libraries = found["tiers"][0]["memory"], found["runtime_bytes"]
-        own = sum(value for part, value in memory.items() if part not in ("weights", "task"))
-        return found, libraries + own, memory["weights"]
+        return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
 
-    full, step, weights = plan("--examples", "64")  # of data.max_length tokens, all labelled, as those of the step are
-    run, of_run, _ = plan()
-    parts = {"step": step, "resident": step + weights, "run": of_run + run["tiers"][0]["memory"]["task"]}
+    full = plan("--examples", "64")  # of data.max_length tokens, all labelled, as those of the step are
+    tier, of_run = full["tiers"][0], plan()["tiers"][0]
+    step = full["runtime_bytes"] + tier["own_memory_bytes"]
+    server = 2 * of_run["memory"]["adapters"]  # the running sum, and the update that is added to it
+    run = full["runtime_bytes"] + of_run["own_memory_bytes"] + server
+    parts = {"step": step, "resident": step + tier["memory"]["weights"], "run": run}
     parts |= {name: export["memory_bytes"] + full["runtime_bytes"] for name, export in full["exports"].items()}
     return {name: round(size / 1e9, 2) for name, size in parts.items()}
 

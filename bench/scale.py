@@ -9,7 +9,7 @@ eight. Rows that are compared hold the same examples, so that they differ in cli
                 ten steps of sixteen. What it is in rounds of a single step of eight or of one example is printed beside it
     speed-up    seconds of the round with one worker over two, side by side; one step of eight examples
 
-    python bench/scale.py [--quick] [--out FILE]     about two minutes on two idle cores; --quick under half a minute
+    python bench/scale.py [--quick] [--out FILE]     about ten minutes on two idle cores; --quick under half a minute
 """
 
 import argparse
@@ -103,7 +103,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="4 and 24 clients; claims are not judged")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the record goes (default: %(default)s)")
     options = parser.parse_args()
-    counts, pair, examples = ((4, 24), 12, 200) if options.quick else ((10, 100, 1000), 40, 8000)
+    counts, pair, examples = ((4, 24), 12, 200) if options.quick else ((10, 100, 1000, 10_000), 40, 30_000)
     load = os.getloadavg()[0]
     repeats = 1 if options.quick else 3
     rows = in_processes([(count, 1, 1, 1) for count in counts], examples)

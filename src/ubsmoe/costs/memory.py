@@ -30,11 +30,6 @@ class Memory:
         """The sum of the parts."""
         return sum(asdict(self).values())
 
-    @property
-    def resident(self) -> int:
-        """What a client on a CPU must have in memory: all but the weights, which are mapped from files and can be read again."""
-        return self.total - self.weights
-
 
 def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memory:
     """Bytes of the base, the task as received, the adapter in training, its optimiser, and what one step adds to them.
@@ -56,34 +51,22 @@ def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memo
     Raises:
         ValueError: if `top_k` is not in 0..M.
     """
-    shape.check_top_k(top_k)
-    adapter = FLOAT32 * shape.trained_elements(workload.rank, workload.trained)
-    at_step = Memory(
-        weights=weight_bytes(shape, workload.experts, workload.dtype_bytes),
-        side=round(SIDE_COPIES * FLOAT32 * workload.side_elements),
-        compensation=_compensation(shape, top_k, workload),
-        task=adapter,
-        adapters=adapter,
-        optimizer=workload.optimizer_moments * adapter,
-        gradients=adapter,
-        activations=0,
-        working=2
-        * FLOAT32
-        * shape.num_experts
-        * workload.rank
-        * max(shape.hidden, shape.up_matrices * shape.expert_width),
-    )
-    activations, layer = _activations(shape, top_k, workload)
-    working = max(_loss(shape, workload), layer + 2 * adapter // shape.num_moe_layers)
-    gradients = workload.accumulating * adapter
-    at_backward = replace(at_step, gradients=gradients, activations=activations, working=working)
-    return max(at_backward, at_step, key=lambda peak: peak.total)
+    return max(_peaks(shape, top_k, workload), key=lambda peak: peak.total)
 
 
 def mapped_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> int:
-    """Bytes that must be in memory at the peak of a step whose base is mapped from disk."""
-    kept = mapped_bytes(shape, workload.experts, workload.dtype_bytes, top_k)
-    return peak_memory_bytes(shape, top_k, workload).resident + kept
+    """Bytes that must be in memory during steps of a CPU whose base is mapped from disk.
+
+    A client keeps what it frees (`ubsmoe.client.allocator`), and tensors of one phase of a step seldom fit where those of another
+    were: after some steps both peaks of `peak_memory_bytes` are held beside each other, each part at its largest.
+    """
+    return own_memory_bytes(shape, top_k, workload) + mapped_bytes(shape, workload.experts, workload.dtype_bytes, top_k)
+
+
+def own_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> int:
+    """The part of `mapped_memory_bytes` that no other process shares and no file holds."""
+    peaks = [asdict(replace(peak, weights=0)) for peak in _peaks(shape, top_k, workload)]
+    return sum(max(sizes) for sizes in zip(*(peak.values() for peak in peaks), strict=True))
 
 
 def evaluation_memory_bytes(shape: ModelShape, top_k: int, workload: Workload, rows: int, labelled: int) -> int:
@@ -120,6 +103,32 @@ def export_memory_bytes(shape: ModelShape, workload: Workload) -> dict[str, int]
     layer = workload.dtype_bytes * (shape.num_experts * shape.expert_weights + shape.attention_weights)
     ends = workload.dtype_bytes * shape.vocab * shape.hidden * (1 if shape.tied_embeddings else 2)
     return {"peft": 4 * adapter, "merged": 3 * adapter + max(2 * layer, ends)}
+
+
+def _peaks(shape: ModelShape, top_k: int, workload: Workload) -> tuple[Memory, Memory]:
+    """What is held where backward begins, and where the optimiser steps."""
+    shape.check_top_k(top_k)
+    adapter = FLOAT32 * shape.trained_elements(workload.rank, workload.trained)
+    at_step = Memory(
+        weights=weight_bytes(shape, workload.experts, workload.dtype_bytes),
+        side=round(SIDE_COPIES * FLOAT32 * workload.side_elements),
+        compensation=_compensation(shape, top_k, workload),
+        task=adapter,
+        adapters=adapter,
+        optimizer=workload.optimizer_moments * adapter,
+        gradients=adapter,
+        activations=0,
+        working=2
+        * FLOAT32
+        * shape.num_experts
+        * workload.rank
+        * max(shape.hidden, shape.up_matrices * shape.expert_width),
+    )
+    activations, layer = _activations(shape, top_k, workload)
+    working = max(_loss(shape, workload), layer + 2 * adapter // shape.num_moe_layers)
+    gradients = workload.accumulating * adapter
+    at_backward = replace(at_step, gradients=gradients, activations=activations, working=working)
+    return at_backward, at_step
 
 
 def _compensation(shape: ModelShape, top_k: int, workload: Workload) -> int:

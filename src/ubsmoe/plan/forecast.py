@@ -14,7 +14,7 @@ from typing import Any
 from ubsmoe.client.schedule import elastic_top_ks
 from ubsmoe.config import RunSettings
 from ubsmoe.costs.flops import batch_flops
-from ubsmoe.costs.memory import Memory, mapped_memory_bytes, peak_memory_bytes
+from ubsmoe.costs.memory import Memory, mapped_memory_bytes, own_memory_bytes, peak_memory_bytes
 from ubsmoe.costs.tiers import TierCost
 from ubsmoe.costs.workload import Batch
 from ubsmoe.data.tokens import Tokens
@@ -32,7 +32,8 @@ from ubsmoe.seeds import generator_for
 class TierForecast:
     """One tier. Per client and round: steps, tokens (padding included), FLOPs, seconds. `memory` is a client's peak.
 
-    `cost` has its bytes, the upload for an update that touched every expert; `device_gib` is the smallest device that holds it.
+    `cost` has its bytes, the upload for an update that touched every expert; `own_memory_bytes` is the part of its
+    `mapped_memory_bytes` that is not in files; `device_gib` is the smallest device that holds the peak.
     """
 
     cost: TierCost
@@ -43,6 +44,7 @@ class TierForecast:
     seconds: float
     virtual_seconds: float | None
     memory: Memory
+    own_memory_bytes: int
     device_gib: int | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -139,6 +141,7 @@ def _tier(settings: RunSettings, plan: TierPlan, cost: TierCost, works: list[Wor
         seconds=flops / speed,
         virtual_seconds=flops / (simulation.flops_per_second * cost.budget) if simulation else None,
         memory=memory,
+        own_memory_bytes=own_memory_bytes(plan.shape, cost.top_k, workload),
         device_gib=smallest_device(memory.total),
     )
 

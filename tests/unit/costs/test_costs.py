@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ubsmoe.costs.flops import backward_flops_per_token, forward_flops_per_token, pseudo_gradient_flops_per_token
-from ubsmoe.costs.memory import mapped_memory_bytes, peak_memory_bytes
+from ubsmoe.costs.memory import mapped_memory_bytes, own_memory_bytes, peak_memory_bytes
 from ubsmoe.costs.shape import EXPERTS_ONLY, ModelShape, Trained
 from ubsmoe.costs.tiers import Tier, TierCost, tier_costs
 from ubsmoe.costs.traffic import Traffic, adapter_traffic, count_bytes
@@ -309,6 +309,8 @@ def test_memory_parts_of_a_model_worked_by_hand():
     assert memory.total == sum((memory.weights, memory.adapters * 4, memory.activations, memory.working))
     held = peak_memory_bytes(shape, 2, replace(workload, accumulating=True))
     assert held.gradients == held.adapters and held.total == memory.total + held.gradients
+    # a CPU keeps what it frees: gradients lie beside activations and the loss's work
+    assert own_memory_bytes(shape, 2, workload) == memory.total - memory.weights + memory.adapters
     fewer = peak_memory_bytes(shape, 2, replace(workload, batch=Batch(3, 7, 21, labelled=20)))
     assert fewer.working == 20 * 50 * (2 + 12)
 
@@ -322,14 +324,14 @@ def test_quantised_experts_are_counted_with_their_scales():
     assert memory[None].weights == rest + 2 * experts
     assert memory["int8"].weights == rest + experts + 4 * 16 * 64 * (2048 + 2048)
     assert memory["nf4"].weights == rest + experts // 2 + 4 * experts // 64
-    assert len({one.resident for one in memory.values()}) == 1  # what is mapped is no part of it
-    assert memory[None].resident == memory[None].total - memory[None].weights
+    own = {own_memory_bytes(shape, 2, replace(workload, experts=kind)) for kind in memory}
+    assert len(own) == 1  # what is mapped is no part of it
 
 
 def test_of_a_mapped_base_one_layer_and_the_ends_stay():
     """OLMoE: 64 experts of 3 * 2048 * 1024, four attention projections and two norms of q and k, 2 x 50,304 rows of 2,048."""
     shape, workload = model_shape("olmoe-1b-7b"), Workload(rank=8, batch=Batch.full(1, 128), dtype_bytes=2)
-    kept = mapped_memory_bytes(shape, 2, workload) - peak_memory_bytes(shape, 2, workload).resident
+    kept = mapped_memory_bytes(shape, 2, workload) - own_memory_bytes(shape, 2, workload)
     assert kept == 2 * (64 * 3 * 2048 * 1024 + shape.attention_weights + 2 * 50304 * 2048)
     nf4 = mapped_memory_bytes(shape, 2, replace(workload, experts="nf4"))
     assert mapped_memory_bytes(shape, 2, workload) - nf4 == 64 * 3 * 2048 * 1024 * (4 - 1 - 4 / 32) / 2
