@@ -171,9 +171,9 @@ def main() -> None:
     forms(model, "before", batches(asked))
     for folder in args.runs:
         run = open_run(folder)
-        run.install(run.tier(None))
+        trained = run.install(run.tier(None))
         own = run.state.of(CompensationState).by_name() if CompensationState in run.method.keeps else None
-        forms(run.model, f"after {run.settings.label or run.method.name}", batches(asked), own)
+        forms(trained, f"after {run.settings.label or run.method.name}", batches(asked), own)
     args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -10,7 +10,8 @@ class Skipped:
     """What stands for the skipped experts at K < `k_max`: the form, its rank r, and n slices to an expert.
 
     `least_top_k` is the smallest K that a budget may buy: 0 where something stands for all experts from the first round on.
-    A client below K_max is sent what stands for its own K; everybody gets `elastic` of them where budgets are elastic.
+    A client below K_max is sent what stands for its own K; everybody gets `elastic` of them where budgets are elastic. A client of
+    K_max sends the sums of `sums` smaller K where maps are fitted from clients' sums.
     """
 
     form: str
@@ -19,6 +20,7 @@ class Skipped:
     k_max: int
     least_top_k: int = 0
     elastic: int = 0
+    sums: int = 0
 
     def multiply_adds(self, shape: ModelShape, top_k: int) -> int:
         """Per token and layer, forward, as they are computed: of a map r (2 h + M), of what is kept per expert all M of it.
@@ -66,13 +68,22 @@ class Skipped:
         4194304
         """
         if top_k >= self.k_max and not self.elastic:
-            return 0
+            return 2 * self.sums_bytes(shape)  # as they are summed, and as they leave
         placed = dtype_bytes if dtype_bytes < FLOAT32 else 0  # float32 is used where it was received
         numbers = (self.elastic or 1) * self.numbers(shape)
         columns = INT64 * shape.up_matrices * self.channels(shape)  # for autograd, of every layer
         matrix = dtype_bytes * shape.hidden * shape.up_matrices * (shape.expert_width // self.slices)
         least = 1 if self.elastic else top_k
         return self.sent_bytes(shape) + placed * numbers + (columns + matrix) * (self.runs(least) > least)
+
+    def sums_bytes(self, shape: ModelShape) -> int:
+        """Bytes of the sums that a client of K_max sends: per layer and K d^2 + d h + d + h + 2 numbers for d = h + M features.
+
+        >>> Skipped("map", 64, 1, 8, sums=3).sums_bytes(ModelShape(1, 1, 2, 1024, 3, 3, 16, 16, 128, vocab=10)) / (3 * 8)
+        44.0
+        """
+        h, d = shape.hidden, shape.hidden + shape.num_experts
+        return INT64 * shape.num_moe_layers * self.sums * (d * d + d * h + d + h + 2)
 
     def channels(self, shape: ModelShape) -> int:
         """Numbers that say which channels a slice keeps, over all layers."""

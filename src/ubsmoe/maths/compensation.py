@@ -54,11 +54,6 @@ class Sums:
         """The sums over no tokens."""
         return cls.of(torch.zeros(0, d, device=device), torch.zeros(0, h, device=device))
 
-    @staticmethod
-    def elements(d: int, h: int) -> int:
-        """How many numbers they are: d^2 + d h + d + h + 2."""
-        return d * d + d * h + d + h + 2
-
     def fixed(self) -> dict[str, Int[Tensor, "..."]]:
         """By name, as whole numbers of 2^-24: they add up without rounding, in any order."""
         return {name: (value * FIXED_POINT).round().to(torch.int64) for name, value in vars(self).items()}

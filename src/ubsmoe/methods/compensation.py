@@ -63,7 +63,8 @@ def with_compensation(method: Method, shape: RunShape, settings: FormSettings) -
     least = int(settings.form == "none" or settings.fit == "clients")
     small = sorted({max(k, least) for k in shape.top_ks if k < shape.k_max})
     elastic = len(small) if shape.elastic else 0
-    skipped = Skipped(settings.form, settings.rank, settings.slices, shape.k_max, least, elastic)
+    sums = len(small) if settings.fit == "clients" else 0
+    skipped = Skipped(settings.form, settings.rank, settings.slices, shape.k_max, least, elastic, sums)
 
     def start(adapter: dict[str, Tensor]) -> State:
         return method.start(adapter).having(CompensationState({}, torch.zeros(len(small), shape.num_layers)))

@@ -137,8 +137,7 @@ def with_clients_sums(method: Method, shape: RunShape, settings: FormSettings, s
         return {**method.judged(extras), **sizes}
 
     def traffic(base: ModelShape, rank: int, trained: Trained, wire_dtype: WireDtype) -> Traffic:
-        per_place = Sums.elements(base.hidden + base.num_experts, base.hidden)
-        up = INT64 * base.num_moe_layers * len(small) * per_place
+        up = method.skipped.sums_bytes(base) if method.skipped else 0
         return method.traffic(base, rank, trained, wire_dtype) + Traffic(INT64 * len(small), up)
 
     return replace(
