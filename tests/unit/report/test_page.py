@@ -14,6 +14,7 @@ from ubsmoe.report import charts
 from ubsmoe.report.headline import headline
 from ubsmoe.report.page import report_html, write_report
 from ubsmoe.report.series import read_series
+from ubsmoe.report.steps import steps_within_rounds
 from ubsmoe.report.tables import accuracy_interval, answer_table, settings_table, short_commit
 
 
@@ -30,6 +31,7 @@ def test_the_page_is_one_file_below_two_megabytes_with_every_chart(tmp_path) -> 
     assert len(page.encode()) < 2e6 and not re.search(r"\{\{|\{%", page[: page.index("<script>")])
     assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="(?!data:)', page)
     wanted = {"loss", "accuracy", *(f"cost-{unit}" for unit in charts.COSTS), "entropy", "gini", "phi", "partition-1"}
+    wanted |= {f"steps-{tier}" for tier in (1, 2, 3, 4)}
     assert {chart["id"] for chart in data(page)["charts"]} == wanted
     assert all(f'id="{name}" role="img"' in page for name in wanted)
     assert "&lt;other&gt;" not in page[page.index('id="charts"') :] and "<other>" not in page
@@ -53,6 +55,30 @@ def test_heat_maps_hold_every_rounds_shares(tmp_path) -> None:
     assert first["rounds"] == [1, 2, 3] and len(first["use"][2]) == 4
     assert all(sum(layer) == pytest.approx(1, abs=2e-3) for layer in first["use"][2])
     assert first["phi"] and second["phi"] is None
+
+
+def test_steps_lie_within_their_round_and_are_means_over_a_tiers_clients(tmp_path) -> None:
+    (run,) = read_series([write_run(tmp_path / "run")])
+    second = {
+        **run.record.clients[1],
+        "client": "client-9",
+        "steps": {**run.record.clients[1]["steps"], "loss": [4, 3]},
+    }
+    run.record.events.insert(run.record.events.index(run.record.clients[1]), second)
+    chart = next(one for one in steps_within_rounds([run]) if one.id == "steps-2")
+    loss, norm = chart.data
+    assert loss["x"] == norm["x"] == pytest.approx([0.5, 1, 1.5, 2, 2.5, 3], abs=1e-4)
+    assert loss["y"] == pytest.approx([3, 2, 1, 0.5, 2 / 3, 1 / 3], abs=1e-4)
+    assert norm["y"] == [3, 2, 3, 2, 3, 2] and norm["yaxis"] == "y2"
+    assert "learning rate 0.01 to 0.01" not in chart.caption and "learning rate 0.01 to " in chart.caption
+
+
+def test_steps_are_not_drawn_for_several_runs_nor_without_any(tmp_path) -> None:
+    runs = read_series([write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1)])
+    assert not list(steps_within_rounds(runs))
+    for event in runs[0].record.clients:
+        event.pop("steps")
+    assert not list(steps_within_rounds(runs[:1]))
 
 
 def test_a_long_run_is_thinned_but_keeps_its_ends(tmp_path, monkeypatch) -> None:
