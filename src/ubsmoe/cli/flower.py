@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ubsmoe import progress
-from ubsmoe.cli.app import Set, group, overrides
+from ubsmoe.cli.app import Set, Track, group, overrides
 from ubsmoe.report.plain import finite_json
 
 verbs = group("flower", "Runs on many machines, with Flower.")
@@ -19,11 +19,14 @@ def init_command(
     run: Annotated[Path, typer.Option("--run", help="run file (TOML)", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="run folder on the server; DIR/out when left out")] = None,
     set_: Set = None,
+    track: Track = None,
 ) -> None:
     """Write a Flower app that carries out a run file."""
     from ubsmoe.engines.flower.app import write_app
+    from ubsmoe.report.tracking import check_names
 
-    write_app(run, app, overrides(set_), out)
+    check_names(track or [])  # the server, which needs the package, may be another machine
+    write_app(run, app, overrides(set_), out, track=track or [])
     typer.echo(f"{app}: a Flower app; `ubsmoe flower up {app} --run` tries it on this machine, its README says more")
 
 

@@ -73,10 +73,16 @@ class Tracking:
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raise UserError for a tracker that does not exist or is not installed."""
+    check_names(names)
+    for name in names:
+        require(name, name)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise UserError for a tracker that does not exist."""
     for name in names:
         if name not in TRACKERS:
             raise UserError(f"--track {name!r}: expected one of {', '.join(TRACKERS)}")
-        require(name, name)
 
 
 def round_scalars(fields: Mapping[str, Any], clients: Sequence[Mapping[str, Any]], dropped: int) -> Scalars:
