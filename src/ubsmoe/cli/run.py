@@ -59,8 +59,13 @@ def run_command(
     ] = None,
 ) -> None:
     """Fine-tune across clients, or resume a run."""
+    from ubsmoe.storage.ending import check_ended
+    from ubsmoe.storage.runfolder import is_run
+
     place, changes = out or _place_of(run_file), overrides(set_)
     if from_:
+        if is_run(from_):
+            check_ended(from_)
         changes["adapter.start"] = str(from_.absolute())
     if more_rounds:
         changes["train.rounds"] = _more_rounds(place, more_rounds)
@@ -263,6 +268,9 @@ def eval_command(
     from rich.console import Console
 
     from ubsmoe.report.console import harness_table, show, task_table
+    from ubsmoe.storage.ending import check_ended
+
+    check_ended(run_folder)
 
     if harness is not None:
         from ubsmoe.finished.harness import harness_scores

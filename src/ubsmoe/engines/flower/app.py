@@ -161,24 +161,18 @@ def plug_ins_of(app: Path) -> str:
 
 
 def run_folder_of(place: Path) -> Path:
-    """The run folder that an app writes, by its own configuration; a run folder is its own.
+    """The run folder that an app writes, by its own configuration, whether there is a run yet; a run folder is its own.
 
     Raises:
         ConfigError: if `place` is neither.
     """
-    project = place / "pyproject.toml"
-    if is_run(place) or not project.is_file():
-        if not is_run(place):
-            raise ConfigError(
-                f"{place} is neither a Flower app's folder nor a run folder; expected what `ubsmoe flower init` made"
-            )
+    if is_run(place):
         return place
-    out = str(_config_of(place)["out"])
-    if not is_run(Path(out)):
+    if not (place / "pyproject.toml").is_file():
         raise ConfigError(
-            f"{out} holds no run yet; start it with `flwr run {place}`, or give the run folder that -c named"
+            f"{place} is neither a Flower app's folder nor a run folder; expected what `ubsmoe flower init` made"
         )
-    return Path(out)
+    return Path(str(_config_of(place)["out"]))
 
 
 def _config_of(app: Path) -> dict[str, Any]:
