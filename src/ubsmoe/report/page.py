@@ -20,7 +20,7 @@ from ubsmoe.report import charts, tables
 from ubsmoe.report.charts import Chart, informs
 from ubsmoe.report.headline import headline
 from ubsmoe.report.plain import finite_json
-from ubsmoe.report.series import Series, by_label
+from ubsmoe.report.series import Series, alone, by_label
 from ubsmoe.report.steps import steps_within_rounds
 from ubsmoe.storage.disk import atomic_write
 from ubsmoe.storage.record import TierCosts
@@ -49,6 +49,7 @@ def write_report(runs: Sequence[Series], costs: Sequence[list[TierCosts]], out: 
 
 def report_html(runs: Sequence[Series], costs: Sequence[list[TierCosts]]) -> str:
     """The report as text."""
+    runs = alone(runs)
     drawn = _charts(runs, costs)
     methods = list(by_label(runs))
     script = gzip.decompress(resources.files("ubsmoe").joinpath(PLOTLY).read_bytes()).decode()

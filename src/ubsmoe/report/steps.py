@@ -51,7 +51,7 @@ def _chart(tier: int, points: Sequence[Point], rates: str) -> Chart:
     layout = {
         "xaxis": {"title": {"text": "rounds done"}},
         "yaxis": {"title": {"text": "loss, nats per token"}},
-        "yaxis2": {"title": {"text": "gradient norm"}, "overlaying": "y", "side": "right", "rangemode": "tozero"},
+        "yaxis2": {"title": {"text": "gradient norm"}, "overlaying": "y", "side": "right", "tickmode": "auto"},
     }
     caption = f"Mean loss and gradient norm (before clipping) of tier {tier + 1}'s clients, step by step; {rates}."
     return Chart(f"steps-{tier + 1}", f"Steps of tier {tier + 1}", caption, traces, layout)

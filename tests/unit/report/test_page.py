@@ -13,7 +13,7 @@ from ubsmoe.plan.tiers import run_costs
 from ubsmoe.report import charts
 from ubsmoe.report.headline import headline
 from ubsmoe.report.page import report_html, write_report
-from ubsmoe.report.series import read_series
+from ubsmoe.report.series import alone, read_series
 from ubsmoe.report.steps import steps_within_rounds
 from ubsmoe.report.tables import accuracy_interval, answer_table, settings_table, short_commit
 
@@ -123,19 +123,20 @@ def test_the_first_screen_says_what_a_run_came_to_and_what_it_cost(tmp_path) -> 
     (run,) = read_series([write_run(tmp_path / "run")])
     first = headline([run], [[c.as_dict() for c in run_costs(parse_run(run.record.config))]])
     assert first.sentence == "ubsmoe: accuracy 27.5 → 77.5 % in 3 rounds, mean over tiers"
-    tuned = headline([replace(run, label="ubsmoe(compensation.form=map;pg.mode=self_ipw)")], [[]])
+    tuned = headline(alone([replace(run, label="ubsmoe(compensation.form=map;pg.mode=self_ipw)")]), [[]])
     assert tuned.sentence == first.sentence  # alone it needs no settings to be told apart
-    assert "before training. 50 questions in 1 task, chance 25.0%. Intervals: 95 %, over questions." in first.remarks[0]
+    assert "before training. 50 questions in 1 task, chance 25.0%. Intervals: 95 %, over questions." in first.remarks[1]
     events = [one for one in run.record.events if one["event"] != "evaluated" or one["round"]]
     unmeasured = headline([replace(run, record=replace(run.record, events=events))], [[]])
-    assert unmeasured.remarks[0].startswith("50 questions in 1 task")
-    assert first.remarks[1] == "3 of 15 updates did not count (deadline 3)."
+    assert unmeasured.remarks[1].startswith("50 questions in 1 task")
+    assert first.remarks[0] == "ubsmoe-tiny on synthetic data: 4 clients in 4 tiers, 3 rounds."
+    assert first.remarks[2] == "3 of 15 updates did not count: 3 late or away; all of client-4."
     ((method, cells),) = first.rows
     assert method == "ubsmoe" and (cells[3].before, cells[3].after) == ("35.0", "85.0")
     low, high = map(float, cells[3].interval.split("–"))
     assert low < 85 < high
-    assert first.costs[0] == ("K", ["2", "4", "6", "8"]) and first.costs[1][1][3] == "100%"
-    assert first.costs[2] == ("client s a round", ["0.2", "0.4", "0.6", "0.8"])
+    assert first.costs[0] == ("K", ("2", "4", "6", "8")) and first.costs[1][1][3] == "100%"
+    assert first.costs[2] == ("client s a round", ("0.2", "0.4", "0.6", "0.8"))
     assert first.differences is None
 
 
@@ -151,6 +152,13 @@ def test_methods_are_compared_seed_by_seed_and_what_is_not_told_apart_is_said(tm
     assert headline(one, [[] for _ in one]).sentence.endswith(
         "+10.0 points with one seed, which cannot tell methods apart"
     )
+
+
+def test_methods_that_pay_alike_share_a_row(tmp_path) -> None:
+    runs = compared(tmp_path, {"fedavg": [0.5], "flora": [0.5], "ubsmoe": [0.6]})
+    costs = [[c.as_dict() for c in run_costs(parse_run(run.record.config))] for run in runs]
+    rows = [unit for unit, _ in headline(runs, costs).costs]
+    assert rows[:2] == ["K: fedavg; ubsmoe", "K: flora"] and rows[-1] == "client MB a round"
 
 
 def test_a_run_that_was_never_evaluated_has_a_headline_too(tmp_path) -> None:
