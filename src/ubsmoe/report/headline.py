@@ -159,7 +159,9 @@ def _remarks(runs: Sequence[Series], groups: Groups, first: str) -> Iterator[str
         stages = ", ".join(f"{count} {WHY[stage]}" for stage, count in lost.most_common())
         clients = {event["client"] for run in runs for event in run.record.dropped}
         whose = f"all of {clients.pop()}" if len(clients) == 1 else f"of {len(clients)} clients"
-        yield f"{lost.total()} of {asked} updates did not count: {stages}; {whose}."
+        yield f"{lost.total()} of {asked} updates did not count: {stages}, {whose}."
+    if any(run.record.config.get("simulation") for run in runs):
+        yield "Seconds are those of a virtual clock ([simulation])."
     for run in runs:
         if run.record.summary is None:
             planned = run.record.config["train"]["rounds"]

@@ -130,7 +130,9 @@ def test_the_first_screen_says_what_a_run_came_to_and_what_it_cost(tmp_path) -> 
     unmeasured = headline([replace(run, record=replace(run.record, events=events))], [[]])
     assert unmeasured.remarks[1].startswith("50 questions in 1 task")
     assert first.remarks[0] == "ubsmoe-tiny on synthetic data: 4 clients in 4 tiers, 3 rounds."
-    assert first.remarks[2] == "3 of 15 updates did not count: 3 late or away; all of client-4."
+    assert first.remarks[2] == "3 of 15 updates did not count: 3 late or away, all of client-4."
+    run.record.config["simulation"] = {"dropout": 0.1}
+    assert "virtual clock" in headline([run], [[]]).remarks[3] and len(first.remarks) == 3
     ((method, cells),) = first.rows
     assert method == "ubsmoe" and (cells[3].before, cells[3].after) == ("35.0", "85.0")
     low, high = map(float, cells[3].interval.split("–"))
