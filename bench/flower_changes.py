@@ -3,7 +3,7 @@
     after round 2   node-3 is killed (kill -9)
     after round 4   node-4 is added, with a key and data of its own
     after round 7   node-1 is unregistered, and node-5 with another key takes its client's place
-    after round 10  node-2 is started again, as by `ubsmoe flower restart`
+    after round 17  node-2 is started again, as by `ubsmoe flower restart`
 
 Each node is a client with a file of its own. Seconds are the server's, from one round's end to the next, without evaluation.
 
@@ -48,7 +48,7 @@ test_examples = 8
 [method]
 name = "ubsmoe"
 [train]
-rounds = 14
+rounds = 24
 local_steps = 2
 batch_size = 4
 [evaluate]
@@ -96,7 +96,7 @@ class Changes:
             2: ("node-3 is killed", self.kill),
             4: ("node-4 is added", lambda: self.start(4, 4)),
             7: ("node-1 is replaced by node-5", self.replace),
-            10: ("node-2 is started again", lambda: request_restart(self.app, "node-2")),
+            17: ("node-2 is started again", lambda: request_restart(self.app, "node-2")),
         }
         while plan:
             time.sleep(0.2)

@@ -33,7 +33,7 @@ def write_run(
                 run.events.append(
                     "client", number, client=f"client-{tier}", tier=tier, top_k=top_k, rank=8, examples=40,
                     tokens=1000, assignments=1000 * top_k, loss=1 / number, seconds=top_k / 10,
-                    upload_bytes=10_000 * top_k, download_bytes=90_000,
+                    upload_bytes=10_000 * top_k, download_bytes=90_000, steps=_steps(number, tier),
                 )  # fmt: skip
             run.events.append("dropped", number, client="client-4", stage="deadline", reason="answered < too late")
             used = torch.rand(LAYERS, EXPERTS, generator=draw, dtype=torch.float64) + 0.1 * number
@@ -46,6 +46,17 @@ def write_run(
         if finished:
             run.write_summary({"seconds": 6.0, "adapter_sha256": "ab" * 32, "before": before, "after": last})
     return folder
+
+
+def _steps(number: int, tier: int) -> dict[str, list[float]]:
+    """Steps 2 and 4 of a round."""
+    norms = [tier + 2.0, tier + 1.0]
+    return {
+        "number": [2, 4],
+        "loss": [2 / number, 1 / number],
+        "learning_rate": 2 * [0.01 / number],
+        "gradient_norm": norms,
+    }
 
 
 def _evaluate(run: RunFolder, number: int, accuracy: float) -> list[dict[str, dict[str, float]]]:

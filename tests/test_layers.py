@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "engines/flower": {
         "progress",
-        *{"client", "config", "data", "errors", "messages", "secagg", "server", "storage", "version", "wire"},
+        *{"client", "config", "data", "errors", "messages", "report", "secagg", "server", "storage", "version", "wire"},
     },
     "finished": {
         "progress",

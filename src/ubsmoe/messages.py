@@ -5,7 +5,7 @@ All tensors are fused over experts: `layers.{l}.{projection}.A` is [M, r, in] an
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -14,6 +14,8 @@ from ubsmoe.costs.workload import ExpertFormat, NamedFormat
 Tensors = Mapping[str, Tensor]
 CLIENT_NAME = r"^[A-Za-z0-9_]([A-Za-z0-9_.-]{0,62}[A-Za-z0-9_])?$"
 """What a client may be called: letters, digits and _ . - between them, at most 64; a name stands in logs, files and tables."""
+MOST_STEPS_TOLD = 16
+"""Of how many steps of a round a client says how they went: an event stays small, whatever `train.local_steps` is."""
 Stage = Literal["training", "deadline", "wire", "validation", "robust"]
 
 
@@ -73,6 +75,18 @@ class Task:
         return sum(tensor.nbytes for tensor in self.payload.values())
 
 
+class Step(NamedTuple):
+    """How one optimiser step of a round went: its number from 1, the loss in nats per token, the rate, and the gradient's norm.
+
+    The norm is that of the whole gradient before it is clipped.
+    """
+
+    number: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+
+
 @dataclass(frozen=True)
 class Update:
     """What a client returns.
@@ -80,7 +94,8 @@ class Update:
     `adapters` are its trained tensors (values, not differences). `expert_tokens` [L, M] counts, per SMoE layer, the tokens
     routed to each expert while training, padding left out; `tokens` is how many tokens it trained on and `assignments` how many
     (token, expert) choices that makes, so that each row of `expert_tokens` sums to `assignments`. `extras` holds what one method
-    alone needs. `tier`, `run` and `base` say what work it answers; `base` is the hash of the client's own weights.
+    alone needs. `tier`, `run` and `base` say what work it answers; `base` is the hash of the client's own weights. `steps` are at
+    most MOST_STEPS_TOLD of the round's steps, evenly spaced; a run with [privacy] or [secure_aggregation] tells none.
     """
 
     client: str
@@ -96,6 +111,7 @@ class Update:
     tier: int = 0
     run: str = ""
     base: str = ""
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -51,14 +51,25 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Reports of two runs that have nothing in common, of one run, and of three methods on three seeds."""
     folder = tmp_path_factory.mktemp("runs")
-    write_run(folder / "compare" / "runs" / "fedavg-seed0", "fedavg", phi=False)
-    write_run(folder / "compare" / "runs" / "ubsmoe-seed1", "ubsmoe", seed=1)
-    runs = read_series([folder / "compare"])
-    costs = [[cost.as_dict() for cost in run_costs(parse_run(run.record.config))] for run in runs]
-    write_report(runs, costs, folder / "report.html")
-    return folder / "report.html"
+    write_run(folder / "two" / "runs" / "fedavg-seed0", "fedavg", phi=False)
+    write_run(folder / "two" / "runs" / "ubsmoe-seed1", "ubsmoe", seed=1)
+    write_run(folder / "one")
+    for method, after in (("fedavg", 0.6), ("flora", 0.7), ("ubsmoe", 0.75)):
+        for seed in range(3):
+            write_run(folder / "compared" / "runs" / f"{method}-seed{seed}", method, seed, after=after)
+    for kind in ("two", "one", "compared"):
+        runs = read_series([folder / kind])
+        costs = [[cost.as_dict() for cost in run_costs(parse_run(run.record.config))] for run in runs]
+        write_report(runs, costs, folder / f"{kind}.html")
+    return {kind: folder / f"{kind}.html" for kind in ("two", "one", "compared")}
+
+
+@pytest.fixture(scope="module")
+def page(pages: dict[str, Path]) -> Path:
+    return pages["two"]
 
 
 @pytest.fixture
@@ -80,20 +91,48 @@ return [...document.querySelectorAll(arguments[0])].map(node => node.getBounding
 """
 
 
-@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
-def test_the_first_screen_holds_the_headline_and_every_tiers_accuracy(opened: Any, width: int, height: int) -> None:
+SCREENS = [(width, height, scheme) for width, height in ((1280, 900), (390, 844)) for scheme in ("light", "dark")]
+
+
+@pytest.mark.parametrize(("width", "height", "scheme"), SCREENS)
+@pytest.mark.parametrize("kind", ["one", "compared"])
+def test_the_first_screen_holds_the_headline_and_every_tiers_accuracy(
+    browser: Any, pages: dict[str, Path], kind: str, width: int, height: int, scheme: str
+) -> None:
+    """One run of which updates were dropped, and three methods with three seeds each."""
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    opened.refresh()
-    assert "% accuracy" in opened.find_element("css selector", "h1").text
-    for what in ("h1", ".lead .accuracy", ".lead thead"):
-        assert opened.execute_script(IN_VIEW, what), what
-    assert [one.text for one in opened.find_elements("css selector", ".lead .accuracy")] == 2 * [
-        "70.0",
-        "75.0",
-        "80.0",
-        "85.0",
-    ]
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get(pages[kind].as_uri())
+    said = browser.find_element("css selector", "header").text
+    assert {"one": "accuracy 27.5 → 77.5 %", "compared": "95 % over 3 seeds"}[kind] in said
+    assert "ubsmoe-tiny on synthetic data: 4 clients in 4 tiers, 3 rounds." in said and "late or away" in said
+    for what in ("h1", "header p", ".lead .accuracy", ".lead thead"):
+        assert browser.execute_script(IN_VIEW, what), what
+    shown = [one.text for one in browser.find_elements("css selector", ".lead .accuracy")]
+    assert shown[-4:] == {"one": ["70.0", "75.0", "80.0", "85.0"], "compared": ["75.0", "80.0", "85.0", "90.0"]}[kind]
+    assert len(shown) == {"one": 4, "compared": 12}[kind]
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert browser.execute_script(LOW_CONTRAST) == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_run_shows_loss_and_gradient_norm_of_each_tier_on_axes_of_their_own(
+    browser: Any, pages: dict[str, Path], width: int
+) -> None:
+    size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(pages["one"].as_uri())
+    for tier in (1, 2, 3, 4):
+        chart = f"document.querySelector('#steps-{tier}')"
+        assert browser.execute_script(f"return {chart}.querySelectorAll('.scatterlayer .trace').length") == 2
+        titles = browser.execute_script(
+            f"return [...{chart}.querySelectorAll('.ytitle, .y2title')].map(t => t.textContent)"
+        )
+        assert titles == ["loss, nats per token", "gradient norm"]
+        assert browser.execute_script(f"return {chart}.clientWidth") <= width
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
 
 
 def charts_drawn(browser: Any) -> int:
@@ -135,7 +174,8 @@ def test_phi_is_shown_only_for_a_run_that_has_it(opened: Any) -> None:
 def test_tables_sort_by_number_both_ways(opened: Any) -> None:
     table = opened.find_element("css selector", "#clients table")
     heading = next(b for b in table.find_elements("css selector", "thead button") if b.text.startswith("seconds"))
-    column = "return [...arguments[0].tBodies[0].rows].map(row => Number(row.cells[10].dataset.value))"
+    place = opened.execute_script("return arguments[0].closest('th').cellIndex", heading)
+    column = f"return [...arguments[0].tBodies[0].rows].map(row => Number(row.cells[{place}].dataset.value))"
     before = opened.execute_script(column, table)
     assert before != sorted(before)
     for ascending in (True, False):

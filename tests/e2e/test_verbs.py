@@ -84,6 +84,9 @@ def test_a_new_run_file_has_every_key_at_its_default_and_never_replaces_one(
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quick")
     (write_run(folder / "run") / "costs.json").write_text(COSTS)
+    write_run(folder / "unfinished", finished=False)
+    (folder / "taken").mkdir()
+    (folder / "taken" / "a").write_text("mine")
     (folder / "good.toml").write_text("seed = 1\n")
     (folder / "bad.toml").write_text("[train]\nrond = 3\n")
     (folder / "old.toml").write_text("[evaluate]\nlikelihood = true\n")
@@ -107,6 +110,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("plan old.toml", 2),
         ("compare bad.toml --methods fedavg", 2),
         ("watch run", 2),
+        ("export unfinished out", 2),
+        ("export run taken", 2),
+        ("eval unfinished", 2),
+        ("generate unfinished hello", 2),
+        ("run good.toml --from unfinished", 2),
     ],
 )
 def test_what_needs_no_model_imports_neither_torch_nor_transformers(words: str, code: int, place: Path) -> None:

@@ -78,6 +78,9 @@ Folder = Annotated[Path, typer.Argument(help="a run folder", show_default=False)
 Out = Annotated[Path | None, typer.Option("--out", help="run folder; out/<name of the run file> when left out")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="change one setting, as in train.rounds=3; repeatable")]
 Runs = Annotated[list[Path], typer.Argument(help="run folders, or folders of ubsmoe compare", show_default=False)]
+Track = Annotated[
+    list[str] | None, typer.Option("--track", help="also log metrics to tensorboard, wandb or mlflow; repeatable")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from ubsmoe import progress
-from ubsmoe.cli.app import Set, group, overrides
+from ubsmoe.cli.app import Set, Track, group, overrides
+from ubsmoe.errors import UserError
 from ubsmoe.report.plain import finite_json
 
 verbs = group("flower", "Runs on many machines, with Flower.")
@@ -19,11 +20,14 @@ def init_command(
     run: Annotated[Path, typer.Option("--run", help="run file (TOML)", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="run folder on the server; DIR/out when left out")] = None,
     set_: Set = None,
+    track: Track = None,
 ) -> None:
     """Write a Flower app that carries out a run file."""
     from ubsmoe.engines.flower.app import write_app
+    from ubsmoe.report.tracking import check_names
 
-    write_app(run, app, overrides(set_), out)
+    check_names(track or [])  # the server, which needs the package, may be another machine
+    write_app(run, app, overrides(set_), out, track=track or [])
     typer.echo(f"{app}: a Flower app; `ubsmoe flower up {app} --run` tries it on this machine, its README says more")
 
 
@@ -77,17 +81,30 @@ def status_command(
     """Show the nodes, their last round and the progress.
 
     Reads the run folder that the server writes, so it needs no connection.
+    Exit code 2 if there is no run, or it was stopped without a result.
     """
     import json
+    import time
 
     from rich.console import Console
 
     from ubsmoe.cli.inspect import costs_of
     from ubsmoe.engines.flower.app import run_folder_of
+    from ubsmoe.engines.flower.programs import LOOK_SECONDS
     from ubsmoe.report.federation import Status, as_json, follow, status_of, status_table, write_prometheus
-    from ubsmoe.storage.runfolder import read_run
+    from ubsmoe.storage.ending import is_running
+    from ubsmoe.storage.runfolder import is_run, read_run
 
     folder, console = run_folder_of(place), Console()
+    if not is_run(folder):
+        missing = (
+            f"{folder} holds no run yet; `flwr run {place}` starts it (a run folder that -c named is given instead)"
+        )
+        if not watch:
+            raise UserError(missing)
+        typer.echo(f"{missing}; waits for it", err=True)
+        while not is_run(folder):
+            time.sleep(LOOK_SECONDS)
     costs = costs_of(read_run(folder))
 
     def show(status: Status) -> None:
@@ -99,11 +116,19 @@ def status_command(
             console.clear()
         console.print(status_table(status, console.width))
 
+    def look() -> Status:
+        running = is_running(folder)
+        return status_of(read_run(folder), costs, running)
+
     if watch:
         progress.at("")
-        follow(lambda: status_of(read_run(folder), costs), show)
+        last = follow(look, show)
     else:
-        show(status_of(read_run(folder), costs))
+        show(last := look())
+    if not last.ended and not last.running:
+        raise UserError(
+            f"the run in {folder} was stopped without a result; the server's log says why, and the same run started again goes on"
+        )
 
 
 @verbs.command("keys")

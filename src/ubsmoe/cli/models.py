@@ -40,6 +40,11 @@ def export_command(
 
     The export's README says what the format cannot express.
     """
+    from ubsmoe.storage.ending import check_ended
+    from ubsmoe.storage.exportfolder import check_free
+
+    check_ended(run_folder)  # torch and the base take long to load
+    check_free(out)
     from ubsmoe.finished.run import export_run
 
     sidecar = export_run(run_folder, out, format.value, tier, base)
@@ -92,6 +97,11 @@ def generate_command(
     ] = None,
 ) -> None:
     """Generate a continuation of a prompt at a budget."""
+    from ubsmoe.storage.ending import check_ended
+    from ubsmoe.storage.runfolder import is_run
+
+    if is_run(place):
+        check_ended(Path(place))
     from ubsmoe import FederatedMoE
 
     model = FederatedMoE.from_pretrained(place, tier=tier, dtype=dtype.value if dtype else None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from ubsmoe.cli.app import AsJson, Folder, Out, RunFile, Set, app, overrides, print_json, read_settings
+from ubsmoe.cli.app import AsJson, Folder, Out, RunFile, Set, Track, app, overrides, print_json, read_settings
 from ubsmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from ubsmoe.training.federation import Federation
 
 WorkerCount = Annotated[int, typer.Option("--workers", min=1, help="processes that train clients, one thread each")]
-
-Track = Annotated[
-    list[str] | None, typer.Option("--track", help="also log metrics to tensorboard, wandb or mlflow; repeatable")
-]
 
 
 class EngineName(StrEnum):
@@ -63,8 +59,13 @@ def run_command(
     ] = None,
 ) -> None:
     """Fine-tune across clients, or resume a run."""
+    from ubsmoe.storage.ending import check_ended
+    from ubsmoe.storage.runfolder import is_run
+
     place, changes = out or _place_of(run_file), overrides(set_)
     if from_:
+        if is_run(from_):
+            check_ended(from_)
         changes["adapter.start"] = str(from_.absolute())
     if more_rounds:
         changes["train.rounds"] = _more_rounds(place, more_rounds)
@@ -73,9 +74,7 @@ def run_command(
             raise UserError(
                 f"--workers is {workers}, but with --engine {engine.value} nodes train, each its own; leave it out"
             )
-        if track:
-            raise UserError(f"--track {track[0]}: only runs in this process log metrics; leave out --engine or --track")
-        return _run_on_flower(run_file, place, changes, engine is EngineName.simulation)
+        return _run_on_flower(run_file, place, changes, engine is EngineName.simulation, track or [])
     from rich.console import Console
 
     from ubsmoe.report.console import RunConsole
@@ -149,21 +148,23 @@ def _resumable(place: Path, rounds: int) -> Iterator[None]:
         raise typer.Exit(128 + getattr(stopped, "number", 2)) from None
 
 
-def _run_on_flower(run_file: Path, place: Path, changes: dict[str, Any], simulated: bool) -> None:
+def _run_on_flower(run_file: Path, place: Path, changes: dict[str, Any], simulated: bool, track: list[str]) -> None:
     """The same on a federation that lives as long as the run."""
     from ubsmoe.engines.flower.app import write_app
     from ubsmoe.engines.flower.endings import ended_in_order, owned_folder
     from ubsmoe.engines.flower.localhost import local_federation
+    from ubsmoe.report.tracking import check_trackers
     from ubsmoe.storage.runfolder import read_adapter
 
     if run_file.is_dir():
         raise UserError(f"{run_file} is a folder; with --engine give the run file, and the folder as --out")
     settings = read_settings(run_file, changes)
     _check_stateless(settings)
+    check_trackers(track)
     nodes = min(settings.clients.count, len(settings.tiers.budgets))
     with _resumable(place, settings.train.rounds), ended_in_order(), owned_folder() as folder:
         # nodes that are started here come, however long a busy machine takes
-        write_app(run_file, folder / "run", changes, place, join_seconds=1800)
+        write_app(run_file, folder / "run", changes, place, join_seconds=1800, track=track)
         with local_federation(folder / "run", nodes, simulated, typer.echo) as federation:
             federation.run()
     read_adapter(place)  # flwr run tells nobody that the server failed
@@ -267,6 +268,9 @@ def eval_command(
     from rich.console import Console
 
     from ubsmoe.report.console import harness_table, show, task_table
+    from ubsmoe.storage.ending import check_ended
+
+    check_ended(run_folder)
 
     if harness is not None:
         from ubsmoe.finished.harness import harness_scores

@@ -8,6 +8,7 @@ import torch
 from ubsmoe.config import TierSettings, TrainSettings
 from ubsmoe.config.plug_ins import load
 from ubsmoe.data.tokens import Tokens, batches
+from ubsmoe.messages import MOST_STEPS_TOLD
 
 
 def batch_order(settings: TrainSettings, examples: Sequence[Tokens], generator: torch.Generator) -> Iterator[list[int]]:
@@ -28,6 +29,16 @@ def steps_per_round(settings: TrainSettings, num_examples: int) -> int:
         return settings.local_steps
     batches_per_pass = math.ceil(num_examples / settings.batch_size)
     return max(1, round(settings.local_epochs * batches_per_pass / settings.gradient_accumulation))
+
+
+def steps_told(num_steps: int) -> set[int]:
+    """The steps, from 0, of which a client says how they went: evenly spaced, the first and the last among them.
+
+    >>> sorted(steps_told(3)), len(steps_told(1000)), max(steps_told(1000))
+    ([0, 1, 2], 16, 999)
+    """
+    count = min(num_steps, MOST_STEPS_TOLD)
+    return {i * (num_steps - 1) // max(count - 1, 1) for i in range(count)}
 
 
 def step_size(settings: TrainSettings, round: int, step: int, num_steps: int) -> float:

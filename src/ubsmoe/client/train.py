@@ -4,17 +4,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ubsmoe.client.schedule import batch_order, elastic_top_ks, in_pieces, step_size, steps_per_round
+from ubsmoe.client.schedule import batch_order, elastic_top_ks, in_pieces, step_size, steps_per_round, steps_told
 from ubsmoe.config import RunSettings, TierSettings, TrainSettings, WireDtype, train_of_tier
 from ubsmoe.data.tokens import IGNORED, Tokens, collate, pad_id
 from ubsmoe.errors import UserError
-from ubsmoe.messages import Task, Tensors, Update, in_order
+from ubsmoe.messages import Step, Task, Tensors, Update, in_order
 from ubsmoe.methods.hooks import OWN, Hooks
 from ubsmoe.methods.method import Method
 from ubsmoe.model.load import Bases
@@ -109,7 +110,7 @@ def train(
         for look in hooks.before_training:
             look(_in_order(trainer, examples))
         with model.counting(), recomputing(model) if trainer.settings.gradient_checkpointing else nullcontext():
-            loss, tokens, assignments = _steps(trainer, task, examples, hooks, on_step)
+            loss, tokens, assignments, steps = _steps(trainer, task, examples, hooks, on_step)
             if trainer.memory and (kept := hooks.keeps()):
                 trainer.memory.keep(client, task.round, _copies(kept))
             return Update(
@@ -126,9 +127,15 @@ def train(
                 tier=tier,
                 run=task.run,
                 base=trainer.base_sha256,
+                steps=() if _is_private(trainer.run) else steps,
             )
     finally:
         model.clear()
+
+
+def _is_private(run: RunSettings | None) -> bool:
+    """Whether nothing may leave a client that tells of its data alone."""
+    return run is not None and bool(run.privacy or run.secure_aggregation)
 
 
 def _with_own(payload: Tensors, memory: Memory | None, client: str) -> dict[str, Tensor]:
@@ -149,8 +156,8 @@ def _steps(
     examples: Sequence[Tokens],
     hooks: Hooks,
     on_step: Callable[[int, int, float], None] | None,
-) -> tuple[float, int, int]:
-    """The training loop. Gives the mean loss, the tokens seen and the (token, expert) choices per layer they made."""
+) -> tuple[float, int, int, tuple[Step, ...]]:
+    """The training loop. Gives the mean loss, the tokens seen, the (token, expert) choices per layer they made, and some steps."""
     model, settings = trainer.model, trainer.settings
     key = (trainer.seed, task.profile.client, task.round)
     parameters = [*model.adapter.values(), *hooks.parameters]
@@ -159,7 +166,8 @@ def _steps(
     num_steps = steps_per_round(settings, len(examples))
     first = (task.round - 1) * num_steps
     budgets = elastic_top_ks(trainer.tiers, task.profile.top_k, first, num_steps, generator_for(*key, "elastic"))
-    losses, tokens, assignments = [], 0, 0
+    losses, tokens, assignments = list[float](), 0, 0
+    told, steps = steps_told(num_steps), list[Step]()
     for step, top_k in enumerate(budgets):
         model.set_top_k(top_k)
         rate = settings.learning_rate * step_size(settings, task.round, step, num_steps)
@@ -185,6 +193,8 @@ def _steps(
             )
         for act in hooks.before_step:
             act()
+        if step in told:
+            steps.append(Step(step + 1, loss, rate, _gradient_norm(parameters)))
         if settings.clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
         optimizer.step()
@@ -193,7 +203,13 @@ def _steps(
         losses.append(loss)
         if on_step:
             on_step(step + 1, num_steps, loss)
-    return sum(losses) / len(losses), tokens, assignments
+    # a norm that no float holds makes an update that the server refuses by the tensor's name
+    return sum(losses) / len(losses), tokens, assignments, tuple(step for step in steps if all(map(isfinite, step)))
+
+
+def _gradient_norm(parameters: Sequence[Tensor]) -> float:
+    """The norm over all that is trained; what no token reached has no gradient."""
+    return float(torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None]))
 
 
 def _in_order(trainer: Trainer, examples: Sequence[Tokens]) -> Iterator[dict[str, Tensor]]:

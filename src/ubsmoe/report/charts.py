@@ -14,6 +14,7 @@ from ubsmoe.storage.record import Scores, TierCosts
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "x", "star", "pentagon", "hexagon")
 DASHES = ("solid", "dash", "dot", "dashdot")
+MOST_SYMBOLS = 60  # on a line
 MOST_HEAT_CELLS = 60_000  # about 400 kB of JSON; longer runs show every n-th round
 
 COSTS = {  # unit -> title of its chart, and its axis
@@ -74,7 +75,7 @@ def _learning(points: Sequence[tuple[Series, list[tuple[int, int, float]]]]) -> 
     for index, (name, rounds) in enumerate(lines.items()):
         numbers = sorted(rounds)  # seeds may have been evaluated after different ones
         means = [[average(values) for values in rounds[number].values()] for number in numbers]
-        traces.append(_with_bars(_line(name, numbers, [average(one) for one in means], index), means))
+        traces.append(_with_bars(line(name, numbers, [average(one) for one in means], index), means))
     return traces
 
 
@@ -98,7 +99,7 @@ def cost_against_accuracy(runs: Sequence[Series], costs: Sequence[list[TierCosts
         points = [(tier, paid) for tier, paid in points if unit in paid]
         accuracy = [[100 * one[tier["tier"]]["macro"]["accuracy"] for one in last] for tier, _ in points]
         means = [average(one) for one in accuracy]
-        trace = _with_bars(_line(seeds[0].label, [paid[unit] for _, paid in points], means, index), accuracy)
+        trace = _with_bars(line(seeds[0].label, [paid[unit] for _, paid in points], means, index), accuracy)
         trace["customdata"] = [[t["tier"] + 1, t["top_k"], t["rank"]] for t, _ in points]
         trace["hovertemplate"] = (
             f"tier %{{customdata[0]}}, K = %{{customdata[1]}}, rank %{{customdata[2]}}: %{{x:.3g}} {unit}, %{{y:.1f}} %"
@@ -129,7 +130,7 @@ def expert_use(runs: Sequence[Series]) -> Iterator[Chart]:
     modulated = [run for run in runs if run.phi is not None]
     for id, quantity, drawn in (("entropy", ENTROPY, runs), ("gini", GINI, runs), ("phi", PHI, modulated)):
         traces = [
-            _line(seeds[0].label, rounds, _short(mean(values, (0, 2))), index)
+            line(seeds[0].label, rounds, _short(mean(values, (0, 2))), index)
             for index, (seeds, rounds, values) in enumerate(over_rounds(drawn, quantity))
         ]
         if traces:
@@ -205,10 +206,11 @@ def last_scores(run: Series) -> dict[int, Scores]:
     return {event["tier"]: event["scores"] for event in run.record.evaluated}
 
 
-def _line(name: str, x: list[Any], y: list[Any], index: int) -> dict[str, Any]:
+def line(name: str, x: list[Any], y: list[Any], index: int) -> dict[str, Any]:
+    """A line in a colour, a dash and symbols of its own; without symbols where its points lie close."""
     return {
         "type": "scatter",
-        "mode": "lines+markers",
+        "mode": "lines+markers" if len(x) <= MOST_SYMBOLS else "lines",
         "name": name,
         "x": x,
         "y": y,

@@ -37,23 +37,28 @@ class ClientStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """A run and its clients; `seconds_left` is None before the first round, `accuracy` by tier of the last evaluation."""
+    """A run and its clients; `seconds_left` is None before the first round, `accuracy` by tier of the last evaluation.
+
+    A run that has not `ended` and is not `running` was stopped, or failed.
+    """
 
     round: int
     rounds: int
     ended: bool
+    running: bool
     loss: float | None
     seconds_left: float | None
     accuracy: dict[int, float]
     clients: list[ClientStatus]
 
 
-def status_of(record: RunRecord, costs: Sequence[TierCosts]) -> Status:
+def status_of(record: RunRecord, costs: Sequence[TierCosts], running: bool = True) -> Status:
     """What a run's events say of it now.
 
     Args:
         record: of the run.
         costs: what a client of each tier needs, as planned; may be empty.
+        running: whether a process carries it out.
     """
     rounds, planned = record.rounds, record.config["train"]["rounds"]
     done = rounds[-1]["round"] if rounds else 0
@@ -61,6 +66,7 @@ def status_of(record: RunRecord, costs: Sequence[TierCosts]) -> Status:
         done,
         planned,
         record.summary is not None,
+        running and record.summary is None,
         rounds[-1]["loss"] if rounds else None,
         seconds_left(record.events, planned) if rounds else None,
         {event["tier"] + 1: event["scores"]["macro"]["accuracy"] for event in record.evaluated},
@@ -115,6 +121,8 @@ def in_a_line(status: Status) -> str:
     parts += [f"accuracy {average(status.accuracy.values()):.1%}"] if status.accuracy else []
     if status.ended:
         parts.append("ended")
+    elif not status.running:
+        parts.append("stopped")
     elif status.seconds_left is not None:
         parts.append(f"about {duration(status.seconds_left)} left")
     return ", ".join(parts)
@@ -183,6 +191,7 @@ def write_prometheus(status: Status, out: Path) -> None:
     gauge("round", "rounds done", status.round)
     gauge("rounds_planned", "rounds of the run", status.rounds)
     gauge("ended", "1 if the run has ended", float(status.ended))
+    gauge("running", "1 if a process carries it out", float(status.running))
     gauge("loss", "mean training loss of the last round", status.loss)
     gauge("seconds_left", "estimate of what is left", status.seconds_left)
     for tier, accuracy in status.accuracy.items():
@@ -193,20 +202,25 @@ def write_prometheus(status: Status, out: Path) -> None:
     write_to_textfile(str(out), registry)
 
 
-def follow(look: Callable[[], Status], show: Callable[[Status], None], pause: Callable[[], None] | None = None) -> None:
-    """Show a status whenever it has changed, until the run has ended.
+def follow(
+    look: Callable[[], Status], show: Callable[[Status], None], pause: Callable[[], None] | None = None
+) -> Status:
+    """Show a status whenever it has changed, until the run has ended or is stopped; gives the last one.
+
+    A run that nobody carries out yet is waited for: its server may be about to start.
 
     Args:
         look: reads it.
         show: gets it.
         pause: called between two looks; two seconds when left out.
     """
-    before = None
+    before, has_run = None, False
     while True:
         status = look()
         if status != before:
             show(status)
-        if status.ended:
-            return
+        has_run |= status.running
+        if status.ended or (has_run and not status.running):
+            return status
         before = status
         (pause or (lambda: time.sleep(2)))()

@@ -2,8 +2,10 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from ubsmoe.report.charts import tier_costs
 from ubsmoe.report.comparison import interval
@@ -14,6 +16,16 @@ from ubsmoe.storage.record import Scores, TierCosts
 
 Groups = Mapping[str, Sequence[Series]]
 """The seeds of each method."""
+
+
+WHY: dict[str, str] = {
+    "training": "failed in training",
+    "deadline": "late or away",
+    "wire": "unreadable",
+    "validation": "refused by validation",
+    "robust": "set aside by the robust rule",
+}
+"""What the stage says, in which an update was lost."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +53,13 @@ class Headline:
 
 
 def headline(runs: Sequence[Series], costs: Sequence[list[TierCosts]]) -> Headline:
-    """The first screen of these runs; the first method is the one that others are compared with.
-
-    A method alone goes by its name: the settings in its label tell it from others.
-    """
+    """The first screen of these runs; the first method is the one that others are compared with."""
     groups = by_label(runs)
     first = next(iter(groups))
     facts = {tier["tier"]: tier for own in costs for tier in own}
     tiers = sorted({event["tier"] for run in runs for event in run.record.evaluated} | facts.keys())
     return Headline(
-        _comparison(groups, first) if len(groups) > 1 else _alone(first.partition("(")[0], groups[first]),
+        _comparison(groups, first) if len(groups) > 1 else _alone(first, groups[first]),
         list(_remarks(runs, groups, first)),
         [f"tier {tier + 1}" for tier in tiers],
         [(label, [_cell(own, tier) for tier in tiers]) for label, own in groups.items()],
@@ -130,7 +139,8 @@ def _comparison(groups: Groups, first: str) -> str:
 
 
 def _remarks(runs: Sequence[Series], groups: Groups, first: str) -> Iterator[str]:
-    """What the figures were compared with, and what a reader must know to trust them."""
+    """What was trained, what the figures were compared with, and what a reader must know to trust them."""
+    yield f"{_setup(runs)}."
     scores = [(run, tier, one["macro"]) for run in runs for tier, one in after(run).items()]
     if scores:
         run, _, macro = scores[0]
@@ -146,12 +156,31 @@ def _remarks(runs: Sequence[Series], groups: Groups, first: str) -> Iterator[str
         )
     asked = sum(len(run.record.clients) + len(run.record.dropped) for run in runs)
     if lost := Counter(event["stage"] for run in runs for event in run.record.dropped):
-        stages = ", ".join(f"{stage} {count}" for stage, count in lost.most_common())
-        yield f"{lost.total()} of {asked} updates did not count ({stages})."
+        stages = ", ".join(f"{count} {WHY[stage]}" for stage, count in lost.most_common())
+        clients = {event["client"] for run in runs for event in run.record.dropped}
+        whose = f"all of {clients.pop()}" if len(clients) == 1 else f"of {len(clients)} clients"
+        yield f"{lost.total()} of {asked} updates did not count: {stages}, {whose}."
+    if any(run.record.config.get("simulation") for run in runs):
+        yield "Seconds are those of a virtual clock ([simulation])."
     for run in runs:
         if run.record.summary is None:
             planned = run.record.config["train"]["rounds"]
             yield f"{run.name} has not finished: round {run.rounds[-1]} of {planned}."
+
+
+def _setup(runs: Sequence[Series]) -> str:
+    """Base, data, clients, tiers and rounds; where runs differ, all that there are."""
+
+    def each(of: Callable[[Mapping[str, Any]], object]) -> str:
+        return " or ".join(dict.fromkeys(str(of(run.record.config)) for run in runs))
+
+    base = each(lambda config: Path(config["model"]["base"]).name)
+    data = each(lambda config: Path(config["data"]["train"]).name)
+    clients, tiers = (
+        each(lambda config: config["clients"]["count"]),
+        each(lambda config: len(config["tiers"]["budgets"])),
+    )
+    return f"{base} on {data} data: {clients} clients in {tiers} tiers, {each(lambda c: c['train']['rounds'])} rounds"
 
 
 def _cell(seeds: Sequence[Series], tier: int) -> Cell:
@@ -167,7 +196,7 @@ def _cell(seeds: Sequence[Series], tier: int) -> Cell:
 def _costs(
     runs: Sequence[Series], costs: Sequence[list[TierCosts]], tiers: Sequence[int]
 ) -> Iterator[tuple[str, Sequence[str]]]:
-    """What each tier pays; one row per unit where all methods pay alike."""
+    """What each tier pays; methods that pay alike share a row."""
     table: dict[str, dict[str, list[str]]] = {}
     for run, own in {run.label: (run, own) for run, own in zip(runs, costs, strict=True) if own}.values():
         facts = {tier["tier"]: tier for tier in own}
@@ -175,9 +204,11 @@ def _costs(
             cells = [_cost(run, facts[tier], unit) if tier in facts else "–" for tier in tiers]
             table.setdefault(unit, {})[run.label] = cells
     for unit, by_method in table.items():
-        alike = len({tuple(cells) for cells in by_method.values()}) == 1
-        for label, cells in list(by_method.items())[: 1 if alike else None]:
-            yield unit if alike else f"{unit}, {label}", cells
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for label, own_cells in by_method.items():
+            alike.setdefault(tuple(own_cells), []).append(label)
+        for cells_alike, labels in alike.items():
+            yield unit if len(alike) == 1 else f"{unit}: {'; '.join(labels)}", cells_alike
 
 
 def _cost(run: Series, tier: TierCosts, unit: str) -> str:

@@ -20,7 +20,8 @@ from ubsmoe.report import charts, tables
 from ubsmoe.report.charts import Chart, informs
 from ubsmoe.report.headline import headline
 from ubsmoe.report.plain import finite_json
-from ubsmoe.report.series import Series, by_label
+from ubsmoe.report.series import Series, alone, by_label
+from ubsmoe.report.steps import steps_within_rounds
 from ubsmoe.storage.disk import atomic_write
 from ubsmoe.storage.record import TierCosts
 
@@ -48,6 +49,7 @@ def write_report(runs: Sequence[Series], costs: Sequence[list[TierCosts]], out: 
 
 def report_html(runs: Sequence[Series], costs: Sequence[list[TierCosts]]) -> str:
     """The report as text."""
+    runs = alone(runs)
     drawn = _charts(runs, costs)
     methods = list(by_label(runs))
     script = gzip.decompress(resources.files("ubsmoe").joinpath(PLOTLY).read_bytes()).decode()
@@ -59,11 +61,12 @@ def report_html(runs: Sequence[Series], costs: Sequence[list[TierCosts]]) -> str
         last=max(len(run.rounds) for run in runs) - 1,
         charts=drawn,
         cost_charts=[f"cost-{unit}" for unit in charts.COSTS],
+        steps=[name for name in drawn if name.startswith("steps")],
         partitions=[name for name in drawn if name.startswith("partition")],
         runs_table=tables.runs_table(runs),
         results=tables.results(runs),
         cost_table=tables.cost_table(runs, costs),
-        clients=[tables.client_table(runs), tables.drop_table(runs)],
+        clients=[tables.client_table(runs, costs), tables.drop_table(runs)],
         data=_json({"charts": [asdict(chart) for chart in drawn.values()], "experts": charts.heat_maps(runs)}),
         plotly=Markup(script),
         first=headline(runs, costs),
@@ -76,6 +79,7 @@ def _charts(runs: Sequence[Series], costs: Sequence[list[TierCosts]]) -> dict[st
     every: Iterable[Chart | None] = (
         charts.loss_over_rounds(runs),
         charts.accuracy_over_rounds(runs),
+        *steps_within_rounds(runs),
         *(charts.cost_against_accuracy(runs, costs, unit) for unit in charts.COSTS),
         *charts.expert_use(runs),
         *charts.partitions(runs),

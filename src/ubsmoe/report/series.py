@@ -5,7 +5,7 @@ S  seeds      R  rounds seen      L  SMoE layers      M  experts
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,13 @@ def label_of(method: Mapping[str, Any]) -> str:
     """
     settings = [f"{key}={_plain(value)}" for key, value in flatten(method).items() if key != "name"]
     return _plain(method["name"]).rpartition(":")[2] + (f"({';'.join(settings)})" if settings else "")
+
+
+def alone(runs: Sequence[Series]) -> list[Series]:
+    """The same; a method alone goes by its name, since the settings in its label only tell it from others."""
+    if len({run.label for run in runs}) > 1:
+        return list(runs)
+    return [run if run.record.config.get("label") else replace(run, label=run.label.partition("(")[0]) for run in runs]
 
 
 def by_label(runs: Sequence[Series]) -> dict[str, list[Series]]:

@@ -176,11 +176,12 @@ def cost_table(runs: Sequence[Series], costs: Sequence[list[TierCosts]]) -> Tabl
     return Table("Cost per tier", head, rows, note)
 
 
-def client_table(runs: Sequence[Series]) -> Table:
-    """What each client could do and did."""
+def client_table(runs: Sequence[Series], costs: Sequence[list[TierCosts]]) -> Table:
+    """What each client could do and did; memory as planned for its tier."""
     rows: list[list[Cell]] = []
-    for run in runs:
+    for run, tiers in zip(runs, costs, strict=True):
         events, budgets = run.record.clients, run.record.config["tiers"]["budgets"]
+        memory = {tier["tier"]: tier["peak_memory_bytes"] / 1e6 for tier in tiers}
         drops = Counter(event["client"] for event in run.record.dropped)
         for name in dict.fromkeys([*(event["client"] for event in events), *drops]):
             own = [event for event in events if event["client"] == name]
@@ -205,11 +206,12 @@ def client_table(runs: Sequence[Series]) -> Table:
                     _number(drops[name], "d"),
                     _number(sum(event.get("tokens", 0) for event in own), ",d") if own and "tokens" in own[0] else "–",
                     _number(sum(event["seconds"] for event in own), ".1f"),
+                    _number(memory[first["tier"]], ",.0f") if first and first["tier"] in memory else "–",
                     _number(own[-1]["loss"], ".4f") if own and "loss" in own[-1] else "–",
                 ]
             )
     head = ["client", "run", "tier", "β", "K", "rank", "experts", "examples", "rounds that counted", "dropped"]
-    return Table("Clients", [*head, "tokens", "seconds", "last loss"], rows)
+    return Table("Clients", [*head, "tokens", "seconds", "MB planned", "last loss"], rows)
 
 
 def drop_table(runs: Sequence[Series]) -> Table:

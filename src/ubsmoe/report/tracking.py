@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from ubsmoe.errors import UserError, require
+from ubsmoe.report.plain import average
 from ubsmoe.storage.same_run import flatten
 
 Scalars = dict[str, float]
@@ -72,14 +73,23 @@ class Tracking:
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raise UserError for a tracker that does not exist or is not installed."""
+    check_names(names)
     for name in names:
-        if name not in TRACKERS:
-            raise UserError(f"--track {name!r}: expected one of {', '.join(TRACKERS)}")
         require(name, name)
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raise UserError for a tracker that does not exist."""
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"--track {name!r}: expected one of {', '.join(TRACKERS)}")
+
+
 def round_scalars(fields: Mapping[str, Any], clients: Sequence[Mapping[str, Any]], dropped: int) -> Scalars:
-    """A round as numbers: of the whole, and per tier the mean training loss and the seconds of its slowest client."""
+    """A round as numbers: of the whole, and per tier.
+
+    A tier has the means over its clients of loss, learning rate and gradient norm, and the seconds of the slowest.
+    """
     layers = len(fields["entropy"])
     values: Scalars = {
         "round/seconds": fields["seconds"],
@@ -97,6 +107,10 @@ def round_scalars(fields: Mapping[str, Any], clients: Sequence[Mapping[str, Any]
         own = [client for client in clients if client["tier"] == tier]
         if losses := [client["loss"] for client in own if "loss" in client]:
             values[f"tier {tier + 1}/training_loss"] = sum(losses) / len(losses)
+        for name in ("learning_rate", "gradient_norm"):
+            told = [client["steps"][name] for client in own if client.get("steps", {}).get(name)]
+            if told:
+                values[f"tier {tier + 1}/{name}"] = average(average(one) for one in told)
         values[f"tier {tier + 1}/slowest_seconds"] = max(client["seconds"] for client in own)
     return values
 

@@ -1,7 +1,7 @@
 """A round: dispatch, train, validate, aggregate; and how its state scores at each tier."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ubsmoe.config import RunSettings
 from ubsmoe.errors import printable
-from ubsmoe.messages import Dropped, Engine, Profile, Task, Update, in_order
+from ubsmoe.messages import Dropped, Engine, Profile, Step, Task, Update, in_order
 from ubsmoe.methods.method import Contribution, State
 from ubsmoe.methods.sums import private_vector
 from ubsmoe.seeds import generator_for
@@ -143,7 +143,15 @@ def _client_fields(update: Update, task: Task, settings: RunSettings) -> dict[st
         "assignments": update.assignments,
         "loss": update.loss,
         "upload_bytes": size,
+        "steps": _columns(update.steps),
     }
+
+
+def _columns(steps: Sequence[Step]) -> dict[str, list[float]]:
+    """Steps as an event holds them: a list per field, five digits, which no chart can tell from all."""
+    names = Step._fields[1:]
+    rest = {name: [float(f"{getattr(step, name):.5g}") for step in steps] for name in names}
+    return {"number": [step.number for step in steps], **rest}
 
 
 def _noisy_mean(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ubsmoe.client.schedule import steps_per_round
 from ubsmoe.config import RunSettings
-from ubsmoe.messages import Task, Tensors, Update
+from ubsmoe.messages import MOST_STEPS_TOLD, Step, Task, Tensors, Update
 from ubsmoe.wire.form import Form, UpdateSpec
 from ubsmoe.wire.form import spec_of as spec_of
 
@@ -83,6 +83,20 @@ def check_numbers(update: Update, task: Task) -> None:
     for name, most in (("loss", MOST_LOSS), ("seconds", MOST_SECONDS)):
         if not 0 <= getattr(update, name) <= most:
             raise Rejected(f"{name} is {getattr(update, name)}, expected 0 to {most:g}")
+    check_steps(update.steps)
+
+
+def check_steps(steps: Sequence[Step]) -> None:
+    """Few enough to log, one after another, and numbers that a chart can hold."""
+    numbers = [step.number for step in steps]
+    if (
+        len(numbers) > MOST_STEPS_TOLD
+        or numbers != sorted({*numbers})
+        or any(not 1 <= number < 2**53 for number in numbers)
+    ):
+        raise Rejected(f"steps are numbered {numbers[:20]}, expected at most {MOST_STEPS_TOLD} that ascend from 1")
+    if wrong := [step for step in steps if not all(map(math.isfinite, step))]:
+        raise Rejected(f"step {wrong[0].number} holds NaN or infinity")
 
 
 def check_utilization(update: Update, run: Sequence[int]) -> None:

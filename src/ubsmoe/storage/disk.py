@@ -177,6 +177,25 @@ class Lock:
         _close_once(self)
 
 
+def is_locked(path: Path) -> bool | None:
+    """Whether a process holds a Lock on this file; None where this user may not look. Changes nothing."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def rename(source: Path, target: Path) -> None:
     """Move within one folder, replacing a file at `target`."""
     with _naming(target):

@@ -6,8 +6,9 @@ from typing import cast
 
 from ubsmoe.storage import disk
 from ubsmoe.storage.events import read_events
-from ubsmoe.storage.layout import ADAPTER, CONFIG, EVENTS, SUMMARY, read_json
+from ubsmoe.storage.layout import ADAPTER, CONFIG, EVENTS, LOCK, SUMMARY, read_json
 from ubsmoe.storage.record import Summary
+from ubsmoe.storage.same_run import RunFolderError
 
 
 def has_ended(path: Path) -> bool:
@@ -15,6 +16,20 @@ def has_ended(path: Path) -> bool:
     if not (path / SUMMARY).exists():
         return False
     return asked_rounds(path) == read_json(path / SUMMARY).get("rounds", asked_rounds(path))
+
+
+def check_ended(path: Path) -> None:
+    """Raise RunFolderError for a run that has no result yet."""
+    if not (path / SUMMARY).exists():
+        raise RunFolderError(f"{path} has no {SUMMARY}: the run has not ended; start it with the same --out to go on")
+
+
+def is_running(path: Path) -> bool:
+    """Whether a process carries out the run in this folder; taken for granted where that cannot be seen.
+
+    Ask before reading the folder: a run writes its summary before it lets go.
+    """
+    return disk.is_locked(path / LOCK) is not False
 
 
 def final_summary(path: Path, config_json: str) -> Summary | None:

@@ -24,8 +24,20 @@ Scores = dict[str, TaskScore]
 """Scores by task; "macro" is their mean."""
 
 
+class StepsTold(TypedDict):
+    """Some optimiser steps of a client in a round, as `messages.Step` describes them, a list for each of its fields."""
+
+    number: list[int]
+    loss: list[float]
+    learning_rate: list[float]
+    gradient_norm: list[float]
+
+
 class ClientEvent(TypedDict):
-    """An update that counted. A private run tells neither tokens nor loss; `experts` is what the client's were quantised to."""
+    """An update that counted; `experts` is what the client's were quantised to.
+
+    A private run tells neither tokens nor loss nor steps.
+    """
 
     round: int
     client: str
@@ -40,6 +52,7 @@ class ClientEvent(TypedDict):
     tokens: NotRequired[int]
     assignments: NotRequired[int]
     loss: NotRequired[float]
+    steps: NotRequired[StepsTold]
 
 
 class DroppedEvent(TypedDict):

@@ -28,6 +28,7 @@ from ubsmoe.storage import checkpoints, disk, json_text, tensors
 from ubsmoe.storage.checkpoints import Checkpoint
 from ubsmoe.storage.client_memory import ClientMemory
 from ubsmoe.storage.disk import atomic_write as atomic_write
+from ubsmoe.storage.ending import check_ended
 from ubsmoe.storage.ending import has_ended as has_ended
 from ubsmoe.storage.events import EventLog, read_events
 from ubsmoe.storage.layout import (
@@ -221,8 +222,7 @@ def read_adapter(path: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]
         RunFolderError: if the run has not ended, an older ubsmoe wrote it, or the file is not the one that its summary tells of.
     """
     file, summary = Path(path) / ADAPTER, Path(path) / SUMMARY
-    if not summary.exists():
-        raise RunFolderError(f"{path} has no {SUMMARY}: the run has not ended; start it with the same --out to go on")
+    check_ended(Path(path))
     read_versions(Path(path))
     expected = read_json(summary).get("adapter_sha256")
     try:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ubsmoe.config import ExpertFormat, NamedFormat, WireDtype
 from ubsmoe.errors import printable
-from ubsmoe.messages import CLIENT_NAME, Announcement, Profile, Task, Tensors, Update
+from ubsmoe.messages import CLIENT_NAME, MOST_STEPS_TOLD, Announcement, Profile, Step, Task, Tensors, Update
 from ubsmoe.wire.change import ChangeError, pack_change, unpack_change
 from ubsmoe.wire.form import Declared, UpdateSpec, check_declared
 from ubsmoe.wire.packed import MAX_HEADER_BYTES, Packed, WireError
@@ -78,6 +78,9 @@ class _UpdateHeader(_Header):
     assignments: Count
     loss: float
     seconds: Annotated[float, Field(ge=0)]
+    steps: Annotated[
+        tuple[Step, ...], Field(max_length=MOST_STEPS_TOLD)
+    ] = ()  # a client of an earlier version tells none
 
 
 class _Announcement(_Part):
@@ -182,7 +185,7 @@ def _decode_update(
         adapters = unpack_change(tensors, before, max_bytes)
     except ChangeError as error:
         raise WireError(f"tensors: {error}") from None
-    fields = header.model_dump(exclude=_NOT_IN_UPDATE)
+    fields = {name: value for name, value in header if name not in _NOT_IN_UPDATE}
     return Update(**fields, adapters=adapters, expert_tokens=expert_tokens, extras=extras)
 
 

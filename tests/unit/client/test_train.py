@@ -107,6 +107,29 @@ def test_a_plain_step_is_the_learning_rate_times_the_gradient(federation: Federa
         torch.testing.assert_close(update.adapters[name], value, rtol=1e-4, atol=1e-6)
 
 
+def test_steps_tell_loss_rate_and_the_norm_of_the_gradient_before_it_is_clipped(
+    federation: Federation, task: Task
+) -> None:
+    model = federation.model
+    install_adapter(model, task.payload, task.profile, alpha=6.0)
+    language_loss(model, collate(MIXED, pad_id=0)).backward()
+    expected = torch.cat([value.grad.flatten() for value in model.adapter.values()]).norm()
+    model.clear()
+    settings = SGD.model_copy(update={"batch_size": 5, "warmup_steps": 4, "local_steps": 3})
+    for clip in (None, 1e-3):
+        update = trained(federation, task, settings.model_copy(update={"clip_norm": clip}), MIXED)
+        assert [step.number for step in update.steps] == [1, 2, 3]
+        assert [step.learning_rate for step in update.steps] == pytest.approx([0.125, 0.25, 0.375])
+        assert sum(step.loss for step in update.steps) / 3 == pytest.approx(update.loss)
+        assert update.steps[0].gradient_norm == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("private", [{"privacy": {"noise_multiplier": 1.0}}, {"secure_aggregation": {}}])
+def test_a_client_of_a_private_run_tells_no_steps(federation: Federation, task: Task, private: dict[str, Any]) -> None:
+    run = federation.settings.model_copy(update={name: object() for name in private})
+    assert trained(federation, task, SGD, MIXED, run=run).steps == ()
+
+
 def test_lora_plus_moves_b_by_its_ratio_and_a_as_before(federation: Federation, task: Task) -> None:
     plain = trained(federation, task, SGD, MIXED).adapters
     plus = trained(federation, task, SGD.model_copy(update={"lora_plus_ratio": 3.0}), MIXED).adapters

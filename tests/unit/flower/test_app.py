@@ -23,7 +23,7 @@ def test_flower_takes_the_folder_and_reads_back_the_run(
     run_file = write_toml(tiny_run | {"data": {"train": "data.jsonl", "test": "data.jsonl"}})
     changes = {"train.rounds": 7, "tiers.budgets": [0.5, 1.0], "method.name": "fedavg"}
     app = tmp_path / "my-app"
-    settings = write_app(run_file, app, changes)
+    settings = write_app(run_file, app, changes, track=["wandb", "mlflow"])
     assert settings.train.rounds == 7 and settings.tiers.budgets == (0.5, 1.0)
     assert (app / "run.toml").read_text() == run_file.read_text()
 
@@ -44,7 +44,7 @@ def test_flower_takes_the_folder_and_reads_back_the_run(
     from flwr.common.config import flatten_dict
 
     flat = flatten_dict(config["tool"]["flwr"]["app"]["config"])
-    assert flat["out"] == str(app / "out")
+    assert flat["out"] == str(app / "out") and flat["track"] == "wandb,mlflow"
     assert to_json(read_app(app / "run.toml", flat)) == to_json(load_run(run_file, changes))
 
 

@@ -19,6 +19,8 @@ SERVICES = {
     for name, service in yaml.safe_load(file.read_text())["services"].items()
 }
 
+FLOWER = [name for name, service in SERVICES.items() if service["command"][0].startswith("flower-")]
+
 
 def test_the_image_is_quiet_and_not_root() -> None:
     text = (FOLDER / "Dockerfile").read_text()
@@ -27,17 +29,23 @@ def test_the_image_is_quiet_and_not_root() -> None:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_a_service_is_not_root_has_no_rights_and_speaks_tls(name: str) -> None:
+def test_a_service_is_not_root_and_has_no_rights(name: str) -> None:
     service: dict[str, Any] = SERVICES[name]
     assert service["user"] not in ("0", "root") and service["read_only"] and service["cap_drop"] == ["ALL"]
     assert "no-new-privileges:true" in service["security_opt"]
+    assert service.get("cap_add", []) == (["NET_BIND_SERVICE"] if name == "proxy" else [])
+
+
+@pytest.mark.parametrize("name", FLOWER)
+def test_a_service_of_flower_speaks_tls_and_keeps_its_state(name: str) -> None:
+    service: dict[str, Any] = SERVICES[name]
     assert "--insecure" not in service["command"]
     words = " ".join(service["command"])
     assert ("--enable-supernode-auth" in words and "--ssl-keyfile" in words) or "--auth-supernode-private-key" in words
     assert any(volume.startswith("state:") for volume in service["volumes"])
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", FLOWER)
 def test_flower_knows_the_options(name: str) -> None:
     program, *words = SERVICES[name]["command"]
     done = subprocess.run(
@@ -72,6 +80,7 @@ SPEC = {
     "user",
     "read_only",
     "cap_drop",
+    "cap_add",
     "security_opt",
     "restart",
     "environment",
@@ -87,15 +96,37 @@ def test_a_file_keeps_to_the_compose_specification(file: Path) -> None:
     """As far as it is used here: known keys, volumes that are declared or stand beside the file, paths that are mounted."""
     text = file.read_text()
     whole = yaml.safe_load(text)
-    assert set(whole) == {"services", "volumes"}
+    declared = whole.get("volumes", {})
+    assert set(whole) <= {"services", "volumes"}
     for service in whole["services"].values():
         assert set(service) <= SPEC
         mounts = dict(volume.split(":")[:2] for volume in service["volumes"])
-        assert {name for name in mounts if not name.startswith("./")} <= set(whole["volumes"])
+        assert {name for name in mounts if not name.startswith("./")} <= set(declared)
         for path in re.findall(r"""[=" ](/[a-z]+)/""", " ".join(service["command"])):
-            assert path in {*mounts.values(), *(place.split(":")[0] for place in service["tmpfs"])}
+            tmpfs = [place.split(":")[0] for place in service["tmpfs"]]
+            assert any(path == place or place.startswith(f"{path}/") for place in (*mounts.values(), *tmpfs))
     variables = {name: rest for name, rest in re.findall(r"\$\{(\w+)(:[?-][^}]+)?\}", text)}
     assert all(variables.values()), "every variable has a default or a sentence that asks for it"
     asked = {name for name, rest in variables.items() if rest.startswith(":?")}
     head = text.split("services:")[0]
     assert all(f"{name}=" in head for name in asked), "the head of the file names what must be set"
+
+
+def test_the_gpu_file_adds_a_gpu_to_the_node_and_nothing_else() -> None:
+    """Compose lays it over node.compose.yaml: maps are joined, and it names no list that would replace one."""
+    whole = yaml.safe_load((FOLDER / "gpu.override.yaml").read_text())
+    ((name, added),) = whole["services"].items()
+    assert set(whole) == {"services"} and name in SERVICES and set(added) == {"environment", "deploy"}
+    (device,) = added["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    assert any(
+        added["environment"]["CUDA_CACHE_PATH"].startswith(place.split(":")[0]) for place in SERVICES[name]["tmpfs"]
+    )
+    assert "model.device=" in " ".join(SERVICES[name]["command"])
+
+
+def test_the_proxy_takes_the_port_that_the_server_leaves() -> None:
+    proxy, server = SERVICES["proxy"], SERVICES["superlink"]
+    assert proxy["ports"] == ["8000:8000", "8443:8443"] and server["ports"] == ["${LISTEN:-8000}:8000"]
+    text = (FOLDER / "Caddyfile").read_text()
+    assert "{$SUPERLINK:superlink:8000}" in text and "{$NODES_PORT:8000}" in text and "{$ADMIN_PORT:8443}" in text

@@ -5,26 +5,29 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 
 from acting import ACTING
 from ubsmoe.config import ConfigError, load_run
 from ubsmoe.engines.flower.app import read_app
 from ubsmoe.engines.flower.client import client_app
 from ubsmoe.engines.flower.record import from_record, to_record
-from ubsmoe.engines.flower.server import FlowerEngine
+from ubsmoe.engines.flower.server import FlowerEngine, server_app
 from ubsmoe.engines.flower.teller import Teller, without_traceback
 from ubsmoe.engines.local import LocalEngine
 from ubsmoe.messages import Dropped, Reply, Task, Update
 from ubsmoe.methods.state import pack
 from ubsmoe.model.load import prepare_base
+from ubsmoe.report import tracking
 from ubsmoe.server.federation import Federation, build_federation, build_server
 from ubsmoe.server.rounds import one_round
 from ubsmoe.server.start import noise_key, start_state
+from ubsmoe.storage.events import read_events
 from ubsmoe.storage.json_text import decode_json, encode_json
 from ubsmoe.wire.codec import decode_task, decode_update, encode_update
 from ubsmoe.wire.packed import Packed, WireError
@@ -116,6 +119,25 @@ def test_two_rounds_give_the_bits_of_the_local_engine(site: Callable[..., Site],
     assert dropped["flower"] == dropped["local"]
     assert len(dropped["local"]) == (2 if changes.get("robust__rule") == "multi_krum" else 0)
     assert "client-1 is node 69: 8 examples, tier 2" in here.said
+
+
+def test_the_server_logs_the_metrics_of_a_deployed_run_where_its_configuration_says(
+    tiny_run: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points: dict[tuple[str, int], float] = {}
+    logs = SimpleNamespace(
+        log=lambda values, round: points.update({(name, round): value for name, value in values.items()}),
+        close=lambda: points.update({("closed", 0): 1.0}),
+    )
+    monkeypatch.setitem(tracking.TRACKERS, "mlflow", lambda *_: logs)
+    monkeypatch.setattr(tracking, "require", lambda *_: None)
+    run_file = write_toml(tiny_run | {"evaluate": {"before": False, "max_new_tokens": 4}})
+    config = {"out": str(tmp_path / "out"), "join-seconds": 1, "track": "mlflow", "train.rounds": 1}
+    grid = LoopGrid(client_app(run_file), {70: {"partition-id": 0, "num-partitions": 1}}, config)
+    server_app(run_file)(grid, Context(0, 1, {}, RecordDict(), config))
+    (done,) = [event for event in read_events(tmp_path / "out/events.jsonl") if event["event"] == "round"]
+    assert points["round/loss", 1] == done["loss"] and points["round/clients", 1] == 4 and points["closed", 0]
+    assert {f"tier {tier}/gradient_norm" for tier in (1, 2, 3, 4)} <= {name for name, _ in points}
 
 
 def test_a_nodes_own_format_is_that_of_a_tier_and_is_said(site: Callable[..., Site], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What `ubsmoe flower status` tells from a run's events."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from rich.console import Console
 from drawn_runs import write_run
 from e2e.test_cli import ubsmoe as command
 from ubsmoe.report.federation import follow, in_a_line, seconds_left, status_of, status_table, write_prometheus
+from ubsmoe.storage.ending import is_running
 from ubsmoe.storage.events import EventLog
-from ubsmoe.storage.runfolder import EVENTS, read_run
+from ubsmoe.storage.runfolder import EVENTS, RunFolder, read_run
 
 
 def deployed(folder: Path, finished: bool = False) -> Path:
@@ -58,21 +60,61 @@ def test_following_shows_every_change_until_the_end(tmp_path: Path) -> None:
     running = status_of(read_run(deployed(tmp_path / "a")), [])
     ended = status_of(read_run(deployed(tmp_path / "b", finished=True)), [])
     looks, shown = iter([running, running, ended]), []
-    follow(lambda: next(looks), shown.append, lambda: None)
+    assert follow(lambda: next(looks), shown.append, lambda: None) == ended
     assert shown == [running, ended]
+
+
+def test_following_waits_for_a_server_and_ends_when_it_is_gone(tmp_path: Path) -> None:
+    record = read_run(deployed(tmp_path / "run"))
+    idle, running = status_of(record, [], running=False), status_of(record, [])
+    looks, shown = iter([idle, idle, running, idle, running]), []
+    assert follow(lambda: next(looks), shown.append, lambda: None) == idle
+    assert shown == [idle, running, idle]
+    assert in_a_line(idle).endswith(", stopped") and "left" in in_a_line(running)
+
+
+def test_a_run_is_running_while_a_process_holds_its_folder(tmp_path: Path) -> None:
+    run = deployed(tmp_path / "run")
+    assert not is_running(run)
+    with RunFolder.open_or_create(run, (run / "config.json").read_text()):
+        assert is_running(run) and is_running(run)
+    assert not is_running(run) and not is_running(tmp_path / "nowhere")
 
 
 def test_the_verb_finds_the_run_of_an_app_and_prints_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    app, run = tmp_path / "app", deployed(tmp_path / "out")
+    app, run = tmp_path / "app", tmp_path / "out"
     app.mkdir()
     assert command(monkeypatch, "flower", "status", app) == 2
     (app / "pyproject.toml").write_text(f'[tool.flwr.app.config]\nout = "{run}"\n')
-    capsys.readouterr()
-    assert command(monkeypatch, "flower", "status", app, "--json") == 0
+    assert command(monkeypatch, "flower", "status", app) == 2
+    assert f"{run} holds no run yet" in capsys.readouterr().err
+    with RunFolder.open_or_create(deployed(run), (run / "config.json").read_text()):
+        assert command(monkeypatch, "flower", "status", app, "--json") == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["round"] == 3 and json.loads(line)["clients"][0]["planned_bytes"] > 0
+
+
+def test_a_script_learns_that_a_run_failed_from_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert command(monkeypatch, "flower", "status", deployed(tmp_path / "run")) == 2
+    said = capsys.readouterr()
+    assert ", stopped" in said.out and "was stopped without a result" in said.err
+    assert command(monkeypatch, "flower", "status", deployed(tmp_path / "ended", finished=True), "--watch") == 0
+
+
+def test_watching_before_there_is_a_run_says_so_and_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run = tmp_path / "out"
+    (tmp_path / "pyproject.toml").write_text(f'[tool.flwr.app.config]\nout = "{run}"\n')
+    monkeypatch.setattr(time, "sleep", lambda _: deployed(run, finished=True))
+    assert command(monkeypatch, "flower", "status", tmp_path, "--watch") == 0
+    said = capsys.readouterr()
+    assert said.err.startswith(f"{run} holds no run yet;") and "waits for it" in said.err
+    assert "round 3 of 3" in said.out
 
 
 def test_prometheus_gets_gauges_of_run_and_clients(tmp_path: Path) -> None:

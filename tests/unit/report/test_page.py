@@ -13,7 +13,8 @@ from ubsmoe.plan.tiers import run_costs
 from ubsmoe.report import charts
 from ubsmoe.report.headline import headline
 from ubsmoe.report.page import report_html, write_report
-from ubsmoe.report.series import read_series
+from ubsmoe.report.series import alone, read_series
+from ubsmoe.report.steps import steps_within_rounds
 from ubsmoe.report.tables import accuracy_interval, answer_table, settings_table, short_commit
 
 
@@ -30,6 +31,7 @@ def test_the_page_is_one_file_below_two_megabytes_with_every_chart(tmp_path) -> 
     assert len(page.encode()) < 2e6 and not re.search(r"\{\{|\{%", page[: page.index("<script>")])
     assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="(?!data:)', page)
     wanted = {"loss", "accuracy", *(f"cost-{unit}" for unit in charts.COSTS), "entropy", "gini", "phi", "partition-1"}
+    wanted |= {f"steps-{tier}" for tier in (1, 2, 3, 4)}
     assert {chart["id"] for chart in data(page)["charts"]} == wanted
     assert all(f'id="{name}" role="img"' in page for name in wanted)
     assert "&lt;other&gt;" not in page[page.index('id="charts"') :] and "<other>" not in page
@@ -53,6 +55,30 @@ def test_heat_maps_hold_every_rounds_shares(tmp_path) -> None:
     assert first["rounds"] == [1, 2, 3] and len(first["use"][2]) == 4
     assert all(sum(layer) == pytest.approx(1, abs=2e-3) for layer in first["use"][2])
     assert first["phi"] and second["phi"] is None
+
+
+def test_steps_lie_within_their_round_and_are_means_over_a_tiers_clients(tmp_path) -> None:
+    (run,) = read_series([write_run(tmp_path / "run")])
+    second = {
+        **run.record.clients[1],
+        "client": "client-9",
+        "steps": {**run.record.clients[1]["steps"], "loss": [4, 3]},
+    }
+    run.record.events.insert(run.record.events.index(run.record.clients[1]), second)
+    chart = next(one for one in steps_within_rounds([run]) if one.id == "steps-2")
+    loss, norm = chart.data
+    assert loss["x"] == norm["x"] == pytest.approx([0.5, 1, 1.5, 2, 2.5, 3], abs=1e-4)
+    assert loss["y"] == pytest.approx([3, 2, 1, 0.5, 2 / 3, 1 / 3], abs=1e-4)
+    assert norm["y"] == [3, 2, 3, 2, 3, 2] and norm["yaxis"] == "y2"
+    assert "learning rate 0.01 to 0.01" not in chart.caption and "learning rate 0.01 to " in chart.caption
+
+
+def test_steps_are_not_drawn_for_several_runs_nor_without_any(tmp_path) -> None:
+    runs = read_series([write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1)])
+    assert not list(steps_within_rounds(runs))
+    for event in runs[0].record.clients:
+        event.pop("steps")
+    assert not list(steps_within_rounds(runs[:1]))
 
 
 def test_a_long_run_is_thinned_but_keeps_its_ends(tmp_path, monkeypatch) -> None:
@@ -97,19 +123,22 @@ def test_the_first_screen_says_what_a_run_came_to_and_what_it_cost(tmp_path) -> 
     (run,) = read_series([write_run(tmp_path / "run")])
     first = headline([run], [[c.as_dict() for c in run_costs(parse_run(run.record.config))]])
     assert first.sentence == "ubsmoe: accuracy 27.5 → 77.5 % in 3 rounds, mean over tiers"
-    tuned = headline([replace(run, label="ubsmoe(compensation.form=map;pg.mode=self_ipw)")], [[]])
+    tuned = headline(alone([replace(run, label="ubsmoe(compensation.form=map;pg.mode=self_ipw)")]), [[]])
     assert tuned.sentence == first.sentence  # alone it needs no settings to be told apart
-    assert "before training. 50 questions in 1 task, chance 25.0%. Intervals: 95 %, over questions." in first.remarks[0]
+    assert "before training. 50 questions in 1 task, chance 25.0%. Intervals: 95 %, over questions." in first.remarks[1]
     events = [one for one in run.record.events if one["event"] != "evaluated" or one["round"]]
     unmeasured = headline([replace(run, record=replace(run.record, events=events))], [[]])
-    assert unmeasured.remarks[0].startswith("50 questions in 1 task")
-    assert first.remarks[1] == "3 of 15 updates did not count (deadline 3)."
+    assert unmeasured.remarks[1].startswith("50 questions in 1 task")
+    assert first.remarks[0] == "ubsmoe-tiny on synthetic data: 4 clients in 4 tiers, 3 rounds."
+    assert first.remarks[2] == "3 of 15 updates did not count: 3 late or away, all of client-4."
+    run.record.config["simulation"] = {"dropout": 0.1}
+    assert "virtual clock" in headline([run], [[]]).remarks[3] and len(first.remarks) == 3
     ((method, cells),) = first.rows
     assert method == "ubsmoe" and (cells[3].before, cells[3].after) == ("35.0", "85.0")
     low, high = map(float, cells[3].interval.split("–"))
     assert low < 85 < high
-    assert first.costs[0] == ("K", ["2", "4", "6", "8"]) and first.costs[1][1][3] == "100%"
-    assert first.costs[2] == ("client s a round", ["0.2", "0.4", "0.6", "0.8"])
+    assert first.costs[0] == ("K", ("2", "4", "6", "8")) and first.costs[1][1][3] == "100%"
+    assert first.costs[2] == ("client s a round", ("0.2", "0.4", "0.6", "0.8"))
     assert first.differences is None
 
 
@@ -125,6 +154,13 @@ def test_methods_are_compared_seed_by_seed_and_what_is_not_told_apart_is_said(tm
     assert headline(one, [[] for _ in one]).sentence.endswith(
         "+10.0 points with one seed, which cannot tell methods apart"
     )
+
+
+def test_methods_that_pay_alike_share_a_row(tmp_path) -> None:
+    runs = compared(tmp_path, {"fedavg": [0.5], "flora": [0.5], "ubsmoe": [0.6]})
+    costs = [[c.as_dict() for c in run_costs(parse_run(run.record.config))] for run in runs]
+    rows = [unit for unit, _ in headline(runs, costs).costs]
+    assert rows[:2] == ["K: fedavg; ubsmoe", "K: flora"] and rows[-1] == "client MB a round"
 
 
 def test_a_run_that_was_never_evaluated_has_a_headline_too(tmp_path) -> None:

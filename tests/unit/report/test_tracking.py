@@ -14,8 +14,11 @@ SETTINGS = {"seed": 3, "train": {"rounds": 2}}
 SCORES = {"macro": {"accuracy": 0.5, "unparsed": 0.1, "mc_accuracy": None, "loss": 0.25, "examples": 8}}
 
 
+STEPS = {"number": [1, 9], "loss": [3.0, 1.0], "learning_rate": [0.2, 0.1], "gradient_norm": [4.0, 2.0]}
+
+
 def client(tier: int, loss: float, seconds: float) -> dict[str, Any]:
-    return {"tier": tier, "loss": loss, "seconds": seconds, "upload_bytes": 10, "download_bytes": 7}
+    return {"tier": tier, "loss": loss, "seconds": seconds, "upload_bytes": 10, "download_bytes": 7, "steps": STEPS}
 
 
 ROUND = {"loss": 0.75, "seconds": 9.0, "entropy": [0.5, 1.0], "gini": [0.2, 0.4], "dead_experts": 3}
@@ -34,6 +37,7 @@ EXPECTED = {
     "round/loss": 0.75, "round/seconds": 9.0, "round/clients": 3, "round/dropped": 1, "round/upload_bytes": 30,
     "round/download_bytes": 21, "experts/entropy": 0.75, "experts/gini": 0.3, "experts/dead": 3,
     "tier 1/training_loss": 1.5, "tier 1/slowest_seconds": 5.0, "tier 3/training_loss": 4.0, "tier 3/slowest_seconds": 3.0,
+    "tier 1/learning_rate": 0.15, "tier 1/gradient_norm": 3.0, "tier 3/learning_rate": 0.15, "tier 3/gradient_norm": 3.0,
     "tier 3/accuracy": 0.5, "tier 3/unparsed": 0.1, "tier 3/loss": 0.25,
 }  # fmt: skip
 

@@ -101,7 +101,7 @@ def test_a_private_run_tells_epsilon_and_no_clients_numbers_and_resumes_to_the_s
     costs = [event["epsilon"] for event in events if event["event"] == "round"]
     assert len(costs) == 3 and costs == sorted(costs) and costs[-1] == whole["privacy"]["epsilon"] > costs[0] > 0
     clients = [event for event in events if event["event"] == "client"]
-    private = {"loss", "tokens", "assignments", "upload_bytes"}
+    private = {"loss", "tokens", "assignments", "upload_bytes", "steps"}
     assert clients and not private & {key for event in clients for key in event}
     assert [event["loss"] for event in events if event["event"] == "round"] == [None] * 3
 

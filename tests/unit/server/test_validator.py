@@ -9,7 +9,7 @@ import torch
 
 from ubsmoe.config import parse_run
 from ubsmoe.errors import RoundError
-from ubsmoe.messages import Dropped, Reply, Task, Update
+from ubsmoe.messages import Dropped, Reply, Step, Task, Update
 from ubsmoe.methods import build
 from ubsmoe.methods.method import Method, RunShape
 from ubsmoe.server.update_checks import Rejected, UpdateSpec, check_update, spec_of
@@ -21,6 +21,9 @@ from unit.wire.messages import COUNTS, PAYLOAD, TASK, UPDATE
 A = "layers.0.up.A"
 SPEC = UpdateSpec(spec_of(UPDATE.adapters), spec_of(UPDATE.extras), (COUNTS.shape, COUNTS.dtype))
 SENT = UPDATE.adapters[A]
+
+
+STEP = Step(1, 2.0, 0.01, 0.5)
 
 
 def reason(update: Update, run: Sequence[int] = (2,)) -> str:
@@ -89,6 +92,10 @@ def test_a_tensor_that_is_not_as_asked_is_named(tensor: torch.Tensor, sentence: 
         ({"tokens": 0, "assignments": 0}, "0 assignments for 0 tokens"),
         ({"assignments": 5}, "5 assignments for 3 tokens at K = 2"),
         ({"assignments": 7}, "7 assignments for 3 tokens at K = 2"),
+        ({"steps": (STEP, STEP)}, "steps are numbered [1, 1], expected at most 16 that ascend from 1"),
+        ({"steps": (STEP._replace(number=0),)}, "steps are numbered [0]"),
+        ({"steps": tuple(STEP._replace(number=i) for i in range(1, 18))}, "expected at most 16"),
+        ({"steps": (STEP._replace(gradient_norm=float("nan")),)}, "step 1 holds NaN or infinity"),
     ],
 )
 def test_a_lie_is_named(change: dict[str, Any], sentence: str) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ubsmoe.messages import Profile, Task, Update
+from ubsmoe.messages import Profile, Step, Task, Update
 
 PROFILE = Profile("client-3", tier=1, budget=0.5, top_k=2, rank=3, num_examples=7)
 PAYLOAD = {"layers.0.up.A": torch.linspace(-1, 1, 60).reshape(5, 3, 4), "phi": torch.linspace(0, 1, 10).reshape(2, 5)}
@@ -22,4 +22,5 @@ UPDATE = Update(
     tier=1,
     run="run-1",
     base="f00d",
+    steps=(Step(1, 2.0, 0.01, 0.5), Step(4, 1.0, 0.005, 3.0)),
 )

@@ -13,6 +13,7 @@ import torch
 from hypothesis import example, given
 
 from ubsmoe.config import WireDtype
+from ubsmoe.messages import MOST_STEPS_TOLD
 from ubsmoe.wire.codec import (
     MAX_HEADER_BYTES,
     Packed,
@@ -191,11 +192,20 @@ def test_bytes_that_are_no_update_are_refused_with_a_reason(tensors: bytes, reas
         ("client", "x" * 300),
         ("kind", "task"),
         ("evil", "posix.system"),
+        ("steps.0.1", [[1, float("inf"), 0.1, 0.1]]),
+        ("steps.0.0", [[True, 1.0, 0.1, 0.1]]),
+        ("steps.0.3", [[1, 1.0, 0.1]]),
+        ("steps", [[1, 1.0, 0.1, 0.1]] * (MOST_STEPS_TOLD + 1)),
     ],
 )
 def test_a_header_field_of_another_kind_is_refused_by_name(field: str, value: object) -> None:
-    header = {**json.loads(GOOD.header), field: value}
+    header = {**json.loads(GOOD.header), field.partition(".")[0]: value}
     assert f"header, {field}" in refused(GOOD.tensors, json.dumps(header).encode())
+
+
+def test_a_client_of_an_earlier_version_tells_no_steps() -> None:
+    header = {name: value for name, value in json.loads(GOOD.header).items() if name != "steps"}
+    assert decode_update(sealed(json.dumps(header).encode(), GOOD.tensors), ROOM, TASK.payload).steps == ()
 
 
 def test_too_large_a_message_costs_no_memory() -> None:

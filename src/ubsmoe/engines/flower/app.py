@@ -3,7 +3,7 @@
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 RUN_FILE = "run.toml"
-FOR_SERVER = ("out", "join-seconds")  # what an app's configuration says beside the run file's own keys
+FOR_SERVER = ("out", "join-seconds", "track")  # what an app's configuration says beside the run file's own keys
 
 PYPROJECT = """\
 [build-system]
@@ -50,7 +50,8 @@ flwr-version-target = "1.41.0"
 serverapp = "server:app"
 clientapp = "client:app"
 
-# For the server: its run folder, and how long it waits for the run file's number of clients.
+# For the server: its run folder, how long it waits for the run file's number of clients, and the trackers that it logs metrics to
+# (tensorboard, wandb, mlflow; several with commas).
 # Every other key is one of the run file's and replaces what it says. `flwr run -c` can change what stands here.
 [tool.flwr.app.config]
 {config}
@@ -78,7 +79,12 @@ The result is in `{out}`, a run folder like any other.
 
 
 def write_app(
-    run_file: Path, app: Path, changes: Mapping[str, Any], out: Path | None = None, join_seconds: int = 120
+    run_file: Path,
+    app: Path,
+    changes: Mapping[str, Any],
+    out: Path | None = None,
+    join_seconds: int = 120,
+    track: Sequence[str] = (),
 ) -> RunSettings:
     """Write a Flower app that carries out a run file. The folder appears whole or not at all.
 
@@ -88,6 +94,7 @@ def write_app(
         changes: dotted settings that replace the file's.
         out: the run folder on the server; `out` inside the app's folder when left out.
         join_seconds: how long a start waits for all clients, before a quorum of them does.
+        track: the trackers that the server logs metrics to.
 
     Returns:
         The settings of the run.
@@ -104,7 +111,13 @@ def write_app(
     settings = load_run(run_file, dict(changes))
     check_fits_flower(settings)
     out = (out or app / "out").absolute()
-    config = {"out": str(out), "join-seconds": join_seconds, **changes, **_found_paths(settings)}
+    config = {
+        "out": str(out),
+        "join-seconds": join_seconds,
+        "track": ",".join(track),
+        **changes,
+        **_found_paths(settings),
+    }
     words = {"name": app.name, "run_file": RUN_FILE, "out": out}
     pyproject = PYPROJECT.format(
         name=json.dumps(app.name),
@@ -148,24 +161,18 @@ def plug_ins_of(app: Path) -> str:
 
 
 def run_folder_of(place: Path) -> Path:
-    """The run folder that an app writes, by its own configuration; a run folder is its own.
+    """The run folder that an app writes, by its own configuration, whether there is a run yet; a run folder is its own.
 
     Raises:
         ConfigError: if `place` is neither.
     """
-    project = place / "pyproject.toml"
-    if is_run(place) or not project.is_file():
-        if not is_run(place):
-            raise ConfigError(
-                f"{place} is neither a Flower app's folder nor a run folder; expected what `ubsmoe flower init` made"
-            )
+    if is_run(place):
         return place
-    out = str(_config_of(place)["out"])
-    if not is_run(Path(out)):
+    if not (place / "pyproject.toml").is_file():
         raise ConfigError(
-            f"{out} holds no run yet; start it with `flwr run {place}`, or give the run folder that -c named"
+            f"{place} is neither a Flower app's folder nor a run folder; expected what `ubsmoe flower init` made"
         )
-    return Path(out)
+    return Path(str(_config_of(place)["out"]))
 
 
 def _config_of(app: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from ubsmoe.engines.flower.secure import carried
 from ubsmoe.engines.flower.teller import Teller, say, without_traceback
 from ubsmoe.errors import printable
 from ubsmoe.messages import Dropped, Profile, Reply, Task, Update
+from ubsmoe.report.tracking import Tracking
 from ubsmoe.server.federation import Federation, build_server
 from ubsmoe.server.origin import made_with
 from ubsmoe.server.run import run
@@ -264,18 +265,25 @@ def server_app(run_file: Path) -> ServerApp:
         settings = read_app(run_file, context.run_config)
         if settings.threads:
             torch.set_num_threads(settings.threads)
+        out, named = Path(str(context.run_config["out"])), str(context.run_config.get("track", ""))
+        tracking = Tracking([name for name in named.split(",") if name], out, settings.model_dump(mode="json"))
         federation = build_server(settings)
         federation.method.check_stateless()
         engine = FlowerEngine(grid, federation, say)
         tell = Teller(settings.train.rounds)
         seconds, setting = settings.rounds.longest_wait
         say(f"a client that does not answer within {seconds:g} s is dropped ({setting})")
-        with RunFolder.open_or_create(str(context.run_config["out"]), to_json(settings), made_with(settings)) as folder:
+
+        def on_event(event: str, round: int, fields: dict[str, Any]) -> None:
+            tell.on_event(event, round, fields)
+            tracking.on_event(event, round, fields)
+
+        with RunFolder.open_or_create(out, to_json(settings), made_with(settings)) as folder, tracking:
             engine.note = lambda nodes: folder.events.append("nodes", None, nodes=nodes)
             wait = float(context.run_config["join-seconds"])
             say(f"waits at most {wait:g} s (join-seconds) for {settings.clients.count} clients")
             engine.join(wait)
-            summary = run(federation, folder, engine, tell.on_event)
+            summary = run(federation, folder, engine, on_event)
         say(f"adapter {folder.path / 'adapter.safetensors'}  sha256 {summary['adapter_sha256']}")
 
     app.main()(main)
