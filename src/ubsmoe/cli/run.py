@@ -67,7 +67,7 @@ def run_command(
     if from_:
         changes["adapter.start"] = str(from_.absolute())
     if more_rounds:
-        changes["train.rounds"] = _more_rounds(place, more_rounds)
+        changes["train.rounds"] = _more_rounds(place, more_rounds, changes.get("train.patience"))
     if engine is not EngineName.local:
         if workers != 1:
             raise UserError(
@@ -109,11 +109,14 @@ def run_command(
 def _show_result(federation: "Federation", console: "Console") -> None:
     """The table of a run that has ended, and where its adapter is."""
     from ubsmoe.report.console import result_table, show
+    from ubsmoe.storage.record import kept_said
 
     record = federation.record
     assert record.summary is not None
     if record.summary["after"]:
         show(console, result_table(record.summary, record.costs))
+    if said := kept_said(record.summary, federation.settings.train.rounds):
+        console.print(said, soft_wrap=True, highlight=False)
     adapter = federation.place / "adapter.safetensors"
     console.print(f"adapter {adapter}  sha256 {record.summary['adapter_sha256']}", soft_wrap=True, markup=False)
 
@@ -125,13 +128,14 @@ def _place_of(run_file: Path) -> Path:
     return run_file if is_run(run_file) else Path("out") / run_file.stem
 
 
-def _more_rounds(place: Path, count: int) -> int:
+def _more_rounds(place: Path, count: int, patience: Any) -> int:
     """train.rounds of a run that is to have so many more."""
-    from ubsmoe.storage.ending import rounds_so_far
+    from ubsmoe.storage.ending import refuse_more, rounds_so_far
     from ubsmoe.storage.runfolder import is_run
 
     if not is_run(place):
         raise UserError(f"--more-rounds {count}: {place} is no run folder yet; name it with --out, or start without")
+    refuse_more(place, patience if isinstance(patience, int) else None)
     return rounds_so_far(place) + count
 
 
