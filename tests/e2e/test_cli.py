@@ -358,5 +358,22 @@ def test_a_comparison_is_estimated_from_a_file_of_variants(
     variants.write_text(named)  # the first is the reference, spaces and all
     assert ubsmoe(monkeypatch, "compare", write_toml(tiny_run), "--variants", variants, "--plan", "--out", out) == 0
     capsys.readouterr()
+    grid = ("compare", write_toml(tiny_run), "--methods", "fedavg", "--plan", "--out", out, "--grid")
+    assert ubsmoe(monkeypatch, *grid, "train.rounds=1,3", "--grid", "data.seed=5") == 0
+    short, long, _ = capsys.readouterr().out.splitlines()
+    assert short.startswith("train.rounds=1;data.seed=5  fedavg: 3 x ") and long.startswith("train.rounds=3;")
+    assert ubsmoe(monkeypatch, *grid, "model.base=tinny,tiny") == 2
+    assert "model.base" in capsys.readouterr().err and not out.exists()
+    both = (
+        "compare",
+        write_toml(tiny_run),
+        "--variants",
+        tmp_path / "both.toml",
+        "--grid",
+        "train.optimizer=sgd,adamw",
+    )
+    (tmp_path / "both.toml").write_text('[[variants]]\nmethod = "fedavg"\ntrain.optimizer = "sgd"\n')
+    assert ubsmoe(monkeypatch, *both) == 2
+    assert "--grid and a variant both change train.optimizer" in capsys.readouterr().err
     assert ubsmoe(monkeypatch, "compare", write_toml(tiny_run), "--variants", tmp_path / "none.toml") == 2
     assert "no such file" in capsys.readouterr().err

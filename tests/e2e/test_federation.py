@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,17 @@ def test_a_dataset_is_taken_as_records(quick: dict) -> None:
     one = Federation(quick, data=rows)
     assert [path.name for path in both._files] == ["train.jsonl", "test.jsonl"]
     assert list(one._files.values()) == list(both._files.values())[:1]
+    same = [rows.with_format("numpy"), rows.to_iterable_dataset()]
+    assert all(list(Federation(quick, data=other)._files.values()) == list(one._files.values()) for other in same)
+    with pytest.raises(UserError, match="a DatasetDict may have train and test, and has validation too"):
+        Federation(quick, data=datasets.DatasetDict({"train": rows, "validation": rows}))
+
+
+def test_times_in_records_are_text(quick: dict) -> None:
+    (file,) = Federation(
+        quick, data=[{"prompt": "a", "completion": "b", "when": datetime(2020, 1, 2, 3)}]
+    )._files.values()
+    assert json.loads(file)["when"] == "2020-01-02T03:00:00"
 
 
 def test_phi_that_is_set_goes_to_the_clients_and_is_saved(quick: dict, tmp_path: Path) -> None:

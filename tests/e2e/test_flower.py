@@ -51,6 +51,8 @@ def test_one_run_file_gives_one_adapter_here_simulated_and_deployed(
     acting_run: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
 ) -> None:
     table = acting_run | {"tiers": {"budgets": [0.5, 1.0], "ranks": [1, 2]}}
+    table["train"] = table["train"] | {"patience": 1}  # the server holds out what it stops by, and nodes the same
+    table["data"] = table["data"] | {"validation_fraction": 0.2}
     run_file, app = write_toml(table), tmp_path / "app"
     ubsmoe("run", run_file, "--out", tmp_path / "here")
 

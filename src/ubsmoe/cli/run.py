@@ -68,7 +68,7 @@ def run_command(
             check_ended(from_)
         changes["adapter.start"] = str(from_.absolute())
     if more_rounds:
-        changes["train.rounds"] = _more_rounds(place, more_rounds)
+        changes["train.rounds"] = _more_rounds(place, more_rounds, changes.get("train.patience"))
     if engine is not EngineName.local:
         if workers != 1:
             raise UserError(
@@ -108,11 +108,14 @@ def run_command(
 def _show_result(federation: "Federation", console: "Console") -> None:
     """The table of a run that has ended, and where its adapter is."""
     from ubsmoe.report.console import result_table, show
+    from ubsmoe.storage.record import kept_said
 
     record = federation.record
     assert record.summary is not None
     if record.summary["after"]:
         show(console, result_table(record.summary, record.costs))
+    if said := kept_said(record.summary, federation.settings.train.rounds):
+        console.print(said, soft_wrap=True, highlight=False)
     adapter = federation.place / "adapter.safetensors"
     console.print(f"adapter {adapter}  sha256 {record.summary['adapter_sha256']}", soft_wrap=True, markup=False)
 
@@ -124,13 +127,14 @@ def _place_of(run_file: Path) -> Path:
     return run_file if is_run(run_file) else Path("out") / run_file.stem
 
 
-def _more_rounds(place: Path, count: int) -> int:
+def _more_rounds(place: Path, count: int, patience: Any) -> int:
     """train.rounds of a run that is to have so many more."""
-    from ubsmoe.storage.ending import rounds_so_far
+    from ubsmoe.storage.ending import refuse_more, rounds_so_far
     from ubsmoe.storage.runfolder import is_run
 
     if not is_run(place):
         raise UserError(f"--more-rounds {count}: {place} is no run folder yet; name it with --out, or start without")
+    refuse_more(place, patience if isinstance(patience, int) else None)
     return rounds_so_far(place) + count
 
 
@@ -194,6 +198,10 @@ def compare_command(
     jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
     out: Annotated[Path | None, typer.Option(help="folder; out/<name of the run file>-compare when left out")] = None,
     set_: Set = None,
+    axes: Annotated[
+        list[str] | None,
+        typer.Option("--grid", help="compare at each value of a setting, as in model.base=a,b; repeatable"),
+    ] = None,
     track: Track = None,
     plan: Annotated[bool, typer.Option("--plan", help="only estimate FLOPs and time")] = False,
 ) -> None:
@@ -203,48 +211,49 @@ def compare_command(
     A seed draws data, partition and training; --set data.seed=0 fixes the first two.
     The same command resumes a comparison that was stopped.
     """
-    settings = read_settings(run_file, overrides(set_))
     from rich.console import Console
 
+    from ubsmoe.study.grid import grid
     from ubsmoe.study.variants import choose_variants
+
+    changes = grid(axes or [])
+    points = {point: read_settings(run_file, {**overrides(set_), **own}) for point, own in changes.items()}
 
     console = Console()
     chosen = choose_variants(methods, variants, run_file.parent)
     labels = [variant.label for variant in chosen]
+    if both := {key for variant in chosen for key in variant.changes} & changes[next(iter(changes))].keys():
+        raise UserError(f"--grid and a variant both change {', '.join(sorted(both))}; leave one of them out")
     against = reference or labels[0]
     if against not in labels:
         raise UserError(f"--reference {against!r} is not among the compared: {', '.join(labels)}")
-    place, total = out or Path("out") / f"{run_file.stem}-compare", len(chosen) * seeds
+    place, total = out or Path("out") / f"{run_file.stem}-compare", len(chosen) * seeds * len(points)
     if plan:
-        return _estimate(settings, chosen, seeds, first_seed)
-    from ubsmoe.report.comparison import accuracy_markdown, comparison_markdown, own_metrics
-    from ubsmoe.report.paper import latex_table, markdown_table
-    from ubsmoe.storage.runfolder import atomic_write
+        return _estimate(points, chosen, seeds, first_seed)
+    from ubsmoe.report.comparison import accuracy_markdown
+    from ubsmoe.report.paper import write_tables
     from ubsmoe.study.compare import compare
 
-    def done(label: str, seed: int, count: int) -> None:
-        console.print(f"{count}/{total}  {label}  seed {seed}", highlight=False, markup=False)
+    def done(name: str, seed: int, count: int) -> None:
+        console.print(f"{count}/{total}  {name}  seed {seed}", highlight=False, markup=False, soft_wrap=True)
 
-    rows = compare(settings, chosen, range(first_seed, first_seed + seeds), place, jobs, done, track or [])
-    fixed = settings.data.seed is not None
-    atomic_write(place / "comparison.md", comparison_markdown(rows, against, fixed).encode())
-    metrics = ["accuracy", *(metric.name for metric in own_metrics(rows))]
-    for name, write in (("table.md", markdown_table), ("table.tex", latex_table)):
-        atomic_write(place / name, "\n".join(write(rows, against, metric) for metric in metrics).encode())
+    rows = compare(points, chosen, range(first_seed, first_seed + seeds), place, jobs, done, track or [])
+    fixed = all(settings.data.seed is not None for settings in points.values())
+    write_tables(place, rows, against, fixed)
     typer.echo(accuracy_markdown(rows, against, fixed))
     typer.echo(f"Losses, unparsed answers, use of experts and costs: {place / 'comparison.md'}")
     typer.echo(f"For a paper: {place / 'table.tex'} and {place / 'table.md'}")
 
 
-def _estimate(settings: "RunSettings", variants: "list[Variant]", seeds: int, first_seed: int) -> None:
-    """Print what each variant will take, and all together."""
+def _estimate(points: "dict[str, RunSettings]", variants: "list[Variant]", seeds: int, first_seed: int) -> None:
+    """Print what each variant will take at each point of the grid, and all together."""
     from ubsmoe.study.compare import estimate
 
     flops = seconds = 0.0
-    for label, one_flops, one_seconds in estimate(settings, variants, first_seed):
+    for name, one_flops, one_seconds in estimate(points, variants, first_seed):
         flops, seconds = flops + seeds * one_flops, seconds + seeds * one_seconds
-        typer.echo(f"{label}: {seeds} x {one_flops / 1e12:.3g} TFLOP, {one_seconds:.0f} s")
-    total = seeds * len(variants)
+        typer.echo(f"{name}: {seeds} x {one_flops / 1e12:.3g} TFLOP, {one_seconds:.0f} s")
+    total = seeds * len(variants) * len(points)
     typer.echo(f"in all {total} runs, {flops / 1e12:.3g} TFLOP, {seconds / 3600:.2g} h of training on one core")
 
 

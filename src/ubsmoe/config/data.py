@@ -41,6 +41,10 @@ class DataSettings(Settings):
         None, description="a file or a folder with one file per task; a held-out part when left out"
     )
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="held-out part when test is left out")
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="part of the training prompts that no client gets, for train.patience; never a part of the test questions",
+    )
     seed: int | None = Field(
         None,
         description="draws questions, held-out part and partition; the run's seed when left out, so that these vary with it",

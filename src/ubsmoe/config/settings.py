@@ -80,6 +80,11 @@ class TrainSettings(Settings):
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="linear warm-up of each round's local steps")
     clip_norm: PositiveFloat | None = Field(1.0, description="norm of the local gradient (transformers: max_grad_norm)")
+    patience: PositiveInt | None = Field(
+        None,
+        description="stop after so many rounds without a lower validation loss, mean over tiers, and keep the adapter of the "
+        "round with the lowest (transformers: early_stopping_patience); needs data.validation_fraction",
+    )
 
 
 class RoundSettings(Settings):
@@ -249,6 +254,11 @@ class RunSettings(Settings):
             raise ValueError(
                 "[privacy] bounds what one client can do to a mean, which [robust] and rounds.extra_clients do not average; "
                 "leave them out"
+            )
+        if (self.train.patience is None) != (self.data.validation_fraction is None):
+            raise ValueError(
+                f"train.patience is {self.train.patience} and data.validation_fraction {self.data.validation_fraction}; early "
+                "stopping takes both, such as 3 and 0.1; set both, or neither"
             )
         if self.secure_aggregation and (reason := conflict_with_secure(self)):
             raise ValueError(reason)

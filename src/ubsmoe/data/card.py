@@ -24,7 +24,8 @@ def data_card(settings: DataSettings, splits: Splits, tokens: Sequence[Tokens]) 
     Returns:
         `train` and `test`: source, SHA-256 of each file, examples per task; of the training examples also their tokens, how
         many are `at_max_length` (most of these lost the left end of their prompt) and how many `repeat` an earlier prompt.
-        `asked_in_both`: test prompts that are also trained on. `too_long`: examples that `data.too_long = "drop"` left out.
+        `validation`: how many examples were held out of train to stop by. `asked_in_both`: test prompts that are also trained
+        on. `too_long`: examples that `data.too_long = "drop"` left out.
     """
     asked = [example.prompt for example in splits.train]
     tested = {example.prompt for group in splits.test.values() for example in group}
@@ -46,6 +47,7 @@ def data_card(settings: DataSettings, splits: Splits, tokens: Sequence[Tokens]) 
             "sha256": _hashes(settings.test),
             "tasks": {task: len(group) for task, group in splits.test.items()},
         },
+        **({"validation": {"examples": len(splits.validation)}} if settings.validation_fraction else {}),
         "asked_in_both": len(tested & set(asked)),
         "too_long": splits.too_long,
     }

@@ -26,12 +26,14 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 class Splits:
     """Examples to train on, and examples to test on by task; no prompt held out for testing is trained on.
 
+    `validation` is what `data.validation_fraction` takes from the former: nobody trains on it, and its prompts are no test's.
     `too_long` counts what `data.too_long = "drop"` left out, by the setting that names its source.
     """
 
     train: list[Example]
     test: dict[str, list[Example]]
     too_long: dict[str, int] = field(default_factory=dict)
+    validation: list[Example] = field(default_factory=list)
 
 
 def load_examples(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase | None", seed: int) -> Splits:
@@ -53,8 +55,13 @@ def load_examples(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase | 
     if settings.test is not None or settings.train == "synthetic":
         test = _fitting(_all_test(settings, tokenizer, seed), settings, tokenizer, "test", left_out)
     else:
-        train, test = _hold_out(train, settings.test_fraction, seed)
-    return Splits(train, by_task(test), left_out)
+        train, test = _hold_out(train, settings.test_fraction, seed_for(seed, "held-out"))
+    validation: list[Example] = []
+    if settings.validation_fraction:
+        asked = {example.prompt for example in test}
+        train, validation = _hold_out(train, settings.validation_fraction, seed_for(seed, "validation"))
+        validation = [example for example in validation if example.prompt not in asked]
+    return Splits(train, by_task(test), left_out, validation)
 
 
 def load_training(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase | None", seed: int) -> list[Example]:
@@ -136,11 +143,13 @@ def _read(place: str, use: str, tokenizer: "PreTrainedTokenizerBase | None") -> 
 
 
 def _hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split off a seeded share of the distinct prompts: a question asked twice stays on one side."""
+    """Split off a seeded share of the distinct prompts: a question asked twice stays on one side. Raises ConfigError for one."""
     prompts = list(dict.fromkeys(example.prompt for example in examples))
     if len(prompts) < 2:
-        raise ConfigError("data.train has a single distinct prompt, so none can be held out; set data.test")
+        raise ConfigError(
+            "data.train has a single distinct prompt, so none can be held out; set data.test, and no data.validation_fraction"
+        )
     count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
-    held_out = set(random.Random(seed_for(seed, "held-out")).sample(prompts, count))
+    held_out = set(random.Random(seed).sample(prompts, count))
     train = [example for example in examples if example.prompt not in held_out]
     return train, [example for example in examples if example.prompt in held_out]

@@ -2,9 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from ubsmoe.report.plain import average, markdown_cell
 
@@ -18,8 +18,12 @@ class Balance(TypedDict):
 
 
 class Row(Balance):
-    """A row of comparison.csv: one task of one tier of one run; tiers count from 1, None stands for what was not measured."""
+    """A row of comparison.csv: one task of one tier of one run; tiers count from 1, None stands for what was not measured.
 
+    `point` names the point of a grid, where there is one.
+    """
+
+    point: NotRequired[str]
     method: str
     seed: int
     tier: int
@@ -93,13 +97,43 @@ def comparison_markdown(rows: Sequence[Row], reference: str, fixed: bool = False
     """Method by tier, mean over tasks: each metric, its differences to a reference paired by seed, then the costs.
 
     Args:
-        rows: what `compare` returned; a dash stands where something was not measured.
+        rows: what `compare` returned; a dash stands where something was not measured. Each point of a grid has its own tables.
         reference: the label of the method that the others are compared with.
         fixed: whether all seeds have the same data and partition (data.seed).
 
     Raises:
         ValueError: if the reference is not among the methods.
     """
+    return _per_point(rows, lambda own: _tables(own, reference, fixed))
+
+
+def accuracy_markdown(rows: Sequence[Row], reference: str, fixed: bool = False) -> str:
+    """The first table of `comparison_markdown`, for a terminal."""
+
+    def table(own: Sequence[Row]) -> list[str]:
+        macro, _ = _macro(own, reference)
+        return [_introduction(macro, fixed), *_scores(macro, reference, METRICS[0])]
+
+    return _per_point(rows, table)
+
+
+def points_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows at each point of a grid; all of them under no name where there is none."""
+    points: dict[str, list[Row]] = {}
+    for row in rows:
+        points.setdefault(row.get("point", ""), []).append(row)
+    return points
+
+
+def _per_point(rows: Sequence[Row], lines_of: Callable[[Sequence[Row]], list[str]]) -> str:
+    parts = [
+        "\n".join([*([f"## {markdown_cell(point)}", ""] if point else []), *lines_of(own)]) + "\n"
+        for point, own in points_of(rows).items()
+    ]
+    return "\n".join(parts)
+
+
+def _tables(rows: Sequence[Row], reference: str, fixed: bool) -> list[str]:
     macro, methods = _macro(rows, reference)
     lines = [_introduction(macro, fixed)]
     for metric in (*METRICS, *own_metrics(rows)):
@@ -107,14 +141,7 @@ def comparison_markdown(rows: Sequence[Row], reference: str, fixed: bool = False
     lines += _balance(macro, methods)
     costs = [[m, *(_cost(macro, m, t) for t in _distinct(macro, "tier"))] for m in methods]
     heading = "### Cost per tier: K, LoRA rank / training MFLOPs per token / MB up, MB down / client seconds per round"
-    lines += ["", heading, "", *markdown_table(_head(macro), costs)]
-    return "\n".join(lines) + "\n"
-
-
-def accuracy_markdown(rows: Sequence[Row], reference: str, fixed: bool = False) -> str:
-    """The first table of `comparison_markdown`, for a terminal."""
-    macro, _ = _macro(rows, reference)
-    return "\n".join([_introduction(macro, fixed), *_scores(macro, reference, METRICS[0])]) + "\n"
+    return [*lines, "", heading, "", *markdown_table(_head(macro), costs)]
 
 
 def _macro(rows: Sequence[Row], reference: str) -> tuple[list[Row], list[str]]:

@@ -82,6 +82,10 @@ class RunConsole:
                 f"dead experts {fields['dead_experts']}  {fields['seconds']:.1f} s"
                 + (f"  epsilon {fields['epsilon']:.3g} at delta {fields['delta']:g}" if "epsilon" in fields else "")
             )
+        elif event == "validated":
+            self._line(
+                f"round {round}  validation loss {fields['loss']:.4f}  lowest after round {fields['best_round']}"
+            )
         elif event == "evaluated":
             macro = fields["scores"]["macro"]
             self._line(

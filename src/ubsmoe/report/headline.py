@@ -12,7 +12,7 @@ from ubsmoe.report.comparison import interval
 from ubsmoe.report.plain import average
 from ubsmoe.report.series import Series, by_label
 from ubsmoe.report.tables import Table, accuracy_interval
-from ubsmoe.storage.record import Scores, TierCosts
+from ubsmoe.storage.record import Scores, TierCosts, kept_said
 
 Groups = Mapping[str, Sequence[Series]]
 """The seeds of each method."""
@@ -163,8 +163,10 @@ def _remarks(runs: Sequence[Series], groups: Groups, first: str) -> Iterator[str
     if any(run.record.config.get("simulation") for run in runs):
         yield "Seconds are those of a virtual clock ([simulation])."
     for run in runs:
+        planned = run.record.config["train"]["rounds"]
+        if run.record.summary and (said := kept_said(run.record.summary, planned)):
+            yield f"{run.name}: {said}."
         if run.record.summary is None:
-            planned = run.record.config["train"]["rounds"]
             yield f"{run.name} has not finished: round {run.rounds[-1]} of {planned}."
 
 

@@ -8,11 +8,13 @@ seeds, not corrected for their number:
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from ubsmoe.report.comparison import METRICS, Metric, Row, interval, own_metrics
+from ubsmoe.report.comparison import METRICS, Metric, Row, comparison_markdown, interval, own_metrics, points_of
 from ubsmoe.report.plain import markdown_cell
+from ubsmoe.storage.disk import atomic_write
 
 LEVEL = 0.05
 BEST_IS_SMALLEST = ("unparsed", "loss")
@@ -42,11 +44,11 @@ def paired_p(own: Sequence[float], other: Sequence[float]) -> float:
 def paper_table(
     rows: Sequence[Row], reference: str, form: Literal["markdown", "latex"], metric: str = "accuracy"
 ) -> str:
-    """Method by tier, mean over tasks and seeds with its 95 % interval.
+    """Method by tier, mean over tasks and seeds with its 95 % interval; the points of a grid one below the other.
 
     Args:
         rows: what `compare` returned.
-        reference: the label of the method that the others are compared with.
+        reference: the label of the method that the others are compared with, at each point.
         form: how it is written.
         metric: accuracy, mc_accuracy, unparsed, loss, or one of `own_metrics`.
 
@@ -54,18 +56,22 @@ def paper_table(
         ValueError: for a reference or a metric that is not there.
     """
     shown = next((one for one in (*METRICS, *own_metrics(rows)) if one.name == metric), None)
-    macro: list[Any] = [row for row in rows if row["task"] == "macro"]
-    methods, tiers, seeds = (list(dict.fromkeys(row[key] for row in macro)) for key in ("method", "tier", "seed"))
+    macro = [row for row in rows if row["task"] == "macro"]
+    methods, tiers, seeds = (list(dict.fromkeys(_of(row, key) for row in macro)) for key in ("method", "tier", "seed"))
     if shown is None or reference not in methods:
         raise ValueError(f"there is no metric {metric!r}, or no method {reference!r} among {', '.join(methods)}")
-    found = {(row["method"], row["tier"], row["seed"]): row.get(metric) for row in macro}
-    scores = {(m, t): [found[m, t, s] for s in seeds] for m in methods for t in tiers}
-    body: list[list[str]] = [
-        [m, *(_cell(scores, shown, m, t, methods, reference, form) for t in tiers)] for m in methods
-    ]
+    body = {point: _lines(own, shown, tiers, reference, form) for point, own in points_of(macro).items()}
     head = ["method", *(f"tier {tier}" for tier in tiers)]
     note = f"{shown.heading}, mean ± 95 % interval over {len(seeds)} seeds; * p < {LEVEL} against {reference}, paired t-test"
     return _latex(head, body, note) if form == "latex" else _markdown(head, body, note)
+
+
+def write_tables(folder: Path, rows: Sequence[Row], reference: str, fixed: bool) -> None:
+    """Write comparison.md, table.md and table.tex. Arguments as for `comparison_markdown`."""
+    atomic_write(folder / "comparison.md", comparison_markdown(rows, reference, fixed).encode())
+    metrics = ["accuracy", *(metric.name for metric in own_metrics(rows))]
+    for name, write in (("table.md", markdown_table), ("table.tex", latex_table)):
+        atomic_write(folder / name, "\n".join(write(rows, reference, metric) for metric in metrics).encode())
 
 
 def markdown_table(rows: Sequence[Row], reference: str, metric: str = "accuracy") -> str:
@@ -76,6 +82,18 @@ def markdown_table(rows: Sequence[Row], reference: str, metric: str = "accuracy"
 def latex_table(rows: Sequence[Row], reference: str, metric: str = "accuracy") -> str:
     """`paper_table` in LaTeX; needs the package booktabs."""
     return paper_table(rows, reference, "latex", metric)
+
+
+def _lines(rows: Sequence[Row], metric: Metric, tiers: Sequence[int], reference: str, form: str) -> list[list[str]]:
+    """A line for each method, of rows that did the same work; a dash for a tier that they do not have."""
+    methods, seeds = (list(dict.fromkeys(_of(row, key) for row in rows)) for key in ("method", "seed"))
+    found = {(row["method"], row["tier"], row["seed"]): _of(row, metric.name) for row in rows}
+    scores = {(m, t): [found.get((m, t, s)) for s in seeds] for m in methods for t in tiers}
+    return [[m, *(_cell(scores, metric, m, t, methods, reference, form) for t in tiers)] for m in methods]
+
+
+def _of(row: Row, column: str) -> Any:
+    return row.get(column)
 
 
 def _cell(
@@ -103,14 +121,20 @@ def _cell(
     return text
 
 
-def _markdown(head: Sequence[str], body: Sequence[Sequence[str]], note: str) -> str:
-    rows = [head, ["---", *["---:"] * (len(head) - 1)], *[[markdown_cell(row[0]), *row[1:]] for row in body]]
+def _markdown(head: Sequence[str], body: Mapping[str, Sequence[Sequence[str]]], note: str) -> str:
+    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for point, lines in body.items():
+        rows += [[f"*{markdown_cell(point)}*", *[""] * (len(head) - 1)]] if point else []
+        rows += [[markdown_cell(line[0]), *line[1:]] for line in lines]
     return "\n".join(["| " + " | ".join(row) + " |" for row in rows] + ["", f"{note}."]) + "\n"
 
 
-def _latex(head: Sequence[str], body: Sequence[Sequence[str]], note: str) -> str:
-    lines = [rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\toprule", " & ".join(head) + r" \\", r"\midrule"]
-    lines += [" & ".join([_escaped(row[0]), *row[1:]]) + r" \\" for row in body]
+def _latex(head: Sequence[str], body: Mapping[str, Sequence[Sequence[str]]], note: str) -> str:
+    lines = [rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\toprule", " & ".join(head) + r" \\"]
+    for point, methods in body.items():
+        lines.append(r"\midrule")
+        lines += [rf"\multicolumn{{{len(head)}}}{{l}}{{\emph{{{_escaped(point)}}}}} \\"] if point else []
+        lines += [" & ".join([_escaped(line[0]), *line[1:]]) + r" \\" for line in methods]
     return "\n".join([f"% {note}", *lines, r"\bottomrule", r"\end{tabular}"]).replace("–", "--") + "\n"
 
 

@@ -46,8 +46,9 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
     """The whole run, where the plan is of one, and what a given device holds, in words."""
     lines = []
     if run := plan.get("run"):
+        rounds = f"{run['rounds']} round{'s' * (run['rounds'] > 1)}"
         lines = [
-            f"the run: {run['rounds']} rounds of {run['clients_trained']:g} clients, {run['flops'] / 1e12:,.4g} TFLOPs of "
+            f"the run: {rounds} of {run['clients_trained']:g} clients, {run['flops'] / 1e12:,.4g} TFLOPs of "
             f"training, {run['download_bytes'] / 1e9:.3g} GB down, {run['upload_bytes'] / 1e9:.3g} GB up",
             f"training takes {duration(run['seconds_one_after_another'])} one client after another, "
             f"{duration(run['seconds_side_by_side'])} side by side",

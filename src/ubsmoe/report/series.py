@@ -40,6 +40,11 @@ class Series:
         return f"{self.label}, seed {self.seed}"
 
     @property
+    def base(self) -> str:
+        """The base, as the run file says it."""
+        return str(self.record.config["model"]["base"])
+
+    @property
     def settings(self) -> str:
         """The resolved run file, as JSON."""
         return json.dumps(self.record.config, indent=2)
@@ -56,12 +61,20 @@ class Quantity:
 
 
 def read_series(paths: Iterable[Path]) -> list[Series]:
-    """The runs in these folders; a folder of `ubsmoe compare` stands for all its runs.
+    """The runs in these folders; a folder of `ubsmoe compare` stands for all its runs. Labels say the base where there are several.
 
     Raises:
         RunFolderError: if a folder holds neither, or a run has no round yet.
     """
-    return [series(read_run(folder)) for path in paths for folder in run_folders(path)]
+    runs = [series(read_run(folder)) for path in paths for folder in run_folders(path)]
+    bases = {run.base for run in runs}
+    return runs if len(bases) == 1 else [replace(run, label=f"{run.label}, {_name(run.base, bases)}") for run in runs]
+
+
+def _name(base: str, bases: Iterable[str]) -> str:
+    """The last part of a base's name, if no other base has the same."""
+    last = Path(base).name
+    return last if [Path(other).name for other in bases].count(last) == 1 else base
 
 
 def run_folders(path: Path) -> list[Path]:
@@ -70,6 +83,8 @@ def run_folders(path: Path) -> list[Path]:
         return [path]
     if found := sorted(config.parent for config in path.glob(f"runs/*/{CONFIG}")):
         return found
+    if points := sorted({config.parents[2].name for config in path.glob(f"*/runs/*/{CONFIG}")}):
+        raise RunFolderError(f"{path} holds a grid; name one of its points, such as {path / points[0]}")
     raise RunFolderError(f"{path} is neither a run folder nor a comparison's; expected what `ubsmoe run --out` wrote")
 
 

@@ -20,7 +20,7 @@ from ubsmoe.config.plug_ins import load
 from ubsmoe.data.tasks import TASKS, Example, extract_answer
 from ubsmoe.data.tokens import tokenize
 from ubsmoe.model.surgery import SparseModel
-from ubsmoe.server.answers import Question, answers
+from ubsmoe.server.answers import Question, answers, read
 
 
 class Answer(TypedDict):
@@ -84,6 +84,17 @@ def evaluate(
     scores = {task: _score_task(task, model, tokenizer, group, settings) for task, group in questions.items() if group}
     scores["macro"] = _macro(list(scores.values()))
     return scores
+
+
+@torch.no_grad()
+def answer_loss(model: SparseModel, questions: Sequence[Question], batch_size: int) -> float:
+    """Nats per token of the right answers. As for `evaluate`, but that nothing is generated."""
+    loss, tokens = 0.0, 0
+    for batch in progress.through(list(_by_length(questions, batch_size)), "validates"):
+        for question, candidates in zip(batch, read(model, batch).candidates, strict=True):
+            loss -= candidates[question.gold][0]
+            tokens += len(question.candidates[question.gold])
+    return loss / max(tokens, 1)
 
 
 def _question(example: Example, tokenizer: Any, data: DataSettings, settings: EvaluateSettings) -> Question:

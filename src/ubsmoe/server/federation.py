@@ -10,7 +10,7 @@ from ubsmoe.client.train import Memory, Trainer, make_trainer
 from ubsmoe.config import ConfigError, RunSettings, format_named, to_json
 from ubsmoe.data.card import data_card
 from ubsmoe.data.partition import PartitionReport, partition_clients, partition_report, tier_of_client
-from ubsmoe.data.sources import load_examples, load_test
+from ubsmoe.data.sources import by_task, load_examples, load_test
 from ubsmoe.data.tasks import Example
 from ubsmoe.data.tokens import Tokens, tokenize
 from ubsmoe.messages import Announcement, Profile
@@ -33,6 +33,7 @@ class Federation:
     evaluation dispatches to. `shape` is what the method knows about the run. `skeleton` is the base without weights, on which
     the server looks at names and shapes; `model` is the same object where the server has no use for weights. `bases` is the base
     in every format that clients have, `model` the largest budget's. `memory` is what clients in this process keep between rounds.
+    `validation` is what early stopping goes by.
     """
 
     settings: RunSettings
@@ -50,6 +51,7 @@ class Federation:
     data_card: dict[str, Any] | None
     bases: Bases | None = None
     memory: Memory | None = None
+    validation: Sequence[Question] = ()
 
     @property
     def run_id(self) -> str:
@@ -118,15 +120,16 @@ def build_server(settings: RunSettings, weights: bool | None = None) -> Federati
     shape = shape_of_model(settings, skeleton)
     method = chosen_method(settings, shape)  # refused, if it is, before any weights are loaded
     evaluate, tiers = settings.evaluate, tier_profiles(settings, method, shape)
-    needed = evaluate.before or evaluate.after or evaluate.every or method.calibration
+    needed = evaluate.before or evaluate.after or evaluate.every or method.calibration or settings.train.patience
     if weights or (weights is None and needed):
         bases = Bases(*place)
         model = bases(max(tiers, key=lambda profile: profile.budget).experts)
         sha256, tokenizer = model.sha256, bases.tokenizer
         check_sha256(settings.model, sha256)
         questions = prepare(load_test(settings.data, tokenizer, settings.seed), tokenizer, settings.data, evaluate)
+        validation = _validation(settings, tokenizer)
     else:
-        model, tokenizer, questions = skeleton, None, {}  # nothing is tokenised here
+        model, tokenizer, questions, validation = skeleton, None, {}, []  # nothing is tokenised here
         if not (sha256 := settings.model.sha256 or ""):
             raise ConfigError(
                 "model.sha256: this server evaluates nothing and loads no weights, so it cannot tell which base its clients must "
@@ -147,7 +150,17 @@ def build_server(settings: RunSettings, weights: bool | None = None) -> Federati
         base_sha256=sha256,
         data_card=None,
         bases=bases,
+        validation=validation,
     )
+
+
+def _validation(settings: RunSettings, tokenizer: Any) -> list[Question]:
+    """What early stopping goes by: the loss of right answers alone, so that nothing else is read."""
+    if not settings.train.patience:
+        return []
+    held_out = by_task(load_examples(settings.data, tokenizer, settings.seed).validation)
+    alone = settings.evaluate.model_copy(update={"mc_accuracy": False, "max_examples": None})
+    return [one for group in prepare(held_out, tokenizer, settings.data, alone).values() for one in group]
 
 
 def assign_tier(federation: Federation, announced: Announcement) -> Profile:

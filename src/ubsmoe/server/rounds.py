@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,8 +13,9 @@ from ubsmoe.errors import printable
 from ubsmoe.messages import Dropped, Engine, Profile, Step, Task, Update, in_order
 from ubsmoe.methods.method import Contribution, State
 from ubsmoe.methods.sums import private_vector
+from ubsmoe.model.surgery import SparseModel
 from ubsmoe.seeds import generator_for
-from ubsmoe.server.evaluate import Score, evaluate
+from ubsmoe.server.evaluate import Score, answer_loss, evaluate
 from ubsmoe.server.federation import Federation
 from ubsmoe.server.metrics import RoundMetrics
 from ubsmoe.server.peers import without_outliers
@@ -187,9 +189,26 @@ def evaluate_tier(federation: Federation, state: State, profile: Profile) -> dic
 
 def score(federation: Federation, task: Task) -> dict[str, Score]:
     """The scores of a task's payload at its profile's budget. The base is left as it was found."""
-    model, settings = federation.model_of(task.profile), federation.settings
+    with _installed(federation, task) as model:
+        return evaluate(model, federation.tokenizer, federation.questions, federation.settings.evaluate)
+
+
+def validation_losses(federation: Federation, state: State) -> list[float]:
+    """The loss of each tier on what early stopping goes by."""
+    size = federation.settings.evaluate.batch_size
+    losses = []
+    for task in tasks_of(federation, state, 0, federation.tiers):
+        with _installed(federation, task) as model:
+            losses.append(answer_loss(model, federation.validation, size))
+    return losses
+
+
+@contextmanager
+def _installed(federation: Federation, task: Task) -> Iterator[SparseModel]:
+    model = federation.model_of(task.profile)
     try:
-        federation.method.install(model, task.payload, task.profile, generator_for(settings.seed, "evaluation"))
-        return evaluate(model, federation.tokenizer, federation.questions, settings.evaluate)
+        generator = generator_for(federation.settings.seed, "evaluation")
+        federation.method.install(model, task.payload, task.profile, generator)
+        yield model
     finally:
         model.clear()

@@ -1,5 +1,6 @@
 """A run: begun or gone back to its newest checkpoint, round by round, and what it leaves when it ends."""
 
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -12,9 +13,11 @@ from ubsmoe.server.evaluate import Score
 from ubsmoe.server.federation import Federation
 from ubsmoe.server.origin import origin
 from ubsmoe.server.privacy import spent
-from ubsmoe.server.rounds import Log, one_round, score, tasks_of
+from ubsmoe.server.rounds import Log, one_round, score, tasks_of, validation_losses
 from ubsmoe.server.start import calibrated, noise_key, start_state
-from ubsmoe.storage.checkpoints import Checkpoint
+from ubsmoe.storage.checkpoints import Checkpoint, load_round
+from ubsmoe.storage.ending import best_round, is_out_of_patience
+from ubsmoe.storage.layout import CHECKPOINTS
 from ubsmoe.storage.runfolder import RunFolder
 
 Report = Callable[[str, int, dict[str, Any]], None]
@@ -26,7 +29,7 @@ def run(
 ) -> dict[str, Any]:
     """Carry out a run, or what is left of it, and write its adapter and summary. Arguments as for `Run`."""
     under_way = Run(federation, folder, engine, report, score_all)
-    while under_way.done < federation.settings.train.rounds:
+    while not under_way.over:
         under_way.round()
     return under_way.finish()
 
@@ -44,10 +47,12 @@ class Run:
     Attributes:
         state: what the server holds.
         done: rounds that have ended.
+        losses: validation loss after each round, mean over tiers, where there is early stopping.
     """
 
     state: State
     done: int
+    losses: list[float]
 
     def __init__(
         self,
@@ -60,13 +65,23 @@ class Run:
         self._federation, self._folder, self._engine, self._report = federation, folder, engine, report
         self._score_all = score_all or (lambda tasks: (score(federation, task) for task in tasks))
         self._seconds, self._began = 0.0, time.perf_counter()
-        checkpoint = folder.resume(origin(federation))
+        # what clients keep goes back no further than the newest checkpoints
+        most = federation.settings.keep_checkpoints if federation.method.client_state else None
+        checkpoint = folder.resume(origin(federation), most)
         if checkpoint is None:
             self._begin()
         else:
             self._go_on(checkpoint)
         if federation.settings.privacy:
             folder.releases.check(self.done)
+
+    @property
+    def over(self) -> str:
+        """Why there is no further round; nothing while there is one."""
+        train = self._federation.settings.train
+        if is_out_of_patience(self.losses, train.patience):
+            return f"training stopped after round {self.done} (train.patience)"
+        return f"all {self.done} rounds are done (train.rounds)" if self.done >= train.rounds else ""
 
     def round(self) -> None:
         """Carry out the next round and save its state. Raises RoundError as `one_round`."""
@@ -80,15 +95,23 @@ class Run:
         else:
             state = one_round(federation, self._engine, state, number, self.log)
         self.state, self.done = state, number
+        if settings.train.patience:
+            self._validate()
         if _is_evaluated(settings, number):
-            self._score()
+            self._score(number)
         self._save()
 
     def finish(self) -> dict[str, Any]:
-        """Write adapter and summary; gives the summary. The tiers are scored if they have not been, or otherwise than now asked."""
-        federation, settings, now = self._federation, self._federation.settings, self._how(self.done)
-        if settings.evaluate.after and self._scored[-1:] != [now]:
-            self._score()
+        """Write adapter and summary; gives the summary. The tiers are scored if they have not been, or otherwise than now asked.
+
+        With early stopping the state is that of the best round from here on.
+        """
+        federation, settings = self._federation, self._federation.settings
+        kept = best_round(self.losses) if self.losses else self.done
+        if kept != self.done:
+            self.state = unpack(load_round(self._folder.path / CHECKPOINTS, kept).tensors, federation.method.keeps)
+        if settings.evaluate.after and self._scored[-1:] != [self._how(kept)]:
+            self._score(kept)
         facts = {
             "method": federation.method.name,
             "alpha": federation.shape.alpha,
@@ -106,6 +129,8 @@ class Run:
             "before": self._history[0] if self._scored[0] == self._how(0) else None,
             "after": self._history[-1] if settings.evaluate.after else None,
         }
+        if self.losses:
+            summary["validation"] = {"losses": self.losses, "best_round": kept}
         if settings.privacy:
             count = self._folder.releases.count
             summary["privacy"] = {**settings.privacy.model_dump(exclude={"seed"}), **spent(settings, count)}
@@ -120,7 +145,7 @@ class Run:
     def _begin(self) -> None:
         federation, settings = self._federation, self._federation.settings
         self.state, self.done = start_state(federation), 0
-        self._history, self._scored = list[Any](), list[Any]()
+        self._history, self._scored, self.losses = list[Any](), list[Any](), []
         part = federation.partition
         clients = len(self._engine.clients())
         self.log("started", 0, rounds=settings.train.rounds, clients=clients, method=federation.method.name)
@@ -129,7 +154,7 @@ class Run:
             self._folder.write_data_card(federation.data_card)
         self.state = calibrated(federation, self.state, 1)
         if settings.evaluate.before:
-            self._score()
+            self._score(0)
         else:
             self._history, self._scored = [None], [None]
         self._save()
@@ -137,16 +162,22 @@ class Run:
     def _go_on(self, checkpoint: Checkpoint) -> None:
         facts = checkpoint.facts
         self.state, self.done = unpack(checkpoint.tensors, self._federation.method.keeps), checkpoint.round
-        self._history, self._seconds = facts["history"], facts["seconds"]
+        self._history, self._seconds, self.losses = facts["history"], facts["seconds"], facts.get("losses", [])
         # a checkpoint of an earlier version does not say how it was scored: as it is now, since nothing could change
         last = [self._how(self.done)] if _is_evaluated(self._federation.settings, self.done) else []
         self._scored = facts.get("scored", [self._how(0), *last])
         self._report("resumed", self.done, {"round": self.done, "settings_changed": self._folder.settings_changed})
 
-    def _score(self) -> None:
-        tasks = self._score_all(tasks_of(self._federation, self.state, self.done, self._federation.tiers))
-        self._history.append(_tier_scores(self._federation, tasks, self.done, self.log))
-        self._scored.append(self._how(self.done))
+    def _validate(self) -> None:
+        losses = validation_losses(self._federation, self.state)
+        self.losses = [*self.losses, statistics.fmean(losses)]
+        self.log("validated", self.done, losses=losses, loss=self.losses[-1], best_round=best_round(self.losses))
+
+    def _score(self, number: int) -> None:
+        """Score the state, which is the one after round `number`."""
+        tasks = self._score_all(tasks_of(self._federation, self.state, number, self._federation.tiers))
+        self._history.append(_tier_scores(self._federation, tasks, number, self.log))
+        self._scored.append(self._how(number))
 
     def _how(self, number: int) -> list[Any]:
         """After which round scores are taken, and how."""
@@ -154,8 +185,11 @@ class Run:
         return [number, evaluate.model_dump(mode="json", exclude={"before", "after", "every"})]
 
     def _save(self) -> None:
-        facts = {"history": self._history, "scored": self._scored, "seconds": self._spent()}
-        self._folder.save_checkpoint(self.done, pack(self.state), facts, self._federation.settings.keep_checkpoints)
+        keep = self._federation.settings.keep_checkpoints
+        facts = {"history": self._history, "scored": self._scored, "seconds": self._spent(), "losses": self.losses}
+        # the best so far as each checkpoint that stays knows it: the run may go back to any of them
+        spared = {best_round(self.losses[:n]) for n in range(max(1, self.done - keep + 1), len(self.losses) + 1)}
+        self._folder.save_checkpoint(self.done, pack(self.state), facts, keep, spared)
 
     def _spent(self) -> float:
         """Seconds of work so far; those between two rounds are not the run's."""
@@ -166,7 +200,8 @@ class Run:
 
 def _is_evaluated(settings: RunSettings, number: int) -> bool:
     every = settings.evaluate.every
-    return (number == settings.train.rounds and settings.evaluate.after) or bool(every and number % every == 0)
+    last = number == settings.train.rounds and not settings.train.patience  # which may keep another round's adapter
+    return (last and settings.evaluate.after) or bool(every and number % every == 0)
 
 
 def _tier_scores(

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,12 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: str | Path, round: int, tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any], keep: int = 2
+    folder: str | Path,
+    round: int,
+    tensors: Mapping[str, "Tensor"],
+    facts: Mapping[str, Any],
+    keep: int = 2,
+    spared: Collection[int] = (),
 ) -> Path:
     """Write the checkpoint of a round; it is durable when this returns.
 
@@ -64,6 +69,7 @@ def save_checkpoint(
         tensors: by name, as for `tensor_parts`; they are written from where they lie.
         facts: what JSON gives back as it was: text keys, lists rather than tuples.
         keep: how many checkpoints stay, this one included.
+        spared: rounds whose checkpoints stay beside these.
 
     Returns:
         The checkpoint's own folder.
@@ -84,19 +90,23 @@ def save_checkpoint(
             f"cannot save round {round} in {folder}: {error}. The checkpoints already there are intact; "
             "free some space or mend the disk, then start the run again to resume"
         ) from error
-    _prune(folder, keep)
+    _prune(folder, keep, spared)
     return target
 
 
-def load_newest(folder: str | Path) -> Checkpoint | None:
+def load_newest(folder: str | Path, most: int | None = None) -> Checkpoint | None:
     """The newest checkpoint that passes every check, or None if there never was one.
+
+    Args:
+        folder: where they are.
+        most: how many are looked at; all when left out.
 
     Raises:
         CheckpointError: if there are checkpoints and none is usable.
         NewerFormatError: if a newer ubsmoe wrote the newest; an older one is not taken in its place.
     """
     skipped: list[str] = []
-    for _, path in reversed(_saved(Path(folder))):
+    for _, path in reversed(_saved(Path(folder))[-most if most else None :]):
         try:
             return replace(load_checkpoint(path), skipped=tuple(skipped))
         except NewerFormatError:
@@ -118,6 +128,11 @@ def saved_checkpoints(folder: str | Path) -> list[Path]:
 def newest_round(folder: str | Path) -> int | None:
     """The round of the newest checkpoint in a folder, None if there is none; its contents are not looked at."""
     return max((number for number, _ in _saved(Path(folder))), default=None)
+
+
+def load_round(folder: str | Path, round: int) -> Checkpoint:
+    """The checkpoint of one round. Raises CheckpointError as `load_checkpoint`."""
+    return load_checkpoint(Path(folder) / _name(round))
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -192,7 +207,7 @@ def _is_usable(path: Path) -> bool:
 
 
 def _write(folder: Path, round: int, files: Mapping[str, disk.Data]) -> Path:
-    target, draft = folder / f"round-{round:05d}", folder / f"{DRAFT}{round:05d}"
+    target, draft = folder / _name(round), folder / f"{DRAFT}{round:05d}"
     try:
         disk.make_folder(draft)
         for name, data in files.items():
@@ -207,12 +222,18 @@ def _write(folder: Path, round: int, files: Mapping[str, disk.Data]) -> Path:
     return target
 
 
-def _prune(folder: Path, keep: int) -> None:
+def _prune(folder: Path, keep: int, spared: Collection[int]) -> None:
     for number, path in _saved(folder)[:-keep]:
+        if number in spared:
+            continue
         try:
             disk.remove_folder(path)
         except OSError as error:
             raise CheckpointError(f"the new checkpoint is safe, but that of round {number} stays: {error}") from error
+
+
+def _name(round: int) -> str:
+    return f"round-{round:05d}"
 
 
 def _saved(folder: Path) -> list[tuple[int, Path]]:
@@ -233,7 +254,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         )
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {manifest['format']}, which this ubsmoe no longer reads ({FORMAT})")
-    if path.name != f"round-{manifest['round']:05d}":
+    if path.name != _name(manifest["round"]):
         raise CheckpointError(f"{path} was renamed: it holds round {manifest['round']}")
     return manifest
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from ubsmoe.storage import disk
 from ubsmoe.storage.exportfolder import write_folder
-from ubsmoe.storage.layout import CONFIG, LOCK, RECORDS, read_json
-from ubsmoe.storage.runfolder import refuse_foreign
+from ubsmoe.storage.layout import CONFIG, LOCK, RECORDS, read_json, refuse_foreign
 from ubsmoe.storage.same_run import RunFolderError
 
 

@@ -33,6 +33,18 @@ def read_versions(path: Path) -> dict[str, str]:
     return versions
 
 
+def refuse_foreign(path: Path) -> None:
+    """Never mix a run into a folder of something else; what a start killed half-way left behind is ours."""
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"{path} is a file; choose another --out")
+    if not path.exists() or (path / CONFIG).exists():
+        return
+    ours = tuple(RUN_FILES)  # as the beginning of a name too: config.json.damaged is what somebody moved away
+    foreign = sorted(part.name for part in path.iterdir() if not part.name.startswith(ours))
+    if foreign:
+        raise RunFolderError(f"{path} is not a run folder: it holds {', '.join(foreign[:3])}; choose another --out")
+
+
 def read_json(path: Path, kind: type = dict) -> Any:
     """A JSON file of a run folder. Raises RunFolderError if it is missing, damaged or no `kind`."""
     try:

@@ -131,6 +131,28 @@ class Summary(TypedDict):
     tiers: list[TierFacts]
     before: list[Scores] | None
     after: list[Scores] | None
+    validation: NotRequired["Validated"]
+
+
+class Validated(TypedDict):
+    """What early stopping went by: the loss after each round, mean over tiers, and the round whose adapter was kept."""
+
+    losses: list[float]
+    best_round: int
+
+
+def kept_said(summary: Summary, planned: int) -> str:
+    """Which round's adapter early stopping kept, and where it stopped; nothing without it.
+
+    >>> kept_said({"rounds": 3, "validation": {"losses": [0.5, 0.25, 0.3], "best_round": 2}}, 9)
+    'the adapter is that of round 2, whose validation loss was the lowest (0.2500); training stopped after round 3 of 9'
+    """
+    if (found := summary.get("validation")) is None:
+        return ""
+    best, rounds = found["best_round"], summary["rounds"]
+    stopped = f"; training stopped after round {rounds} of {planned}" if rounds < planned else ""
+    lowest = f"{found['losses'][best - 1]:.4f}"
+    return f"the adapter is that of round {best}, whose validation loss was the lowest ({lowest}){stopped}"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import errno
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -40,11 +40,11 @@ from ubsmoe.storage.layout import (
     DATA,
     LOCK,
     RELEASES,
-    RUN_FILES,
     SUMMARY,
     VERSIONS,
     read_json,
     read_versions,
+    refuse_foreign,
 )
 from ubsmoe.storage.layout import EVENTS as EVENTS
 from ubsmoe.storage.record import RunRecord
@@ -119,11 +119,12 @@ class RunFolder:
         """What a private run has to remember of its attempts. Raises EventError if the file is damaged."""
         return Releases(self.path / RELEASES)
 
-    def resume(self, origin: Mapping[str, str] | None = None) -> Checkpoint | None:
+    def resume(self, origin: Mapping[str, str] | None = None, most: int | None = None) -> Checkpoint | None:
         """Go back to the newest usable checkpoint; events of later rounds are forgotten and the return noted as one.
 
         Args:
             origin: hashes of what the run is made of, by name; every checkpoint carries them and the settings.
+            most: how many of the newest checkpoints may be gone back to; all when left out.
 
         Returns:
             The checkpoint, or None if the run has none yet and starts from the beginning.
@@ -134,7 +135,7 @@ class RunFolder:
             EventError: if the event file is damaged.
         """
         self._origin |= origin or {}
-        checkpoint = checkpoints.load_newest(self.path / CHECKPOINTS)
+        checkpoint = checkpoints.load_newest(self.path / CHECKPOINTS, most)
         if checkpoint:
             refuse_other_run(self.path, checkpoint, self._origin)
         self.events.truncate_after(checkpoint.round if checkpoint else -1)
@@ -150,12 +151,18 @@ class RunFolder:
             )
         return checkpoint
 
-    def save_checkpoint(self, round: int, tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any], keep: int) -> Path:
+    def save_checkpoint(
+        self,
+        round: int,
+        tensors: Mapping[str, "Tensor"],
+        facts: Mapping[str, Any],
+        keep: int,
+        spared: Collection[int] = (),
+    ) -> Path:
         """Save the state after a round; the events up to it become durable first. As `checkpoints.save_checkpoint`."""
         self.events.sync()
-        return checkpoints.save_checkpoint(
-            self.path / CHECKPOINTS, round, tensors, {**facts, ORIGIN: self._origin}, keep
-        )
+        facts = {**facts, ORIGIN: self._origin}
+        return checkpoints.save_checkpoint(self.path / CHECKPOINTS, round, tensors, facts, keep, spared)
 
     def write_adapter(self, adapter: Mapping[str, "Tensor"], facts: Mapping[str, Any] | None = None) -> str:
         """Write the final adapter; `facts`, such as alpha, go into its header. Returns its SHA-256."""
@@ -251,18 +258,6 @@ def read_states(path: str | Path) -> Iterator[Checkpoint]:
 def saved_round(path: str | Path) -> int | None:
     """The round of the newest checkpoint, by its name alone; None if there is none."""
     return checkpoints.newest_round(Path(path) / CHECKPOINTS)
-
-
-def refuse_foreign(path: Path) -> None:
-    """Never mix a run into a folder of something else; what a start killed half-way left behind is ours."""
-    if path.exists() and not path.is_dir():
-        raise RunFolderError(f"{path} is a file; choose another --out")
-    if not path.exists() or (path / CONFIG).exists():
-        return
-    ours = tuple(RUN_FILES)  # as the beginning of a name too: config.json.damaged is what somebody moved away
-    foreign = sorted(part.name for part in path.iterdir() if not part.name.startswith(ours))
-    if foreign:
-        raise RunFolderError(f"{path} is not a run folder: it holds {', '.join(foreign[:3])}; choose another --out")
 
 
 def _begin(path: Path, config_json: str, versions: dict[str, str]) -> dict[str, str]:

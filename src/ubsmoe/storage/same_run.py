@@ -10,7 +10,7 @@ from ubsmoe.storage.checkpoints import Checkpoint
 
 ORIGIN = "origin"  # the fact of a checkpoint that says of which run it is
 MAY_CHANGE = {
-    *("train.rounds", "clients.count", "label", "keep_checkpoints"),
+    *("train.rounds", "train.patience", "clients.count", "label", "keep_checkpoints"),
     *("rounds.quorum", "rounds.deadline_seconds", "rounds.give_up_seconds"),
     *("model.base", "data.train", "data.test"),
 }

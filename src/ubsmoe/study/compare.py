@@ -8,8 +8,10 @@ import io
 import os
 import re
 import signal
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -30,8 +32,38 @@ from ubsmoe.study.variants import Variant
 from ubsmoe.training.federation import Federation
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison: a point of the grid, a variant's label, a seed."""
+
+    point: str
+    label: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """How it is called while it runs."""
+        return "  ".join(filter(None, (self.point, self.label)))
+
+    def folder(self, out: Path) -> Path:
+        """Its run folder: a point's are those of an ordinary comparison."""
+        return out / _file_name(self.point) / "runs" / f"{_file_name(self.label)}-seed{self.seed}"
+
+
+def cells_of(
+    points: Mapping[str, RunSettings], variants: Sequence[Variant], seeds: Sequence[int]
+) -> dict[Cell, RunSettings]:
+    """Every run of a comparison with its settings. Raises ConfigError for a change that makes no sense."""
+    return {
+        Cell(point, variant.label, seed): variant.settings_in(settings, seed)
+        for point, settings in points.items()
+        for seed in seeds
+        for variant in variants
+    }
+
+
 def compare(
-    settings: RunSettings,
+    points: Mapping[str, RunSettings],
     variants: Sequence[Variant],
     seeds: Sequence[int],
     out: Path,
@@ -42,12 +74,13 @@ def compare(
     """Run the grid, or what is left of it, and write comparison.csv.
 
     Args:
-        settings: the run file; its [method] and seed are replaced, and what a variant changes.
-        variants: what to compare.
+        points: the run file at each point of the grid, by name; a single one without a name has its runs in `out` itself. [method]
+            and seed are replaced, and what a variant changes.
+        variants: what to compare at each point.
         seeds: one run per variant and seed; a seed draws adapter, data, partition and sampling alike for all variants.
         out: the comparison's folder.
         jobs: runs at a time, each in a process of its own with its share of the threads.
-        report: called with (label, seed, runs done) after each run.
+        report: called with (name, seed, runs done) after each run; point and label make its name.
         track: where each run logs its metrics too (`report/tracking.py`); its name there is its folder's.
 
     Returns:
@@ -57,47 +90,56 @@ def compare(
         UserError: for a method, setting or tracker that does not exist, before anything runs.
         RunFolderError: if a folder of the grid holds a run of other settings, before anything runs.
     """
-    if not settings.evaluate.after:
+    if not all(settings.evaluate.after for settings in points.values()):
         raise ConfigError("a comparison is one of scores after training; set evaluate.after = true")
-    grid = {(variant.label, seed): variant.settings_in(settings, seed) for seed in seeds for variant in variants}
+    cells = cells_of(points, variants, seeds)
     check_trackers(track)
-    for variant in variants:
-        run_costs(grid[variant.label, seeds[0]])  # builds the method: a misspelt setting fails here, not in an hour
-    folders = {key: out / "runs" / f"{_file_name(key[0])}-seed{key[1]}" for key in grid}
-    for key, folder in folders.items():
+    for cell, settings in cells.items():
+        if cell.seed == seeds[0]:
+            run_costs(settings)  # builds the method: a misspelt setting fails here, not in an hour
+    folders = {cell: cell.folder(out) for cell in cells}
+    if twice := [str(folder) for folder, count in Counter(folders.values()).items() if count > 1]:
+        raise ConfigError(
+            f"two runs of the comparison would have the folder {twice[0]}; give them labels or other values"
+        )
+    for cell, folder in folders.items():
         if newest_round(folder / CHECKPOINTS) is not None:
-            refuse_change(folder, read_json(folder / CONFIG), grid[key].model_dump(mode="json"))
+            refuse_change(folder, read_json(folder / CONFIG), cells[cell].model_dump(mode="json"))
     with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=end_with_parent) as pool:
-        futures = {pool.submit(run_cell, cell, folders[key], track): key for key, cell in grid.items()}
-        progress.at("trains; runs that have ended:", 0, len(grid))
+        futures = {pool.submit(run_cell, settings, folders[cell], track): cell for cell, settings in cells.items()}
+        progress.at("trains; runs that have ended:", 0, len(cells))
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 future.result()
-                progress.at("trains; runs that have ended:", done, len(grid))
+                progress.at("trains; runs that have ended:", done, len(cells))
                 if report:
-                    report(*futures[future], done)
+                    report(futures[future].name, futures[future].seed, done)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    records = {key: read_run(folder) for key, folder in folders.items()}
-    check_same_work(records.values(), {key for variant in variants for key in variant.changes} | {"label"})
-    rows = [row for (label, seed), record in records.items() for row in tidy_rows(label, seed, record)]
+    records = {cell: read_run(folder) for cell, folder in folders.items()}
+    varied = {key for variant in variants for key in variant.changes} | {"label"}
+    for point in points:
+        check_same_work([record for cell, record in records.items() if cell.point == point], varied)
+    rows = [_at(cell.point, row) for cell, record in records.items() for row in tidy_rows(cell, record)]
     atomic_write(out / "comparison.csv", to_csv(rows).encode())
     return rows
 
 
-def estimate(settings: RunSettings, variants: Sequence[Variant], seed: int) -> Iterator[tuple[str, float, float]]:
-    """What one run of each variant will take: its label, training FLOPs of all clients, and seconds on one core of this machine.
+def estimate(
+    points: Mapping[str, RunSettings], variants: Sequence[Variant], seed: int
+) -> Iterator[tuple[str, float, float]]:
+    """What one run of each variant will take at each point: its name, training FLOPs of all clients, and seconds on one core.
 
     Evaluation is not counted. Raises ConfigError for a method or setting that does not exist.
     """
     from ubsmoe.plan.forecast import forecast
 
-    speed = None
-    for variant in variants:
-        found = forecast(variant.settings_in(settings, seed), flops_per_second=speed)
-        speed = found["flops_per_second"]  # measured once
-        yield variant.label, found["run"]["flops"], found["run"]["seconds_one_after_another"]
+    speeds: dict[str, float] = {}  # measured once a point: bases differ
+    for cell, settings in cells_of(points, variants, [seed]).items():
+        found = forecast(settings, flops_per_second=speeds.get(cell.point))
+        speeds[cell.point] = found["flops_per_second"]
+        yield cell.name, found["run"]["flops"], found["run"]["seconds_one_after_another"]
 
 
 def run_cell(settings: RunSettings, folder: Path, track: Sequence[str] = ()) -> None:
@@ -152,7 +194,7 @@ def check_same_work(records: Iterable[RunRecord], varied: Collection[str] = ()) 
             raise ConfigError(f"{first.path} and {record.path} were trained on different bases")
 
 
-def tidy_rows(label: str, seed: int, record: RunRecord) -> list[Row]:
+def tidy_rows(cell: Cell, record: RunRecord) -> list[Row]:
     """One row per tier and task of a finished run, costs beside the scores."""
     assert record.summary is not None and record.costs is not None
     seconds, balance = _client_seconds(record), _balance(record)
@@ -165,8 +207,8 @@ def tidy_rows(label: str, seed: int, record: RunRecord) -> list[Row]:
             start = before[task] if before else None
             rows.append(
                 {
-                    "method": label,
-                    "seed": seed,
+                    "method": cell.label,
+                    "seed": cell.seed,
                     "tier": profile["tier"] + 1,
                     "top_k": profile["top_k"],
                     "rank": profile["rank"],
@@ -185,7 +227,9 @@ def tidy_rows(label: str, seed: int, record: RunRecord) -> list[Row]:
                     "upload_bytes": cost["upload_bytes"],
                     "download_bytes": cost["download_bytes"],
                     "client_seconds": seconds.get(profile["tier"]),
-                    **balance,
+                    "entropy": balance["entropy"],
+                    "gini": balance["gini"],
+                    "dead_experts": balance["dead_experts"],
                 }
             )
             own = {f"{OWN}{name}": value for name, value in score.get("metrics", {}).items()}
@@ -200,6 +244,11 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(map(csv_row, rows))
     return text.getvalue()
+
+
+def _at(point: str, row: Row) -> Row:
+    named: dict[str, Any] = {"point": point} if point else {}
+    return cast(Row, named | dict(row))
 
 
 def _client_seconds(record: RunRecord) -> dict[int, float]:

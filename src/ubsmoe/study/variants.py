@@ -20,6 +20,7 @@ TUNABLE = ("adapter", "tiers", "train", "wire", "robust")
 """Sections of the run file that a variant may change for itself."""
 WORK = (
     *("train.rounds", "train.local_steps", "train.local_epochs", "train.batch_size", "train.gradient_accumulation"),
+    "train.patience",
     *("tiers.budgets", "tiers.k_max"),
 )
 """Settings within them that it may not: they are how much work is done, and by whom."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -86,6 +87,9 @@ def _table_of(path: Path) -> tuple[dict[str, Any], Path]:
 
 def _by_key(name: str, given: Any) -> dict[str, Any]:
     """A section as dotted keys. A part of [method] is replaced as a whole: it may be true or false before."""
+    splits = set(given) if isinstance(given, Mapping) and hasattr(given, "column_names") else set()  # of a DatasetDict
+    if other := splits - {"train", "test"}:
+        raise ConfigError(f"{name}: a DatasetDict may have train and test, and has {', '.join(sorted(other))} too")
     if isinstance(given, Mapping) and "." not in name:
         inner = given if name == "method" else flatten(dict(given))
         return {f"{name}.{key}": value for key, value in inner.items()}
@@ -93,14 +97,22 @@ def _by_key(name: str, given: Any) -> dict[str, Any]:
     return {f"{name}.{single}" if single else name: str(given) if name == "model" else given}
 
 
+def _iso(value: Any) -> str:
+    if isinstance(value, date):
+        return value.isoformat()
+    raise TypeError(f"a value is a {type(value).__name__}")
+
+
 def _lines(records: Any, key: str) -> bytes:
-    """Records as JSON lines, missing values left out as Parquet has them."""
+    """Records as JSON lines, missing values left out as Parquet has them, times as ISO 8601."""
+    if hasattr(records, "with_format"):  # a data set that is set to give tensors
+        records = records.with_format(None)
     try:
         kept = [
             {name: value for name, value in one.items() if value is not None} if isinstance(one, Mapping) else one
             for one in records
         ]
-        return "".join(f"{json.dumps(one)}\n" for one in kept).encode()
+        return "".join(f"{json.dumps(one, default=_iso)}\n" for one in kept).encode()
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"{key}: expected a path, a hub id or records of plain values, got {type(records).__name__} ({error})"

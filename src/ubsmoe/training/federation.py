@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack, cast, overload
 from ubsmoe.config import ConfigError, RunSettings, to_json
 from ubsmoe.errors import UserError
 from ubsmoe.storage.copies import copy_run
-from ubsmoe.storage.ending import final_summary
+from ubsmoe.storage.ending import final_summary, refuse_more
 from ubsmoe.storage.events import Event
 from ubsmoe.storage.record import RunRecord, Scores, Summary
 from ubsmoe.storage.runfolder import RunFolderError, is_run, read_run
@@ -79,7 +79,7 @@ class Federation:
         Args:
             folder: where it is.
             workers: processes that train clients.
-            sections: what is to change: train.rounds, evaluate, clients.count (up), deadlines, label.
+            sections: what is to change: train.rounds, train.patience, evaluate, clients.count (up), deadlines, label.
 
         Raises:
             RunFolderError: if there is no run, or for a setting that cannot change.
@@ -94,8 +94,8 @@ class Federation:
         Raises:
             UserError: if all rounds are done, or too few clients answered.
         """
-        if self.done >= self.settings.train.rounds:
-            raise UserError(f"all {self.done} rounds are done (train.rounds); for more, run(more_rounds=...)")
+        if over := self._begun().over:
+            raise UserError(f"{over}; for more, run(more_rounds=...)")
         self._carry_out(self._next_round)
         return next(event for event in self._new_events() if event["event"] == "round")
 
@@ -111,11 +111,10 @@ class Federation:
         self._add_rounds(more_rounds)
         if self.summary is not None:
             return
-        self._opened()
-        if self.done == self.settings.train.rounds:  # no round is left, but other scores are asked for
+        if self._opened().over:  # no round is left, but other scores are asked for
             self._carry_out(self._finish)
         yield from self._new_events()
-        while self.done < self.settings.train.rounds:
+        while not self._begun().over:
             self._carry_out(self._next_round)
             yield from self._new_events()
 
@@ -243,7 +242,7 @@ class Federation:
             run.log("set", run.done + 1, phi=self._phi.tolist())
         run.round()
         self._phi = None
-        if run.done == self.settings.train.rounds:
+        if run.over:
             self._finish()
 
     def _finish(self) -> None:
@@ -276,6 +275,7 @@ class Federation:
         if count < 0:
             raise ConfigError(f"more_rounds must be 0 or more, got {count}")
         if count:
+            refuse_more(self.place, self.settings.train.patience)
             self.close()
             train = self.settings.train.model_copy(update={"rounds": self.settings.train.rounds + count})
             self.settings = self.settings.model_copy(update={"train": train})

@@ -53,6 +53,18 @@ def test_latex_escapes_names_and_a_dash_stands_for_what_was_not_measured() -> No
         paper_table(rows(SCORES), "d", "latex")
 
 
+def test_the_points_of_a_grid_stand_in_one_table_each_with_its_own_best() -> None:
+    """At p method c is best; at q, which has one tier less, a_b is."""
+    at_p = [row | {"point": "base=p"} for row in rows(SCORES)]
+    at_q = [row | {"point": "base=q_1"} for row in rows({"a_b": {1: [0.9] * 3}, "c": {1: [0.2, 0.3, 0.4]}})]
+    text = paper_table(at_p + at_q, "a_b", "latex").splitlines()
+    place = text.index(r"\multicolumn{3}{l}{\emph{base=q\_1}} \\")
+    assert text[place - 1] == r"\midrule" and text[place + 1].startswith(r"a\_b & \textbf{90.0} $\pm$ 0.0 & --")
+    assert text[place - 2].startswith(r"c & \textbf{70.3}")
+    markdown = paper_table(at_p + at_q, "a_b", "markdown").splitlines()
+    assert markdown[5:7] == ["| *base=q_1* |  |  |", "| a_b | **90.0** ± 0.0 | – |"]
+
+
 def test_a_metric_that_a_task_lacks_has_a_table_all_the_same() -> None:
     own = [row | {"metric.f1": 0.25} if row["task"] == "macro" else row for row in reversed(rows(SCORES))]
     assert [metric.name for metric in own_metrics(own)] == ["metric.f1"]

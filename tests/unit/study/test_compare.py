@@ -4,6 +4,7 @@ import copy
 import csv
 import io
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import pytest
 
 from ubsmoe.config import ConfigError, parse_run, with_overrides
 from ubsmoe.errors import UserError
-from ubsmoe.report.comparison import comparison_markdown, interval
+from ubsmoe.report.comparison import accuracy_markdown, comparison_markdown, interval
+from ubsmoe.report.series import read_series
 from ubsmoe.storage.record import RunRecord
 from ubsmoe.study.compare import check_same_work, compare, to_csv
+from ubsmoe.study.grid import grid
 from ubsmoe.study.variants import Variant, choose_variants
 
 
@@ -93,6 +96,33 @@ def test_what_a_variant_changes_may_differ_and_nothing_else() -> None:
         )
 
 
+def test_a_grid_is_every_combination_of_its_values() -> None:
+    assert grid([]) == {"": {}}
+    points = grid(["model.base=tiny, a/b", "train.learning_rate=1e-3,0.5", "data.seed=7"])
+    assert list(points)[1] == "model.base=tiny;train.learning_rate=0.5;data.seed=7" and len(points) == 4
+    assert list(points.values())[2] == {"model.base": "a/b", "train.learning_rate": 1e-3, "data.seed": 7}
+    assert next(iter(grid(["tiers.budgets=[0.5, 1],[1]"]).values())) == {"tiers.budgets": [0.5, 1]}
+
+
+@pytest.mark.parametrize(
+    ("axis", "sentence"),
+    [
+        ("model.base", "expected a setting and different values"),
+        ("=a", "expected a setting"),
+        ("model.base=", "expected a setting"),
+        ("model.base=a,,b", "expected a setting"),
+        ("model.base=a,a", "different values"),
+        ("method.name=fedavg,ubsmoe", "varies it by --methods or --variants"),
+        ("seed=1,2", "varies it by --seeds"),
+    ],
+)
+def test_what_is_no_axis_is_refused(axis: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        grid([axis])
+    with pytest.raises(ConfigError, match="named twice"):
+        grid(["model.base=a", "model.base=b"])
+
+
 @pytest.mark.parametrize("text", ["", " ", "fedavg, fed avg", "fedavg; ubsmoe", "methods.txt", "ubsmoe(pg_mode=off)"])
 def test_what_is_no_list_of_names_is_refused_with_the_toml_for_settings(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--methods takes names (.|\n)*method = {name = \"ubsmoe\", pg = false}"):
@@ -124,24 +154,36 @@ def test_methods_and_variants_exclude_each_other(tmp_path: Path) -> None:
 def test_a_misspelt_method_or_setting_fails_before_anything_runs(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     for method in ({"name": "ubsmoo"}, {"name": "smoe_llb", "coeficient": 1}, {"name": "smoe_llb", "coefficient": "x"}):
         with pytest.raises(UserError, match="method"):
-            compare(parse_run(tiny_run), [Variant("x", method)], [0], tmp_path / "out")
+            compare({"": parse_run(tiny_run)}, [Variant("x", method)], [0], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_every_run_of_the_grid_draws_its_curves_and_holds_its_settings(
+def test_every_run_of_a_grid_draws_its_curves_and_runs_on_two_bases_are_told_apart(
     tiny_run: dict[str, Any], tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorboard")
+    out, fedavg = tmp_path / "out", choose_variants("fedavg", None)
     settings = parse_run(with_overrides(tiny_run, {"train.rounds": 1, "train.local_steps": 1}))
+    twin = shutil.copytree(settings.model.base, tmp_path / "twin")
+    on_twin = settings.model_copy(update={"model": settings.model.model_copy(update={"base": str(twin)})})
+    points = {"base=one": settings, "base=two": on_twin}
     with pytest.raises(UserError, match="--track 'paper': expected one of tensorboard"):
-        compare(settings, choose_variants("fedavg", None), [0], tmp_path / "out", track=["paper"])
-    assert not (tmp_path / "out").exists()
-    compare(settings, choose_variants("fedavg", None), [0, 1], tmp_path / "out", track=["tensorboard"])
-    assert len(list((tmp_path / "out" / "runs").glob("fedavg-seed*/tensorboard/events.*"))) == 2
+        compare(points, fedavg, [0], out, track=["paper"])
+    with pytest.raises(UserError, match="two runs of the comparison would have the folder"):
+        compare({"a b": settings, "a_b": on_twin}, fedavg, [0], out)
+    assert not out.exists()
+    rows = compare(points, fedavg, [0], out, track=["tensorboard"])
+    assert {row["point"] for row in rows} == points.keys()
+    assert len(list(out.glob("base=*/runs/fedavg-seed0/tensorboard/events.*"))) == 2
+    names = [f"fedavg, {Path(settings.model.base).name}", "fedavg, twin"]
+    assert [run.label for run in read_series(out / point for point in points)] == names
+    assert [run.label for run in read_series([out / "base=two"])] == ["fedavg"]
+    with pytest.raises(UserError, match="holds a grid; name one of its points"):
+        read_series([out])
     other = settings.model_copy(update={"train": settings.train.model_copy(update={"learning_rate": 0.5})})
     with pytest.raises(UserError, match="learning_rate"):
-        compare(other, choose_variants("fedavg,ubsmoe", None), [0], tmp_path / "out")
-    assert not list((tmp_path / "out" / "runs").glob("ubsmoe*"))  # refused before anything runs
+        compare({"base=one": other}, choose_variants("fedavg,ubsmoe", None), [0], out)
+    assert not list(out.glob("*/runs/ubsmoe*"))  # refused before anything runs
 
 
 def record(name: str, config: dict[str, Any], base: str = "x") -> RunRecord:
@@ -178,6 +220,16 @@ def test_the_table_shows_means_and_differences_paired_by_seed() -> None:
     assert "| b | +20.0 ± 127.1 |" in text and "| a | +" not in text
     assert "| b | 2, 8 / 2.00 / 3.00, 4.00 / – |" in text
     assert "| a | 0.750 ± 0.000 | 0.500 ± 0.000 | 0.5 ± 6.4 |" in text  # dead: 0 and 1, each once, not once a tier
+
+
+def test_each_point_of_a_grid_has_tables_of_its_own() -> None:
+    """At q, b is 20 points above a; pooled with p, where it is 10 points below, it would be 5 points above."""
+    scores = {"p": {"a": 0.3, "b": 0.2}, "q": {"a": 0.5, "b": 0.7}}
+    rows = [row(method, 0, 1, value, point=point) for point, own in scores.items() for method, value in own.items()]
+    text = comparison_markdown(rows, reference="a")
+    first, second = text.split("## q\n")
+    assert first.startswith("## p\n") and "| b | -10.0 |" in first and "| b | +20.0 |" in second
+    assert accuracy_markdown(rows, "a").count("## ") == 2 + 2  # a heading for a point, one for its table
 
 
 def test_a_row_before_training_for_each_k_that_methods_run() -> None:

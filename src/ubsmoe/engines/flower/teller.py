@@ -40,6 +40,8 @@ class Teller:
             say(f"{where}: {fields['client']} {fields['reason']}")
         elif event == "round":
             self._round(where, round, fields)
+        elif event == "validated":
+            say(f"{where}: validation loss {fields['loss']:.4f}, lowest after round {fields['best_round']}")
         elif event == "evaluated":
             macro = fields["scores"]["macro"]
             say(f"{where}: tier {fields['tier'] + 1} (K={fields['top_k']}) accuracy {macro['accuracy']:.1%}")
