@@ -15,10 +15,10 @@ from ubsmoe.errors import UserError, harmless
 
 # importing a module adds its verbs, here in the order of the help page
 # isort: off
-from ubsmoe.cli import run, inspect, models, data, base, study, flower
+from ubsmoe.cli import run, compare, inspect, models, data, base, study, flower
 # isort: on
 
-__all__ = ["app", "base", "data", "flower", "inspect", "main", "models", "run", "study"]
+__all__ = ["app", "base", "compare", "data", "flower", "inspect", "main", "models", "run", "study"]
 
 
 def main() -> None:
