@@ -50,7 +50,20 @@ MAY_IMPORT: dict[str, set[str]] = {
         *{"config", "costs", "data", "errors", "export", "messages", "methods", "model", "seeds", "server", "storage"},
     },
     "training": {
-        *{"client", "config", "engines", "errors", "messages", "methods", "plan", "server", "storage"},
+        "progress",
+        *{
+            "client",
+            "config",
+            "engines",
+            "errors",
+            "export",
+            "messages",
+            "methods",
+            "plan",
+            "seeds",
+            "server",
+            "storage",
+        },
     },
     "study": {
         "progress",

@@ -1,4 +1,4 @@
-"""Verbs that use a finished run: export, check, generate, serve."""
+"""Verbs that use a finished run: personalise, export, check, generate, serve."""
 
 import os
 from enum import StrEnum
@@ -24,6 +24,40 @@ class Dtype(StrEnum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+@app.command("personalise")
+def personalise_command(
+    run_folder: Annotated[Path, typer.Argument(help="a finished run", show_default=False)],
+    steps: Annotated[int, typer.Option(min=1, help="optimiser steps of each client")] = 20,
+    client: Annotated[list[str] | None, typer.Option(help="one client, by name; all when left out; repeatable")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="a new folder for an export of each client; none is kept when left out")
+    ] = None,
+    format: Annotated[ExportFormat, typer.Option(help="of these exports")] = ExportFormat.peft,
+    json_: AsJson = False,
+) -> None:
+    """Train the adapter further on each client's own examples; nothing is sent.
+
+    Prints accuracy before and after on each client's own mix of tasks.
+    """
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from ubsmoe.report.console import personal_table, show
+    from ubsmoe.storage.ending import check_ended
+    from ubsmoe.storage.exportfolder import check_free
+
+    check_ended(run_folder)
+    if out:
+        check_free(out)
+    from ubsmoe.training.personal import personalise
+
+    found = [asdict(one) for one in personalise(run_folder, steps, out, client or [], format.value)]
+    if json_:
+        return print_json({"clients": found})
+    show(Console(), personal_table(found))
 
 
 @app.command("export")

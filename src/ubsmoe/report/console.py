@@ -186,6 +186,17 @@ def cost_table(model: str, tiers: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def personal_table(clients: Sequence[Mapping[str, Any]]) -> Table:
+    """Accuracy of the shared adapter and of each client's own, on the client's mix of tasks."""
+    table = empty_table("each client on its own mix of tasks", ("tier", "examples", "accuracy %"), ("client",))
+    for one in clients:
+        change = _change(one["before"], one["after"])
+        table.add_row(printable(one["client"]), str(one["tier"] + 1), str(one["examples"]), change)
+    gain = 100 * average(one["after"] - one["before"] for one in clients)
+    table.caption = f"shared adapter → the client's own; mean gain {gain:+.1f} points"
+    return table
+
+
 def task_table(results: Sequence[Scores], labels: Sequence[str]) -> Table:
     """Accuracy per task, one column per tier, beside chance and majority."""
     table = empty_table("accuracy % per task (unparsed %)", (*labels, "chance", "majority"), words=["task"])
