@@ -81,6 +81,29 @@ def test_the_death_of_a_node_is_said_once_and_a_restart_brings_it_back(sleepers:
     assert "was killed" in said[-1] and len(said) == 4
 
 
+def test_a_node_that_comes_back_too_early_is_started_until_its_server_takes_it(sleepers: Any) -> None:
+    """A stand-in that is refused at its first two starts."""
+    programs, said, app = sleepers
+    (app / ".flwr" / "node-1.pub").touch()
+    starts = app / "starts"
+    starts.touch()
+    refused = 'echo refused >> "$0"; echo "[code: 2004] Failed to activate SuperNode."; exit 1'
+    twice = f'if [ $(wc -l < "$0") -lt 2 ]; then {refused}; fi; exec sleep 300'
+    programs.start("node-1", "sh", ["-c", twice, str(starts)])
+    programs.running["node-1"].wait(10)
+    programs.look_after()
+    assert "has ended with exit code 1" in said[-1] and len(starts.read_text().split()) == 1  # nobody asked for more
+    with closing(owned(app / ".flwr")), ThreadPoolExecutor(1) as other:
+        asked = other.submit(request_restart, app, "node-1", 20)
+        while not asked.done():
+            programs.look_after()
+    end = time.monotonic() + 20
+    while time.monotonic() < end and (len(said) < 3 or programs.running["node-1"].poll() is not None):
+        programs.look_after()
+    assert said[-2] == "node-1 is started again" and "until the server notices that it was away" in said[-1]
+    assert len(starts.read_text().split()) == 2 and programs.running["node-1"].poll() is None
+
+
 def test_a_restart_that_nobody_can_carry_out_is_refused_and_leaves_nothing(sleepers: Any) -> None:
     _, _, app = sleepers
     with pytest.raises(FlowerFailure, match=r"no `ubsmoe flower up .*app` is running, so nobody can start node-0"):

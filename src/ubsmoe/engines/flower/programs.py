@@ -20,6 +20,10 @@ OWNER = ".up"  # in Flower's home: locked by the `flower up` that looks after it
 LOOK_SECONDS = 0.5
 RESTART_SECONDS = 30.0
 STOP_SECONDS = 10.0
+TOO_EARLY = b"[code: 2004] Failed to activate SuperNode"
+"""What a node prints that comes back while its SuperLink, which heard its last heartbeat, takes the killed one for alive."""
+TAIL = 2000  # bytes of a log that hold why a node has just ended
+RETURN_SECONDS = 120.0  # twice the minute after which Flower 1.41 takes a silent node for away
 
 
 class FlowerFailure(UserError):
@@ -44,6 +48,8 @@ class Programs:
         self._starts: dict[str, Callable[[], subprocess.Popen[bytes]]] = {}
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self._ended: set[str] = set()
+        self._return_until: dict[str, float] = {}
+        self._refused: set[str] = set()
 
     def start(self, name: str, program: str, options: Sequence[str]) -> None:
         """Start a program, and remember how."""
@@ -62,14 +68,32 @@ class Programs:
                 stop(process)
                 self.running[name] = self._starts[name]()
                 self._ended.discard(name)
+                self._refused.discard(name)
+                self._return_until[name] = time.monotonic() + RETURN_SECONDS
                 request.unlink()
                 self._log(f"{name} is started again")
+            elif self._came_too_early(name, process):
+                self.running[name] = self._starts[name]()
             elif process.poll() is not None and name not in self._ended:
                 self._ended.add(name)
                 said = f"{name} {_ending(process.returncode)}; its log: {self.home}/{name}.log"
                 if name == SUPERLINK:
                     raise FlowerFailure(f"{said}. `ubsmoe flower up {self._app}` starts a new one")
                 self._log(f"{said}. `ubsmoe flower restart {self._app} {name}` starts it again")
+
+    def _came_too_early(self, name: str, process: subprocess.Popen[bytes]) -> bool:
+        """Whether a node that was started again is refused as long as its server has not noticed that it was away."""
+        log = self.home / f"{name}.log"
+        if time.monotonic() > self._return_until.get(name, 0) or process.poll() in (None, 0):
+            return False
+        if TOO_EARLY not in log.read_bytes()[-TAIL:]:
+            return False
+        if name not in self._refused:
+            self._refused.add(name)
+            self._log(
+                f"{name} is refused until the server notices that it was away, up to a minute; it is tried until then"
+            )
+        return True
 
     def check(self) -> None:
         """Raise FlowerFailure if one of them has ended."""
