@@ -37,9 +37,9 @@ def personalise_command(
     format: Annotated[ExportFormat, typer.Option(help="of these exports")] = ExportFormat.peft,
     json_: AsJson = False,
 ) -> None:
-    """Train the adapter further on each client's own examples; nothing is sent.
+    """Train a run's adapter further for each client alone.
 
-    Prints accuracy before and after on each client's own mix of tasks.
+    Nothing is sent. Prints accuracy before and after on each client's own mix of tasks.
     """
     from dataclasses import asdict
 
@@ -70,7 +70,7 @@ def export_command(
         str | None, typer.Option(help="the plain base to merge into, if the run was on a prepared one")
     ] = None,
 ) -> None:
-    """Write a tier's adapter for PEFT, as a merged model, or natively.
+    """Write a tier's adapter for PEFT, merged, or natively.
 
     The export's README says what the format cannot express.
     """

@@ -204,8 +204,6 @@ def eval_command(
     from ubsmoe.report.console import harness_table, show, task_table
     from ubsmoe.storage.ending import check_ended
 
-    check_ended(run_folder)
-
     if harness is not None:
         from ubsmoe.finished.harness import harness_scores
 
@@ -216,6 +214,7 @@ def eval_command(
             )
         results = harness_scores(run_folder, harness.split(","), tier, include, limit)
     else:
+        check_ended(run_folder)  # torch and the base take long to load
         from ubsmoe.finished.run import evaluate_run
 
         results = evaluate_run(run_folder, overrides(set_), tier, top_k)

@@ -64,6 +64,7 @@ class Programs:
             FlowerFailure: if the SuperLink has ended, without which no node can do anything.
         """
         for name, process in list(self.running.items()):  # more may be started meanwhile
+            code = process.poll()  # once: it may end at any time
             if (request := _request(self.home, name)).exists():
                 stop(process)
                 self.running[name] = self._starts[name]()
@@ -72,19 +73,19 @@ class Programs:
                 self._return_until[name] = time.monotonic() + RETURN_SECONDS
                 request.unlink()
                 self._log(f"{name} is started again")
-            elif self._came_too_early(name, process):
+            elif self._came_too_early(name, code):
                 self.running[name] = self._starts[name]()
-            elif process.poll() is not None and name not in self._ended:
+            elif code is not None and name not in self._ended:
                 self._ended.add(name)
-                said = f"{name} {_ending(process.returncode)}; its log: {self.home}/{name}.log"
+                said = f"{name} {_ending(code)}; its log: {self.home}/{name}.log"
                 if name == SUPERLINK:
                     raise FlowerFailure(f"{said}. `ubsmoe flower up {self._app}` starts a new one")
                 self._log(f"{said}. `ubsmoe flower restart {self._app} {name}` starts it again")
 
-    def _came_too_early(self, name: str, process: subprocess.Popen[bytes]) -> bool:
+    def _came_too_early(self, name: str, code: int | None) -> bool:
         """Whether a node that was started again is refused as long as its server has not noticed that it was away."""
         log = self.home / f"{name}.log"
-        if time.monotonic() > self._return_until.get(name, 0) or process.poll() in (None, 0):
+        if time.monotonic() > self._return_until.get(name, 0) or code in (None, 0):
             return False
         if TOO_EARLY not in log.read_bytes()[-TAIL:]:
             return False
