@@ -83,7 +83,7 @@ class Programs:
                 self._log(f"{said}. `ubsmoe flower restart {self._app} {name}` starts it again")
 
     def _came_too_early(self, name: str, code: int | None) -> bool:
-        """Whether a node that was started again is refused as long as its server has not noticed that it was away."""
+        """Whether a node that was asked back has ended because its server still takes it for online."""
         log = self.home / f"{name}.log"
         if time.monotonic() > self._return_until.get(name, 0) or code in (None, 0):
             return False
