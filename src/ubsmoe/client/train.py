@@ -193,10 +193,9 @@ def _steps(
             )
         for act in hooks.before_step:
             act()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm) if settings.clip_norm else None
         if step in told:
-            steps.append(Step(step + 1, loss, rate, _gradient_norm(parameters)))
-        if settings.clip_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+            steps.append(Step(step + 1, loss, rate, float(_gradient_norm(parameters) if norm is None else norm)))
         optimizer.step()
         for correct in hooks.after_step:
             correct(rate)
@@ -207,9 +206,9 @@ def _steps(
     return sum(losses) / len(losses), tokens, assignments, tuple(step for step in steps if all(map(isfinite, step)))
 
 
-def _gradient_norm(parameters: Sequence[Tensor]) -> float:
+def _gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
     """The norm over all that is trained; what no token reached has no gradient."""
-    return float(torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None]))
+    return torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
 
 
 def _in_order(trainer: Trainer, examples: Sequence[Tokens]) -> Iterator[dict[str, Tensor]]:

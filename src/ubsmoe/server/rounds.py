@@ -189,7 +189,7 @@ def evaluate_tier(federation: Federation, state: State, profile: Profile) -> dic
 
 def score(federation: Federation, task: Task) -> dict[str, Score]:
     """The scores of a task's payload at its profile's budget. The base is left as it was found."""
-    with _installed(federation, task) as model:
+    with installed(federation, task) as model:
         return evaluate(model, federation.tokenizer, federation.questions, federation.settings.evaluate)
 
 
@@ -198,13 +198,14 @@ def validation_losses(federation: Federation, state: State) -> list[float]:
     size = federation.settings.evaluate.batch_size
     losses = []
     for task in tasks_of(federation, state, 0, federation.tiers):
-        with _installed(federation, task) as model:
+        with installed(federation, task) as model:
             losses.append(answer_loss(model, federation.validation, size))
     return losses
 
 
 @contextmanager
-def _installed(federation: Federation, task: Task) -> Iterator[SparseModel]:
+def installed(federation: Federation, task: Task) -> Iterator[SparseModel]:
+    """The base with a task's payload in place, as the client would have it; without, again, at the end."""
     model = federation.model_of(task.profile)
     try:
         generator = generator_for(federation.settings.seed, "evaluation")

@@ -14,19 +14,18 @@ from torch import Tensor
 
 from ubsmoe import progress
 from ubsmoe.client.train import train
-from ubsmoe.config import ConfigError, parse_run, with_overrides
-from ubsmoe.config.plug_ins import require_trusted
+from ubsmoe.config import ConfigError
 from ubsmoe.export.installed import read_installed
 from ubsmoe.export.save_load import Origin, write
 from ubsmoe.export.sidecar import Format
+from ubsmoe.finished.run import settings_of_run
 from ubsmoe.messages import Task
 from ubsmoe.methods.state import unpack
-from ubsmoe.seeds import generator_for
 from ubsmoe.server.evaluate import Score, evaluate
 from ubsmoe.server.federation import Federation, build_federation
-from ubsmoe.server.rounds import tasks_of
+from ubsmoe.server.rounds import installed, tasks_of
 from ubsmoe.storage.exportfolder import check_free
-from ubsmoe.storage.runfolder import read_adapter, read_run
+from ubsmoe.storage.runfolder import read_adapter
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,8 @@ def personalise(
     if out is not None:
         check_free(out)
     tensors, facts = read_adapter(path)
-    config = read_run(path).config
-    require_trusted(config, path)
     changes = {"train.local_steps": steps, "train.schedule": "constant", "train.schedule_rounds": None}
-    federation = build_federation(parse_run(with_overrides(config, changes)))
+    federation = build_federation(settings_of_run(path, changes))
     if facts["base_sha256"] != federation.base_sha256:
         raise ConfigError(f"model.base: {path} was trained on another base than {federation.settings.model.base}")
     names = [profile.client for profile in federation.clients]
@@ -91,17 +88,14 @@ def _scores(
     federation: Federation, task: Task, own: Mapping[str, Tensor], out: Path | None = None, format: Format = "peft"
 ) -> dict[str, Score]:
     """The scores of a client's adapter at its budget, which is exported too where `out` is given."""
-    settings, profile, model = federation.settings, task.profile, federation.model_of(task.profile)
-    try:
-        federation.method.install(model, task.payload, profile, generator_for(settings.seed, "evaluation"))
+    settings = federation.settings
+    with installed(federation, task) as model:
         for name, value in own.items():
             model.adapter[name].data.copy_(value)
         if out is not None:
-            origin = Origin(settings.model, federation.base_sha256, federation.method.name, profile.tier + 1)
+            origin = Origin(settings.model, federation.base_sha256, federation.method.name, task.profile.tier + 1)
             write(model, federation.tokenizer, read_installed(model), origin, format, out)
         return evaluate(model, federation.tokenizer, federation.questions, settings.evaluate)
-    finally:
-        model.clear()
 
 
 def _mix(federation: Federation, client: str) -> dict[str, float]:
