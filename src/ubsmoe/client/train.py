@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ubsmoe.client.allocator import give_back_freed_memory
 from ubsmoe.client.schedule import batch_order, elastic_top_ks, in_pieces, step_size, steps_per_round, steps_told
 from ubsmoe.config import RunSettings, TierSettings, TrainSettings, WireDtype, train_of_tier
 from ubsmoe.data.tokens import IGNORED, Tokens, collate, pad_id
@@ -174,6 +175,7 @@ def _steps(
         for group in optimizer.param_groups:
             group["lr"] = rate * group["ratio"]
         optimizer.zero_grad(set_to_none=True)
+        give_back_freed_memory()
         values: list[Tensor] = []  # read when the step is done: an accelerator would be waited for
         pieces = _micro_batches(trainer, examples, order)
         for batch, share in pieces:

@@ -66,7 +66,7 @@ class SparseModel:
         quantised = format_of(blocks[-1][1]) is not None  # which only our own implementation can run
         self._stock = IMPLEMENTATION if quantised else model.config._experts_implementation
         model.set_experts_implementation(self._stock)
-        self._last_stays_put = answers_stay_put(model, blocks[-1][1], IMPLEMENTATION if quantised else "eager")
+        self._last_stays_put = answers_stay_put(model, blocks[-1][1])
         model.register_forward_pre_hook(self._remember_tokens, with_kwargs=True)
         # generation reads each row's last position: torch would copy the whole head for every row of that strided view
         model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
