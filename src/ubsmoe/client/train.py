@@ -112,6 +112,7 @@ def train(
             look(_in_order(trainer, examples))
         with model.counting(), recomputing(model) if trainer.settings.gradient_checkpointing else nullcontext():
             loss, tokens, assignments, steps = _steps(trainer, task, examples, hooks, on_step)
+            give_back_freed_memory()
             if trainer.memory and (kept := hooks.keeps()):
                 trainer.memory.keep(client, task.round, _copies(kept))
             return Update(
