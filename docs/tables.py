@@ -43,6 +43,7 @@ def tables() -> dict[str, str]:
         "bias_floor": bias_floor(),
         "formats_study": formats(read_csv("formats_study"), "method", "seed", ACCURACY),
         "formats_fixed_study": formats(read_csv("formats_fixed_study"), "experts", "run", MC_ACCURACY),
+        "formats_fixed_smollm2": formats(read_csv("formats_fixed_smollm2"), "experts", "run", MC_ACCURACY),
     }
     return {name: "\n".join(lines) + "\n" for name, lines in made.items()}
 
