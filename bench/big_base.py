@@ -3,8 +3,7 @@
     prepare   the checkpoint as the hub stores it (an expert at a time, bfloat16, 13.84 GB) into a cache
     step      seconds until the model can run, and seconds and loss of eight steps of a client: K = 2 on 1 x 128 tokens, LoRA of
               rank 8 on all experts
-    kept      the same, and no freed memory is given back between steps
-    resident  the same as step, NF4, and every page of the weights read
+    resident  the same, NF4, and every page of the weights read
     run       `ubsmoe run`, two clients, two rounds, four steps each; killed in round 2 and resumed: the adapter's hash
     export    that run, as a PEFT adapter under 2 GB, and merged under 4 GB
 
@@ -34,7 +33,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, OlmoeConfig
 
-from ubsmoe.client.allocator import give_back_freed_memory, keep_freed_memory
+from ubsmoe.client.allocator import keep_freed_memory
 from ubsmoe.config import ModelSettings
 from ubsmoe.model.load import load_base, shipped_path
 
@@ -122,7 +121,7 @@ def status(pid: int) -> dict[str, float]:
         return {}
 
 
-def step(folder: str, experts: str, all_resident: bool, gives_back: bool) -> dict[str, Any]:
+def step(folder: str, experts: str, all_resident: bool) -> dict[str, Any]:
     """Load, and train for some steps; what a process of the bench does."""
     began, worked = time.perf_counter(), time.process_time()
     settings = ModelSettings(base=folder, dtype="bfloat16", experts=experts if experts != "bf16" else None)
@@ -139,8 +138,6 @@ def step(folder: str, experts: str, all_resident: bool, gives_back: bool) -> dic
     for _ in range(STEPS):
         began, worked = time.perf_counter(), time.process_time()
         optimizer.zero_grad()
-        if gives_back:
-            give_back_freed_memory()
         logits = sparse.logits_at(ids, torch.ones_like(ids), torch.ones_like(ids[:, :-1], dtype=torch.bool))
         loss = torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:])
         loss.backward()
@@ -264,7 +261,6 @@ def main() -> None:
             plans[experts] = planned(run_file(place, source, experts))
             print(experts, "planned", json.dumps(plans[experts]), flush=True)
             line(f"step {experts} under 8 GB", own("step", experts), LIMIT)
-            line(f"step {experts}, freed memory kept", own("kept", experts), LIMIT)
             if experts == "nf4":
                 line("nf4 all resident", own("resident", experts))
             whole_and_killed(place, experts, line)
@@ -305,7 +301,7 @@ def whole_and_killed(place: Path, experts: str, line: Callable[..., dict[str, An
 def child(what: str, source: str, experts: str) -> dict[str, Any]:
     """One line's process."""
     if what != "prepare":
-        return step(source, experts, all_resident=what == "resident", gives_back=what != "kept")
+        return step(source, experts, all_resident=what == "resident")
     from ubsmoe.model.load import prepare_base
     from ubsmoe.storage.bases import read_facts
 

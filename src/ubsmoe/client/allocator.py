@@ -7,7 +7,7 @@ from functools import cache
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # mallopt's names for them, <malloc.h>
 _MALLINFO = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 FREED_BYTES = 2**29
-"""How much freed memory a process keeps between steps."""
+"""How much freed memory a process keeps from one task to the next."""
 
 
 def keep_freed_memory() -> bool:
@@ -28,15 +28,14 @@ def keep_freed_memory() -> bool:
 def give_back_freed_memory(beyond: int = FREED_BYTES) -> bool:
     """Give the pages of freed memory back to the system where they are more than `beyond` bytes.
 
-    What one phase of a step frees seldom fits the next one's tensors: with 1.4 GB of tensors, OLMoE-1B-7B's shape held 0.8 GB
-    that nothing used after eight steps (bench/big_base.py). Small models stay below `beyond`, and pay no page faults.
+    What one phase of a step frees seldom fits the next one's tensors: OLMoE-1B-7B's shape holds half as much again as its tensors
+    take after eight steps, and what a server adds up would come on top. Small models stay below `beyond`, and pay no page faults.
 
     Returns:
         Whether it did.
     """
-    if (libc := _glibc()) is None or not hasattr(libc, "mallinfo2"):  # glibc 2.33
+    if (libc := _glibc()) is None or not hasattr(libc, "mallinfo2"):
         return False
-    libc.mallinfo2.restype = _Mallinfo
     return libc.mallinfo2().fordblks > beyond and libc.malloc_trim(0) == 1
 
 
@@ -46,4 +45,9 @@ class _Mallinfo(ctypes.Structure):
 
 @cache
 def _glibc() -> ctypes.CDLL | None:
-    return ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
+    if platform.libc_ver()[0] != "glibc":
+        return None
+    libc = ctypes.CDLL("libc.so.6")
+    if hasattr(libc, "mallinfo2"):  # glibc 2.33
+        libc.mallinfo2.restype = _Mallinfo
+    return libc

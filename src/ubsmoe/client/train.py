@@ -112,7 +112,7 @@ def train(
             look(_in_order(trainer, examples))
         with model.counting(), recomputing(model) if trainer.settings.gradient_checkpointing else nullcontext():
             loss, tokens, assignments, steps = _steps(trainer, task, examples, hooks, on_step)
-            give_back_freed_memory()
+            give_back_freed_memory()  # once a task: page faults after it cost a step a tenth of its time
             if trainer.memory and (kept := hooks.keeps()):
                 trainer.memory.keep(client, task.round, _copies(kept))
             return Update(
@@ -176,7 +176,6 @@ def _steps(
         for group in optimizer.param_groups:
             group["lr"] = rate * group["ratio"]
         optimizer.zero_grad(set_to_none=True)
-        give_back_freed_memory()
         values: list[Tensor] = []  # read when the step is done: an accelerator would be waited for
         pieces = _micro_batches(trainer, examples, order)
         for batch, share in pieces:

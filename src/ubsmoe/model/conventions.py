@@ -227,7 +227,7 @@ def answers_stay_put(model: Any, experts: nn.Module) -> bool:
     """Whether what these experts answer for a token reaches the logits of that token alone, as in a last layer.
 
     Tried out on four tokens: the gradient of one token's logits by the answers for all. Where answers go does not depend on
-    what they are, so no expert runs: all of them would be read from disk, where a base is mapped.
+    what they are, so no expert runs: where a base is mapped, those chosen would be read from disk.
     Without weights nothing can be tried out, and False is the answer that is right for every model.
     """
     if model.device.type == "meta":
