@@ -42,6 +42,8 @@ def tables() -> dict[str, str]:
         "alignment_study": alignment("alignment_study"),
         "bias_floor": bias_floor(),
         "formats_study": formats(read_csv("formats_study"), "method", "seed", ACCURACY),
+        "formats_last_bits": formats(read_csv("formats_last_bits"), "method", "seed", ACCURACY),
+        "formats_quickstart": formats(read_csv("formats_quickstart"), "method", "seed", ACCURACY),
         "formats_fixed_study": formats(read_csv("formats_fixed_study"), "experts", "run", MC_ACCURACY),
         "formats_fixed_smollm2": formats(read_csv("formats_fixed_smollm2"), "experts", "run", MC_ACCURACY),
     }
