@@ -81,11 +81,6 @@ class SparseModel:
         """The base's own number of experts per token."""
         return self.layers[0].k_max
 
-    @property
-    def expert_weights(self) -> int:
-        """Numbers in an expert's matrix from inner to outer width, h x f, the largest of all layers."""
-        return max(math.prod(layer.shapes()["down"]) for layer in self.layers)
-
     def limit_k_max(self, k_max: int) -> None:
         """Let budget 1 mean fewer experts per token than the base was trained with."""
         for layer in self.layers:
