@@ -219,7 +219,7 @@ def planned(run_file: Path) -> dict[str, float]:
 
     full = plan("--examples", "64")  # of data.max_length tokens, all labelled, as those of the step are
     tier, of_run = full["tiers"][0], plan()["tiers"][0]
-    step = full["runtime_bytes"] + tier["own_memory_bytes"]
+    step = full["runtime_bytes"] + tier["own_memory_bytes"] - tier["memory"]["task"]  # which comes in a run alone
     server = 2 * of_run["memory"]["adapters"]  # the running sum, and the update that is added to it
     run = full["runtime_bytes"] + of_run["own_memory_bytes"] + server
     parts = {"step": step, "resident": step + tier["memory"]["weights"], "run": run}
