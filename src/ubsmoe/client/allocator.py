@@ -8,10 +8,8 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # mallopt's names for t
 _MALLINFO = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 FREED_BYTES = 2**29
 """How much freed memory a process keeps from one task to the next."""
-
-
 WIDE_EXPERT = 2**20
-"""Weights in an expert's matrix from which on its products take so long that fresh memory for what they make hardly counts."""
+"""Weights in an expert's matrix from which on a client saves memory rather than time."""
 
 
 def keep_freed_memory(expert_weights: int = 0) -> bool:
@@ -20,8 +18,9 @@ def keep_freed_memory(expert_weights: int = 0) -> bool:
     Each fresh mapping costs a page fault per 4 KiB, which on small models takes longer than the arithmetic
     (bench/allocator.py measures it). Results do not change. The process keeps its peak memory until it ends.
 
-    On wide experts memory counts for more: what one phase of a step frees seldom fits the next one's tensors, and the holes between
-    them took as much as the tensors themselves on OLMoE-1B-7B's shape. There every tensor is mapped for itself.
+    On wide experts memory counts for more: what one phase of a step frees seldom fits the next one's tensors, and on OLMoE-1B-7B's
+    shape the holes between them took up to as much as the tensors. There every tensor of 256 KiB or more is mapped anew, which takes
+    a quarter off a step's own memory and adds 9 to 21 % to its time (docs/log.md).
 
     Args:
         expert_weights: h x f of the model that trains.

@@ -104,7 +104,7 @@ def train(
     client, tier = task.profile.client, task.profile.tier
     model = trainer.bases(task.profile.experts) if trainer.bases else trainer.model
     trainer = replace(trainer, model=model, settings=train_of_tier(trainer.settings, trainer.tiers, tier))
-    keep_freed_memory(model.layers[0].expert_weights)
+    keep_freed_memory(model.layers[0].expert_weights)  # here too: on Flower nothing else asks for it
     key = (trainer.seed, client, task.round)
     try:
         payload = _with_own(task.payload, trainer.memory, client)
