@@ -19,8 +19,8 @@ def keep_freed_memory(expert_weights: int = 0) -> bool:
     (bench/allocator.py measures it). Results do not change. The process keeps its peak memory until it ends.
 
     On wide experts memory counts for more: what one phase of a step frees seldom fits the next one's tensors, and on OLMoE-1B-7B's
-    shape the holes between them took up to as much as the tensors. There every tensor of 256 KiB or more is mapped anew, which takes
-    a quarter off a step's own memory and adds 9 to 21 % to its time (docs/log.md).
+    shape the holes between them took up to as much as the tensors. There every tensor of 256 KiB or more is mapped anew, which
+    takes a quarter off a step's own memory and adds 9 to 21 % to its time (docs/log.md).
 
     Args:
         expert_weights: h x f of the model that trains.
