@@ -128,7 +128,7 @@ def step(folder: str, experts: str, all_resident: bool) -> dict[str, Any]:
     sparse, _ = load_base(settings)
     found: dict[str, Any] = {"load_seconds": round(time.perf_counter() - began, 2), "sha256": sparse.sha256}
     found["load_cpu_seconds"] = round(time.process_time() - worked, 2)
-    keep_freed_memory(sparse.layers[0].expert_weights)
+    keep_freed_memory()
     generator = torch.Generator().manual_seed(SEED)
     sparse.load_adapter(sparse.fresh_adapter(RANK, generator, shared_a=True), alpha=2 * RANK)
     sparse.set_top_k(TOP_K)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ubsmoe.client.allocator import give_back_freed_memory, keep_freed_memory
+from ubsmoe.client.allocator import give_back_freed_memory
 from ubsmoe.client.schedule import batch_order, elastic_top_ks, in_pieces, step_size, steps_per_round, steps_told
 from ubsmoe.config import RunSettings, TierSettings, TrainSettings, WireDtype, train_of_tier
 from ubsmoe.data.tokens import IGNORED, Tokens, collate, pad_id
@@ -104,7 +104,6 @@ def train(
     client, tier = task.profile.client, task.profile.tier
     model = trainer.bases(task.profile.experts) if trainer.bases else trainer.model
     trainer = replace(trainer, model=model, settings=train_of_tier(trainer.settings, trainer.tiers, tier))
-    keep_freed_memory(model.layers[0].expert_weights)  # here too: on Flower nothing else asks for it
     key = (trainer.seed, client, task.round)
     try:
         payload = _with_own(task.payload, trainer.memory, client)

@@ -57,9 +57,8 @@ def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memo
 def mapped_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> int:
     """Bytes that must be in memory during steps of a CPU whose base is mapped from disk.
 
-    A client with narrow experts keeps what it frees (`ubsmoe.client.allocator`), and tensors of one phase of a step seldom fit
-    where those of another were: after some steps both peaks of `peak_memory_bytes` are held beside each other, each part at its
-    largest. With wide ones compiled products and small pieces take what is freed, and the sum holds too (bench/big_base.py).
+    A client keeps what it frees (`ubsmoe.client.allocator`), and tensors of one phase of a step seldom fit where those of another
+    were: after some steps both peaks of `peak_memory_bytes` are held beside each other, each part at its largest.
     """
     return own_memory_bytes(shape, top_k, workload) + mapped_bytes(shape, workload.experts, workload.dtype_bytes, top_k)
 

@@ -4,7 +4,6 @@ A router keeps its object and gets a subclass of its own class: its logits are s
 weights are rescaled on the way out.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -221,11 +220,6 @@ class SparseLayer:
             self.observed = replace(self.observed, trainable_experts=trainable)
         assert self.observed.trainable_experts is not None
         return self.observed.trainable_experts
-
-    @property
-    def expert_weights(self) -> int:
-        """Numbers in an expert's matrix from inner to outer width, h x f."""
-        return math.prod(self.shapes()["down"])
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of the two expert matrices, whatever way they are stored."""

@@ -44,8 +44,7 @@ def load(settings: RunSettings, place: Path, files: Mapping[Path, bytes], worker
     memory = ClientMemory(place / CLIENTS, settings.keep_checkpoints + 1)
     with placed_files(place, files):
         federation = replace(build_federation(settings), memory=memory)
-    # not before: what loading frees goes back to the system
-    keep_freed_memory(federation.model.layers[0].expert_weights)
+    keep_freed_memory()  # not before: what loading frees goes back to the system
     return federation
 
 
