@@ -58,10 +58,12 @@ def private_peak(found: dict[str, float]) -> Any:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    yield
-    found["seconds"] = time.perf_counter() - began
-    stop.set()
-    thread.join()
+    try:
+        yield
+        found["seconds"] = time.perf_counter() - began
+    finally:
+        stop.set()
+        thread.join()
     found["private_peak_gb"] = peak[0] / 1e9
 
 
@@ -249,7 +251,7 @@ with private_peak(found):
     export_run(Path({str(run)!r}), Path({str(scratch / "out")!r}), "peft" if run else {format!r})
 print(json.dumps(found))
 """
-    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    out = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
     found: dict[str, float] = json.loads(out.splitlines()[-1])
     from ubsmoe.plan.tiers import export_costs, plan_tiers
 
@@ -314,10 +316,10 @@ def main() -> None:
         for way in PAIRS[name]:
             worker = [sys.executable, __file__, "--one", name, way]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            out = subprocess.run(worker, check=True, capture_output=True, text=True, env=environment).stdout
+            out = subprocess.run(worker, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
             record[name][way] = json.loads(out.splitlines()[-1])
             print(name, way, "  ".join(f"{key} {value:.3g}" for key, value in record[name][way].items()), flush=True)
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

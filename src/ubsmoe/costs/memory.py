@@ -55,18 +55,22 @@ def peak_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> Memo
 
 
 def mapped_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> int:
-    """Bytes that must be in memory during steps of a CPU whose base is mapped from disk.
-
-    A client keeps what it frees (`ubsmoe.client.allocator`), and tensors of one phase of a step seldom fit where those of another
-    were: after some steps both peaks of `peak_memory_bytes` are held beside each other, each part at its largest.
-    """
+    """Bytes that must be in memory during steps of a CPU whose base is mapped from disk."""
     return own_memory_bytes(shape, top_k, workload) + mapped_bytes(shape, workload.experts, workload.dtype_bytes, top_k)
 
 
 def own_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> int:
-    """The part of `mapped_memory_bytes` that no other process shares and no file holds."""
-    peaks = [asdict(replace(peak, weights=0)) for peak in _peaks(shape, top_k, workload)]
-    return sum(max(sizes) for sizes in zip(*(peak.values() for peak in peaks), strict=True))
+    """The part of `mapped_memory_bytes` that no other process shares and no file holds.
+
+    A client keeps what it frees (`ubsmoe.client.allocator`), and tensors of one phase of a step seldom fit where those of another
+    were. After some steps both peaks of `peak_memory_bytes` are held beside each other, each part at its largest, and what a step
+    frees a second time, as holes: activations, working space and gradients. In NF4 the gradients leave holes twice, since they come
+    between matrices that are made anew whenever an expert is read. A rule that fits measured steps within 10 % (docs/log.md).
+    """
+    at_backward, at_step = (asdict(replace(peak, weights=0)) for peak in _peaks(shape, top_k, workload))
+    held = {part: max(size, at_step[part]) for part, size in at_backward.items()}
+    holes = held["activations"] + held["working"] + held["gradients"] * (2 if workload.experts == "nf4" else 1)
+    return sum(held.values()) + holes
 
 
 def evaluation_memory_bytes(shape: ModelShape, top_k: int, workload: Workload, rows: int, labelled: int) -> int:

@@ -13,9 +13,10 @@ from typing import Any
 
 from ubsmoe.config import RunSettings, train_of_tier
 from ubsmoe.costs.flops import batch_flops
-from ubsmoe.costs.memory import mapped_memory_bytes, peak_memory_bytes
+from ubsmoe.costs.memory import mapped_memory_bytes, own_memory_bytes, peak_memory_bytes
 from ubsmoe.costs.shape import ModelShape
 from ubsmoe.costs.tiers import TierCost
+from ubsmoe.costs.weights import weight_bytes
 from ubsmoe.costs.workload import Batch, ExpertFormat, Workload
 from ubsmoe.plan.devices import RUNTIME_BYTES, Machine
 from ubsmoe.plan.tiers import TierPlan
@@ -58,7 +59,7 @@ def _tier(machine: Machine, settings: RunSettings, plan: TierPlan, cost: TierCos
     stock = Way(whole.experts, False, train.micro_batch or train.batch_size, train.gradient_checkpointing)
     for way in _ways(settings, stock, machine.device == "cpu"):
         workload = _workload(settings, whole, way)
-        memory = needed_bytes(plan.shape, cost.top_k, workload, way) + RUNTIME_BYTES
+        memory = needed_bytes(plan.shape, cost.top_k, workload, way, machine.device) + RUNTIME_BYTES
         if memory <= machine.memory_bytes:
             pieces = settings.train.batch_size // way.micro_batch
             flops = pieces * batch_flops(plan.shape, cost.top_k, workload) * (settings.train.local_steps or 1)
@@ -75,14 +76,18 @@ def _tier(machine: Machine, settings: RunSettings, plan: TierPlan, cost: TierCos
     return None
 
 
-def needed_bytes(shape: ModelShape, top_k: int, workload: Workload, way: Way) -> int:
+def needed_bytes(shape: ModelShape, top_k: int, workload: Workload, way: Way, device: str) -> int:
     """Bytes that must be resident at the peak of a step, libraries apart.
 
-    Beside quantised experts there is room for one that is dequantised.
+    On a CPU what was freed counts too, as the C library keeps it. Beside quantised experts there is room for one dequantised.
     """
-    total = (
-        mapped_memory_bytes(shape, top_k, workload) if way.mapped else peak_memory_bytes(shape, top_k, workload).total
-    )
+    if way.mapped:
+        total = mapped_memory_bytes(shape, top_k, workload)
+    elif device == "cpu":
+        whole = weight_bytes(shape, workload.experts, workload.dtype_bytes)
+        total = own_memory_bytes(shape, top_k, workload) + whole
+    else:
+        total = peak_memory_bytes(shape, top_k, workload).total
     return total + (workload.dtype_bytes * shape.expert_weights if way.experts else 0)
 
 
