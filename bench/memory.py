@@ -215,7 +215,10 @@ def finished_run(scratch: Path, layers: int) -> Path:
 
     make_base(scratch / "base", layers, fused=True)
     settings = settings_of(scratch / "base")
-    adapter = load_skeleton(settings.model).fresh_adapter(8, torch.Generator().manual_seed(0), shared_a=True)
+    generator = torch.Generator().manual_seed(0)
+    adapter = load_skeleton(settings.model).fresh_adapter(8, generator, shared_a=True)
+    for tensor in adapter.values():  # B starts at zero, and an adapter without effect is not exported
+        tensor.normal_(0, 0.01, generator=generator)
     sha = subprocess.run(
         [sys.executable, "-m", "ubsmoe", "base", "hash", str(scratch / "base")],
         check=True,
