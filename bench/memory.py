@@ -278,8 +278,8 @@ def micro(way: str, scratch: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     with private_peak(found):
         update = train(federation.trainer, task, federation.examples[profile.client])
-    planned = forecast(settings, flops_per_second=1e9)["tiers"][1]["memory"]
-    above = sum(value for part, value in planned.items() if part not in ("weights", "task"))
+    planned = forecast(settings, flops_per_second=1e9)["tiers"][1]
+    above = planned["own_memory_bytes"] - planned["memory"]["task"]
     return {**found, "planned_gb": above / 1e9, "loss": update.loss}
 
 

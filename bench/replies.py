@@ -37,15 +37,15 @@ Header = dict[str, Any]
 Spoil = Callable[[random.Random, Header], Header | bytes]
 
 
-def an_update() -> tuple[Update, Task, UpdateSpec]:
-    """An honest update of every tensor that the task asks for."""
+def an_update(width: int = WIDTH) -> tuple[Update, Task, UpdateSpec]:
+    """An honest update of every tensor that the task asks for: width KiB times 128."""
     draw = torch.Generator().manual_seed(0)
     shapes = {
         f"layers.{layer}.{matrix}": shape
         for layer in range(LAYERS)
         for matrix, shape in (
-            *((f"{side}.A", (EXPERTS, RANK, WIDTH)) for side in ("up", "down")),
-            *((f"{side}.B", (EXPERTS, WIDTH, RANK)) for side in ("up", "down")),
+            *((f"{side}.A", (EXPERTS, RANK, width)) for side in ("up", "down")),
+            *((f"{side}.B", (EXPERTS, width, RANK)) for side in ("up", "down")),
         )
     }
     sent = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
