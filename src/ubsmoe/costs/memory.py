@@ -65,7 +65,7 @@ def own_memory_bytes(shape: ModelShape, top_k: int, workload: Workload) -> int:
     A client keeps what it frees (`ubsmoe.client.allocator`), and tensors of one phase of a step seldom fit where those of another
     were. After some steps both peaks of `peak_memory_bytes` are held beside each other, each part at its largest, and what a step
     frees a second time, as holes: activations, working space and gradients. In NF4 the gradients leave holes twice, since they come
-    between matrices that are made anew whenever an expert is read. A rule that fits measured steps within 10 % (docs/log.md).
+    between matrices that are made anew whenever an expert is read. A rule that fits measured steps (`bench/step_memory.py`).
     """
     at_backward, at_step = (asdict(replace(peak, weights=0)) for peak in _peaks(shape, top_k, workload))
     held = {part: max(size, at_step[part]) for part, size in at_backward.items()}
