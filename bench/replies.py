@@ -38,7 +38,7 @@ Spoil = Callable[[random.Random, Header], Header | bytes]
 
 
 def an_update(width: int = WIDTH) -> tuple[Update, Task, UpdateSpec]:
-    """An honest update of every tensor that the task asks for: width KiB times 128."""
+    """An honest update of every tensor that the task asks for, 128 KiB for each unit of `width`."""
     draw = torch.Generator().manual_seed(0)
     shapes = {
         f"layers.{layer}.{matrix}": shape
