@@ -136,7 +136,7 @@ def test_the_plan_of_a_preset_is_that_of_plain_averaging_unless_a_method_is_set(
         assert ubsmoe(monkeypatch, "plan", "--model", "olmoe-1b-7b", *arguments, "--json") == 0
         return json.loads(capsys.readouterr().out)
 
-    plain = planned("--memory", "16GB")
+    plain = planned("--memory", "21GB")
     tiers = plain["tiers"]
     assert [tier["top_k"] for tier in tiers] == [2, 4, 6, 8]
     assert tiers[0]["forward_flops_per_token"] < 0.6 * tiers[3]["forward_flops_per_token"]
